@@ -1,0 +1,54 @@
+"""Study and exploit activation sparsity in large language models.
+
+The four verbs of the command line are functions here: `profile(spec)`, `threshold(spec)`, `evaluate(spec)` and
+`report(spec)`; `sparsify(model, plan)` makes a loaded model decode sparsely. Importing this package loads neither
+torch nor transformers: every name below is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActsparseError": "errors",
+    "DataSpec": "specs",
+    "EvalSpec": "specs",
+    "ModelSpec": "specs",
+    "ProfileSpec": "specs",
+    "ReportSpec": "specs",
+    "ThresholdSpec": "specs",
+    "EvalRun": "store.runs",
+    "PlanRun": "store.runs",
+    "ProfileRun": "store.runs",
+    "profile": "pipelines.profile",
+    "threshold": "pipelines.threshold",
+    "evaluate": "pipelines.evaluate",
+    "report": "report.build",
+    "sparsify": "engine.sparsify",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from actsparse.engine.sparsify import sparsify as sparsify
+    from actsparse.errors import ActsparseError as ActsparseError
+    from actsparse.pipelines.evaluate import evaluate as evaluate
+    from actsparse.pipelines.profile import profile as profile
+    from actsparse.pipelines.threshold import threshold as threshold
+    from actsparse.report.build import report as report
+    from actsparse.specs import DataSpec as DataSpec
+    from actsparse.specs import EvalSpec as EvalSpec
+    from actsparse.specs import ModelSpec as ModelSpec
+    from actsparse.specs import ProfileSpec as ProfileSpec
+    from actsparse.specs import ReportSpec as ReportSpec
+    from actsparse.specs import ThresholdSpec as ThresholdSpec
+    from actsparse.store.runs import EvalRun as EvalRun
+    from actsparse.store.runs import PlanRun as PlanRun
+    from actsparse.store.runs import ProfileRun as ProfileRun
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'actsparse' has no attribute '{name}'")
+    return getattr(import_module(f"actsparse.{_HOME[name]}"), name)

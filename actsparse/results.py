@@ -1,0 +1,289 @@
+"""What was found: the frozen outputs that flow between stages and onto disk. No torch here.
+
+Sparsity is always given on a named basis: `neuron_frac` (neurons dropped), `channel_frac` (input channels dropped,
+weighted by parameters), `mlp_bytes_frac` and `model_bytes_frac` (weight bytes of one decode step not read).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+SCHEMA_VERSION = 1
+
+
+class SiteKind(StrEnum):
+    """Where an activation is read. Every family presents each as [batch, seq, width].
+
+    `attn_in`: input of the query projection; `attn_out`: input of the output projection (concatenated heads);
+    `mlp_in`: input of the MLP; `gate`: output of the activation function; `up`: output of the up projection;
+    `neuron`: input of the down projection; `kv`: keys and values.
+    """
+
+    ATTN_IN = "attn_in"
+    ATTN_OUT = "attn_out"
+    MLP_IN = "mlp_in"
+    GATE = "gate"
+    UP = "up"
+    NEURON = "neuron"
+    KV = "kv"
+
+
+class RunKind(StrEnum):
+    PROFILE = "profile"
+    PLAN = "plan"
+    EVAL = "eval"
+
+
+class Verdict(StrEnum):
+    FASTER = "faster"
+    SLOWER = "slower"
+    NOT_SIGNIFICANT = "not significant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    layer: int
+    kind: SiteKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A number with its unit; `stderr` is None when it was not estimated."""
+
+    value: float | None
+    unit: str
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """One row of `measures.parquet`: a measured value of a layer (None: the whole model) and a kind."""
+
+    metric: str
+    layer: int | None = None
+    kind: str | None = None
+    param: str = ""
+    value: float | None
+    unit: str
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeuronRow:
+    """One row of `neurons.parquet`, over the recorded tokens.
+
+    `active_frac`: share of tokens in which the neuron is in the top 20 % of its layer by |a|*||w||; `nonzero_frac`:
+    share with a != 0; `mean_norm`: mean |a|*||w||; `griffin`: sqrt(mean (a/||a||)^2).
+    """
+
+    layer: int
+    neuron: int
+    active_frac: float
+    nonzero_frac: float
+    mean_abs: float
+    max_abs: float
+    mean_norm: float
+    griffin: float
+    mean: float
+    mean_square_up: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRow:
+    """One row of `heads.parquet`: mean output norm of a head or KV group, and its share of the layer's total."""
+
+    layer: int
+    unit: str
+    index: int
+    mean_norm: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRow:
+    """One row of `results.parquet`."""
+
+    plan: str
+    metric: str
+    param: str = ""
+    value: float | None
+    unit: str
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """One row of `tokens.parquet`: a scored token of a block under a plan. `nll` and `kl` are in nats."""
+
+    plan: str
+    block: int
+    position: int
+    token: int
+    nll: float
+    kl: float
+    top1: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimingRow:
+    """One row of `timing.parquet`: one repetition of one phase of one arm of an ABAB pair.
+
+    `arm` is `dense`, `sparse` or `generate` (the model's own generate); `phase` is `prefill`, `select` or `decode`.
+    """
+
+    plan: str
+    arm: str
+    phase: str
+    prompt: int
+    repetition: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One line of `generations.jsonl`: a greedy continuation under a plan, and where it leaves the dense one.
+
+    `first_divergence` is the first generated position that differs from dense, None when none does.
+    """
+
+    plan: str
+    prompt: int
+    prompt_text: str
+    text: str
+    tokens: int
+    first_divergence: int | None
+    repetition: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """A loaded model: the name that was asked for, what it resolved to, its shape, and hashes of its content."""
+
+    requested: str
+    resolved: str
+    revision: str | None
+    model_type: str
+    activation: str
+    gated: bool
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    parameters: int
+    tied_embeddings: bool
+    max_positions: int | None
+    dtype: str
+    bytes_per_weight: float
+    quantization: str | None
+    weights_sha256: str
+    config_sha256: str
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRecord:
+    """A text that was read: where from, how it was cut, and the hash of its content.
+
+    `sequences` blocks or prompts of `tokens` tokens in all; for blocks `block_length`, `prompt_length` and the
+    half-open range `blocks`.
+    """
+
+    role: str
+    source: str
+    sha256: str
+    sequences: int
+    tokens: int
+    block_length: int | None = None
+    prompt_length: int | None = None
+    blocks: tuple[int, int] | None = None
+    sink_tokens: int = 4
+    sequence_sha256: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparsity:
+    """Shares not used in a decode step, each on its own basis; None where a basis does not apply."""
+
+    neuron_frac: float | None
+    mlp_bytes_frac: float
+    model_bytes_frac: float
+    channel_frac: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """What a plan does in one layer: neurons kept of `width` (None: decided at run time) and its threshold."""
+
+    layer: int
+    width: int
+    kept: int | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdPlan:
+    """A method fitted to a model: everything but its tensors (`plan.json`; tensors in `plan.safetensors`).
+
+    `short` is the form as typed. `predicted` sparsity follows from the fit, `realised` was counted on the calibration
+    text (None where a method decides at run time and was not replayed).
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    method: str
+    short: str
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    amount: float | None
+    target: str
+    model: ModelRecord
+    calibration: TextRecord | None
+    predicted: Sparsity
+    realised: Sparsity | None
+    layers: tuple[LayerPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Who made a run, with what, when and where."""
+
+    actsparse: str
+    python: str
+    packages: dict[str, str]
+    platform: str
+    processor: str
+    device: str
+    threads: int
+    git_commit: str | None
+    command: tuple[str, ...]
+    started: str
+    finished: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`manifest.json`, written last: a directory that has one is complete."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: RunKind
+    status: str
+    fingerprint: str
+    identity: dict[str, object]
+    spec: dict[str, object]
+    model: ModelRecord | None
+    texts: tuple[TextRecord, ...]
+    provenance: Provenance
+    warnings: tuple[str, ...] = ()
+    files: tuple[FileRecord, ...] = ()

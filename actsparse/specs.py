@@ -1,0 +1,123 @@
+"""What was asked: the frozen inputs of the four verbs. No torch here.
+
+A field marked `RUNTIME` says how a run is carried out, not what it finds; it stays out of the fingerprint of profile
+and threshold runs (an evaluation keeps device and batch size, since its timing depends on them).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RUNTIME = {"runtime": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A causal language model: hub id, directory, `.gguf` file, or the alias `smollm2` / `demo`."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = field(default="auto", metadata=RUNTIME)
+    trust_remote_code: bool = False
+    offline: bool = field(default=False, metadata=RUNTIME)
+    dequantize: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSpec:
+    """The texts of a run; without `prompts`, `corpus` or `dataset` the shipped sample prompts are used.
+
+    `prompts`: files or folders, one sequence a prompt. `corpus`: one text cut into blocks of `block_length` tokens, of
+    which the first `prompt_length` are the dense prompt. `limit`: how many sequences or blocks. `calib_blocks`: the
+    half-open range of blocks that methods are fitted on (default N:2N). `part` keeps every sequence, or only those at
+    even or odd places (`actsparse run` splits its text that way).
+    """
+
+    prompts: tuple[str, ...] = ()
+    corpus: str | None = None
+    calib: str | None = None
+    dataset: str | None = None
+    split: str = "test"
+    text_column: str = "text"
+    limit: int | None = None
+    block_length: int | None = None
+    prompt_length: int | None = None
+    calib_blocks: tuple[int, int] | None = None
+    sink_tokens: int = 4
+    part: str = "all"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileSpec:
+    """Record activations of `model` on `data`.
+
+    `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
+    `reservoir_mb` bound the sample of token positions that is kept for replays.
+    """
+
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    layers: tuple[int, ...] | None = None
+    cett_targets: tuple[float, ...] = (0.1, 0.2, 0.3)
+    reservoir_tokens: int = 4096
+    reservoir_mb: int = 512
+    batch_size: int | None = field(default=None, metadata=RUNTIME)
+    output: Path | None = field(default=None, metadata=RUNTIME)
+    force: bool = field(default=False, metadata=RUNTIME)
+    resume: bool = field(default=True, metadata=RUNTIME)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdSpec:
+    """Derive a plan from the profile run in `run`.
+
+    `plan` is the method in the short form `method[:key=value,...][@x]`; `sparsity` or `target_error` may give the
+    amount instead of `@x`.
+    """
+
+    run: Path
+    plan: str
+    sparsity: float | None = None
+    target_error: float | None = None
+    device: str = field(default="auto", metadata=RUNTIME)
+    batch_size: int | None = field(default=None, metadata=RUNTIME)
+    offline: bool = field(default=False, metadata=RUNTIME)
+    output: Path | None = field(default=None, metadata=RUNTIME)
+    force: bool = field(default=False, metadata=RUNTIME)
+    resume: bool = field(default=True, metadata=RUNTIME)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSpec:
+    """Quality and speed of `plans` (short forms or plan directories) against dense.
+
+    `timing_pairs` ABAB pairs of `timing_tokens` decoded tokens give a speed-up; 0 pairs leaves timing out.
+    `generations` prompts are continued greedily by `max_new_tokens` tokens, dense and sparse, as samples.
+    """
+
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    plans: tuple[str, ...] = ()
+    max_new_tokens: int = 48
+    generations: int = 3
+    timing_pairs: int = 5
+    timing_tokens: int = 16
+    timing_prompts: int = 2
+    path_check_tokens: int = 8
+    batch_size: int = 1
+    max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
+    min_top1: float | None = field(default=None, metadata=RUNTIME)
+    output: Path | None = field(default=None, metadata=RUNTIME)
+    force: bool = field(default=False, metadata=RUNTIME)
+    resume: bool = field(default=True, metadata=RUNTIME)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportSpec:
+    """One HTML file from run directories; the first is the reference."""
+
+    runs: tuple[Path, ...]
+    output: Path = Path("report.html")
+    title: str | None = None
+    force: bool = False

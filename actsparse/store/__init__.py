@@ -1,0 +1,1 @@
+"""Run directories: manifest, tables, tensors. The only package that writes results to disk."""

@@ -1,0 +1,222 @@
+"""A run directory while it is written: created, resumed, refused or up to date, and never half finished.
+
+`unfinished.json` marks a run at work; `manifest.json` is written last, so a directory that has one is complete.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from actsparse.errors import RunError
+from actsparse.results import FileRecord, Manifest, ModelRecord, Provenance, RunKind, TextRecord
+from actsparse.store import provenance
+from actsparse.store.codec import builtins, decode, pretty
+from actsparse.store.files import disk_error, sha256_of, write_bytes
+from actsparse.store.fingerprint import differences, fingerprint
+
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+SHARDS = "shards"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What a stage is about to write: its kind, its identity, and where."""
+
+    kind: RunKind
+    identity: dict[str, Any]
+    spec: Any
+    model: ModelRecord | None
+    texts: tuple[TextRecord, ...]
+    output: Path | None
+    device: str
+    threads: int
+    force: bool = False
+    resume: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.kind, self.identity)
+
+    @property
+    def directory(self) -> Path:
+        if self.output is not None:
+            return self.output
+        model = self.model.resolved if self.model else "reports"
+        return Path("runs") / _directory_name(model) / f"{self.kind.value}-{self.fingerprint[:6]}"
+
+
+@dataclass
+class RunWriter:
+    """An open run directory; `finish` makes it complete."""
+
+    path: Path
+    manifest: Manifest
+    complete: bool = False
+    resumed: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Keep a warning for the manifest, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def shard(self, name: str) -> Path:
+        """The path of a shard; it exists when an earlier attempt finished it."""
+        return self.path / SHARDS / name
+
+    def finish(self) -> Manifest:
+        """Write the manifest over every file of the run, and drop the shards."""
+        files = tuple(
+            FileRecord(path=str(path.relative_to(self.path)), bytes=path.stat().st_size, sha256=sha256_of(path))
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and path.name not in (MANIFEST, UNFINISHED, LOCK) and path.suffix != ".tmp"
+        )
+        self.manifest = replace(
+            self.manifest,
+            status="complete",
+            files=files,
+            warnings=tuple(self.warnings),
+            provenance=_finished(self.manifest.provenance),
+        )
+        write_bytes(self.path / MANIFEST, pretty(self.manifest).encode())
+        (self.path / UNFINISHED).unlink(missing_ok=True)
+        remove_shards(self.path)
+        self.complete = True
+        return self.manifest
+
+
+@contextmanager
+def open_run(request: RunRequest) -> Iterator[RunWriter]:
+    """The run directory of `request`, locked while the block runs.
+
+    `writer.complete` is True when the same run was finished before. Raises RunError where the directory holds another
+    run, files that are not a run's, or where another process is writing it.
+    """
+    path = request.directory
+    _make_directory(path)
+    lock = FileLock(str(path / LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"{path} is being written by another process", "wait for it to end, or choose another --output"
+        ) from None
+    except OSError as error:
+        raise disk_error(path, error) from None
+    try:
+        yield _enter(path, request)
+    finally:
+        lock.release()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a complete run; raises RunError naming what is wrong otherwise."""
+    if not path.exists():
+        raise RunError(f"there is no run at {path}", "list what was written with: ls runs/*/")
+    if not path.is_dir():
+        raise RunError(f"{path} is a file, not a run directory", "give the directory that holds its manifest.json")
+    if not (path / MANIFEST).exists():
+        if (path / UNFINISHED).exists():
+            command = " ".join(read_draft(path).provenance.command)
+            raise RunError(f"the run at {path} is incomplete: it was interrupted", f"resume it with: {command}")
+        raise RunError(f"{path} is not a run directory: it has no manifest.json", "give a directory under runs/")
+    return decode((path / MANIFEST).read_bytes(), Manifest, str(path / MANIFEST))
+
+
+def read_draft(path: Path) -> Manifest:
+    """The manifest of a run that is still at work or was interrupted."""
+    return decode((path / UNFINISHED).read_bytes(), Manifest, str(path / UNFINISHED))
+
+
+def remove_shards(path: Path) -> None:
+    """Delete the shards of a run, and their folder when nothing else is in it."""
+    folder = path / SHARDS
+    if folder.is_dir() and not folder.is_symlink():
+        for shard in folder.iterdir():
+            shard.unlink()
+        folder.rmdir()
+
+
+def _make_directory(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, not a directory", "choose another place with --output")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(path, error) from None
+
+
+def _enter(path: Path, request: RunRequest) -> RunWriter:
+    draft = Manifest(
+        kind=request.kind,
+        status="unfinished",
+        fingerprint=request.fingerprint,
+        identity=builtins(request.identity),
+        spec=builtins(request.spec),
+        model=request.model,
+        texts=request.texts,
+        provenance=provenance.gather(device=request.device, threads=request.threads),
+    )
+    found = _existing(path)
+    if found is None and not request.force:
+        _refuse_foreign_files(path)
+    if found is not None and found.fingerprint != request.fingerprint and not request.force:
+        raise RunError(_other_run(path, found, draft), "overwrite it with --force, or choose another --output")
+    same = found is not None and found.fingerprint == request.fingerprint and not request.force
+    if same and found and found.status == "complete":
+        return RunWriter(path=path, manifest=found, complete=True, warnings=list(found.warnings))
+    resumed = bool(same and request.resume and (path / SHARDS).is_dir())
+    if not resumed:
+        _remove_run(path, found)
+    write_bytes(path / UNFINISHED, pretty(draft).encode())
+    return RunWriter(path=path, manifest=draft, resumed=resumed)
+
+
+def _existing(path: Path) -> Manifest | None:
+    if (path / MANIFEST).exists():
+        return decode((path / MANIFEST).read_bytes(), Manifest, str(path / MANIFEST))
+    if (path / UNFINISHED).exists():
+        return read_draft(path)
+    return None
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    if foreign:
+        raise RunError(
+            f"{path} holds files that are not a run's ({', '.join(foreign[:3])})",
+            "choose an empty directory with --output; files that are not ours are never touched",
+        )
+
+
+def _other_run(path: Path, found: Manifest, draft: Manifest) -> str:
+    lines = differences({"kind": found.kind, **found.identity}, {"kind": draft.kind, **draft.identity})
+    return "\n  ".join([f"{path} holds another run:", *lines[:12], *(["..."] if len(lines) > 12 else [])])
+
+
+def _remove_run(path: Path, found: Manifest | None) -> None:
+    """Remove what an earlier run wrote here, and nothing else."""
+    ours = [file.path for file in found.files if "/" not in file.path] if found else []
+    for name in (MANIFEST, UNFINISHED, *ours):
+        target = path / name
+        if target.is_file() and not target.is_symlink():
+            target.unlink()
+    remove_shards(path)
+
+
+def _finished(started: Provenance) -> Provenance:
+    finished = provenance.now()
+    seconds = (datetime.fromisoformat(finished) - datetime.fromisoformat(started.started)).total_seconds()
+    return replace(started, finished=finished, seconds=max(0.0, seconds))
+
+
+def _directory_name(model: str) -> str:
+    name = model.replace("\\", "/").rstrip("/").split("/")[-1]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".") or "model"

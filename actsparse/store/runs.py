@@ -1,0 +1,130 @@
+"""Complete runs as they are read back: one class a kind, tables as polars frames."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import polars as pl
+
+from actsparse.errors import RunError
+from actsparse.results import (
+    EvalRow,
+    Generation,
+    HeadRow,
+    Manifest,
+    Measure,
+    NeuronRow,
+    RunKind,
+    ThresholdPlan,
+    TimingRow,
+    TokenRow,
+)
+from actsparse.store import arrays, tables
+from actsparse.store.codec import decode
+from actsparse.store.files import sha256_of
+from actsparse.store.run import read_manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+    kind: ClassVar[RunKind]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The run at `path`; raises RunError where it is missing, incomplete, damaged or of another kind."""
+        manifest = read_manifest(path)
+        if manifest.kind != cls.kind:
+            raise RunError(
+                f"{path} is a run of kind '{manifest.kind}', not '{cls.kind}'", f"give a {cls.kind} run directory"
+            )
+        for file in manifest.files:
+            _check(path, file.path, file.bytes, file.sha256)
+        return cls(path, manifest)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.manifest.warnings
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The document that `--json` printed when the run was made."""
+        return json.loads((self.path / "summary.json").read_bytes())
+
+
+@dataclass(frozen=True)
+class ProfileRun(Run):
+    """What `profile` found: measures, neurons, heads, histograms."""
+
+    kind = RunKind.PROFILE
+
+    @cached_property
+    def measures(self) -> pl.DataFrame:
+        return tables.read(self.path / "measures.parquet", Measure)
+
+    @cached_property
+    def neurons(self) -> pl.DataFrame:
+        return tables.read(self.path / "neurons.parquet", NeuronRow)
+
+    @cached_property
+    def heads(self) -> pl.DataFrame:
+        return tables.read(self.path / "heads.parquet", HeadRow)
+
+    @cached_property
+    def histograms(self) -> dict[str, Any]:
+        """Numpy arrays `layers.<i>.<kind>.counts` and `.edges`."""
+        return arrays.read(self.path / "histograms.safetensors")
+
+
+@dataclass(frozen=True)
+class PlanRun(Run):
+    """What `threshold` derived: a plan and the file of its tensors."""
+
+    kind = RunKind.PLAN
+
+    @cached_property
+    def plan(self) -> ThresholdPlan:
+        return decode((self.path / "plan.json").read_bytes(), ThresholdPlan, str(self.path / "plan.json"))
+
+
+@dataclass(frozen=True)
+class EvalRun(Run):
+    """What `evaluate` measured: results, per-token and per-repetition tables, generations."""
+
+    kind = RunKind.EVAL
+
+    @cached_property
+    def results(self) -> pl.DataFrame:
+        return tables.read(self.path / "results.parquet", EvalRow)
+
+    @cached_property
+    def tokens(self) -> pl.DataFrame:
+        return tables.read(self.path / "tokens.parquet", TokenRow)
+
+    @cached_property
+    def timing(self) -> pl.DataFrame:
+        return tables.read(self.path / "timing.parquet", TimingRow)
+
+    @cached_property
+    def generations(self) -> tuple[Generation, ...]:
+        lines = (self.path / "generations.jsonl").read_bytes().splitlines()
+        return tuple(decode(line, Generation, str(self.path / "generations.jsonl")) for line in lines)
+
+
+def open_any(path: Path) -> ProfileRun | PlanRun | EvalRun:
+    """The run at `path`, whatever its kind."""
+    classes = {RunKind.PROFILE: ProfileRun, RunKind.PLAN: PlanRun, RunKind.EVAL: EvalRun}
+    return classes[read_manifest(path).kind].open(path)
+
+
+def _check(run: Path, name: str, size: int, sha256: str) -> None:
+    path = run / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        raise RunError(f"the manifest of {run} names a file outside it: {name}", "do not use this run")
+    if not path.exists() or path.stat().st_size != size or sha256_of(path) != sha256:
+        raise RunError(f"{path} is missing or damaged", "repeat the command that made the run with --force")

@@ -1,0 +1,54 @@
+"""Tables as parquet: a record class is the schema of its table, one field a column."""
+
+import types
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import polars as pl
+
+from actsparse.errors import RunError
+from actsparse.store.files import write_atomic
+
+COLUMN_TYPES: dict[type, Any] = {int: pl.Int64, float: pl.Float64, str: pl.String, bool: pl.Boolean}
+
+
+def schema_of(record: type) -> dict[str, Any]:
+    """Column names and polars types of a record class."""
+    hints = get_type_hints(record)
+    return {field.name: COLUMN_TYPES[_plain(hints[field.name])] for field in fields(record)}
+
+
+def _plain(hint: Any) -> type:
+    """The type of a column, without `| None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def frame(rows: Iterable[Any], record: type) -> pl.DataFrame:
+    """The rows as a frame with the columns of `record`."""
+    return pl.DataFrame([asdict(row) for row in rows], schema=schema_of(record), orient="row")
+
+
+def write(path: Path, table: pl.DataFrame) -> None:
+    """Write a table, whole or not at all."""
+    write_atomic(path, lambda temporary: table.write_parquet(temporary, statistics=False))
+
+
+def read(path: Path, record: type) -> pl.DataFrame:
+    """The table at `path`; raises RunError where it is absent, damaged or of another schema."""
+    if not path.exists():
+        raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
+    expected = schema_of(record)
+    if dict(table.schema) != expected:
+        raise RunError(
+            f"{path} has columns {list(table.columns)}, expected {list(expected)}",
+            "it was written by another version; repeat the command that made the run with --force",
+        )
+    return table
