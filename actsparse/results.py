@@ -39,6 +39,12 @@ class Verdict(StrEnum):
     NOT_SIGNIFICANT = "not significant"
 
 
+def param(**values: object) -> str:
+    """The `param` column: `key=value[,key=value]`, keys sorted (a trailing underscore of a key is dropped)."""
+    texts = {key.rstrip("_"): f"{v:g}" if isinstance(v, float) else str(v) for key, v in values.items()}
+    return ",".join(f"{key}={texts[key]}" for key in sorted(texts))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     layer: int
@@ -191,7 +197,7 @@ class TextRecord:
     """A text that was read: where from, how it was cut, and the hash of its content.
 
     `sequences` blocks or prompts of `tokens` tokens in all; for blocks `block_length`, `prompt_length` and the
-    half-open range `blocks`.
+    half-open range `blocks`. `window_hashes` are a sample of 16-token windows, by which two texts are seen to overlap.
     """
 
     role: str
@@ -203,7 +209,7 @@ class TextRecord:
     prompt_length: int | None = None
     blocks: tuple[int, int] | None = None
     sink_tokens: int = 4
-    sequence_sha256: tuple[str, ...] = ()
+    window_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Texts: prompts, corpora and how they are cut into token sequences."""

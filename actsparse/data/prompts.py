@@ -1,0 +1,139 @@
+"""Prompts from files: text, JSON lines, folders of them, or a data set.
+
+A `.txt` file holds prompts separated by blank lines; a `.jsonl` file holds one object a line with `text`, `prompt` or
+`messages`; a folder is read in the order of its file names (`.txt` and `.jsonl`).
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actsparse.errors import DataError
+
+TEXT_FIELDS = ("text", "prompt")
+SUFFIXES = (".txt", ".jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt as it was read: plain text, or chat messages that the model's template renders."""
+
+    source: str
+    text: str = ""
+    messages: tuple[dict[str, str], ...] = ()
+
+    @property
+    def content(self) -> str:
+        """The words of the prompt, without a chat template."""
+        return self.text or "\n".join(message["content"] for message in self.messages)
+
+
+def sample_prompts() -> Path:
+    """The folder of the shipped sample prompts."""
+    return Path(__file__).resolve().parents[1] / "sample_prompts"
+
+
+def read_prompts(paths: Iterable[str]) -> list[Prompt]:
+    """The prompts at `paths` in order; raises DataError naming the file, and the line where one is at fault."""
+    prompts = [prompt for path in paths for file in _files(Path(path).expanduser()) for prompt in _read(file)]
+    if not prompts:
+        raise DataError("there is no prompt to read", "give a file or folder with text: --prompts PATH")
+    return prompts
+
+
+def read_dataset(name: str, split: str, column: str, limit: int | None) -> list[Prompt]:
+    """Rows of a data set as prompts, streamed; `name` is a hub id or a local csv, json, jsonl, parquet or text file."""
+    from datasets import load_dataset
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    builder = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+    path = Path(name).expanduser()
+    try:
+        if path.is_file() and path.suffix in builder:
+            rows = load_dataset(builder[path.suffix], data_files=str(path), split="train", streaming=True)
+        else:
+            rows = load_dataset(name, split=split, streaming=True)
+        found = list(itertools.islice(_rows(rows, column, name), limit))
+    except (DatasetNotFoundError, DataFilesNotFoundError, FileNotFoundError, ConnectionError):
+        raise DataError(
+            f"there is no data set '{name}' here or on the hub", "check the name, or give a local file with --prompts"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"data set '{name}' cannot be read: {error}", "check --split and the file's format") from None
+    if not found:
+        raise DataError(f"data set '{name}', split '{split}' has no rows", "choose another --split")
+    return found
+
+
+def _rows(rows: Iterable[Any], column: str, name: str) -> Iterator[Prompt]:
+    for index, row in enumerate(rows):
+        if column not in row:
+            raise DataError(
+                f"data set '{name}' has no column '{column}'",
+                f"it has {', '.join(row)}: --text-column {next(iter(row))}",
+            )
+        yield _prompt({"messages" if isinstance(row[column], list) else "text": row[column]}, f"{name}[{index}]")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"the folder {path} has no .txt or .jsonl file", "put prompts there, or give a file")
+        return files
+    if not path.is_file():
+        raise DataError(f"there is no file or folder {path}", "check the path given with --prompts")
+    return [path]
+
+
+def _read(file: Path) -> list[Prompt]:
+    text = read_text(file)
+    if file.suffix == ".jsonl":
+        lines = enumerate(text.splitlines(), 1)
+        return [_parse_line(line, f"{file.name}:{number}") for number, line in lines if line.strip()]
+    paragraphs = text.replace("\r\n", "\n").split("\n\n")
+    return [Prompt(source=file.name, text=part.strip("\n")) for part in paragraphs if part.strip()]
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, UTF-8; raises DataError where it is empty or undecodable."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text (byte {error.start})", "convert it: iconv -t utf-8") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}", "check the path and its permissions") from None
+    if not text.strip():
+        raise DataError(f"{file} is empty", "give a file with text in it")
+    return text
+
+
+def _parse_line(line: str, where: str) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}", "write one JSON object a line") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{where} is not a JSON object", 'write one object a line: {"text": "..."}')
+    return _prompt(fields, where)
+
+
+def _prompt(fields: dict[str, Any], where: str) -> Prompt:
+    for name in TEXT_FIELDS:
+        if isinstance(fields.get(name), str) and fields[name].strip():
+            return Prompt(source=where, text=fields[name])
+    messages = fields.get("messages")
+    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+        plain = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+        return Prompt(source=where, messages=plain)
+    raise DataError(
+        f"{where} has no text: none of the fields text, prompt or messages holds any",
+        'write one object a line: {"text": "..."}',
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

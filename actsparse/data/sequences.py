@@ -1,0 +1,157 @@
+"""Texts as token sequences: prompts one by one, a corpus as blocks of equal length."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from actsparse.data.prompts import Prompt, read_text
+from actsparse.errors import DataError
+from actsparse.results import TextRecord
+
+WINDOW = 16
+WINDOW_SHARE = 32
+MAX_WINDOWS = 4096
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token id sequences (1-D int64 tensors) and the record of the text that they came from."""
+
+    ids: tuple[Tensor, ...]
+    record: TextRecord
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids in self.ids)
+
+    def take(self, chosen: Sequence[int], blocks: tuple[int, int] | None = None) -> "Sequences":
+        """The sequences at the places `chosen`, with a record of exactly these."""
+        ids = tuple(self.ids[i] for i in chosen)
+        return Sequences(ids, replace(_count(self.record, ids), blocks=blocks))
+
+    def stack(self) -> Tensor:
+        """Blocks of equal length as one tensor [blocks, block_length]."""
+        return torch.stack(self.ids)
+
+
+def from_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    source: str,
+    role: str,
+    notify: Callable[[str], None],
+) -> Sequences:
+    """One sequence a prompt, with the tokenizer's own special tokens; longer than the context: split, and said so."""
+    ids: list[Tensor] = []
+    for prompt in prompts:
+        tokens = _tokens(prompt, tokenizer)
+        limit = max_length or len(tokens)
+        if len(tokens) > limit:
+            pieces = -(-len(tokens) // limit)
+            notify(f"{prompt.source}: {len(tokens)} tokens, over the model's {limit}; split into {pieces} sequences")
+        ids.extend(torch.tensor(tokens[start : start + limit]) for start in range(0, len(tokens), limit))
+    digest = hashlib.sha256("\0".join(prompt.content for prompt in prompts).encode()).hexdigest()
+    return Sequences(
+        tuple(ids), _count(TextRecord(role=role, source=source, sha256=digest, sequences=0, tokens=0), ids)
+    )
+
+
+def blocks_of(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_length: int,
+    prompt_length: int,
+    source: str,
+    role: str,
+) -> Sequences:
+    """Consecutive blocks of a text (methods.md, section 1): tokenised once, last partial block dropped.
+
+    BOS stands in front of each block if and only if the tokenizer's own call adds one; then a block holds
+    `block_length - 1` tokens of the text.
+    """
+    text = text.replace("\r\n", "\n")
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    step = block_length - len(bos)
+    ids = tuple(torch.tensor([*bos, *tokens[start : start + step]]) for start in range(0, len(tokens) - step + 1, step))
+    if not ids:
+        raise DataError(
+            f"{source} has {len(tokens)} tokens, too few for one block of {block_length}",
+            f"give more text, or shorter blocks: --block-length {max(8, len(tokens) // 2)}",
+        )
+    record = TextRecord(
+        role=role,
+        source=source,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        sequences=0,
+        tokens=0,
+        block_length=block_length,
+        prompt_length=prompt_length,
+        blocks=(0, len(ids)),
+    )
+    return Sequences(ids, _count(record, ids))
+
+
+def read_corpus(path: str) -> tuple[str, str]:
+    """The text of a corpus file and its name; raises DataError where it cannot be read."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"there is no file {file}", "check the path given with --corpus or --calib")
+    return read_text(file), file.name
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's own call puts BOS in front."""
+    ids = tokenizer("x").input_ids
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def window_hashes(sequences: Sequence[Tensor]) -> tuple[str, ...]:
+    """A sample of the 16-token windows of the sequences, the same for equal windows wherever they stand.
+
+    Two texts that share a passage of about 100 tokens or more share some of these hashes.
+    """
+    weights = np.random.default_rng(0).integers(1, 2**63, WINDOW, dtype=np.uint64) | np.uint64(1)
+    found: set[int] = set()
+    for ids in sequences:
+        if len(ids) < WINDOW:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(ids.numpy().astype(np.uint64), WINDOW)
+        hashed = (windows * weights).sum(axis=1, dtype=np.uint64)
+        hashed = (hashed ^ (hashed >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+        found.update(hashed[(hashed >> np.uint64(32)) % np.uint64(WINDOW_SHARE) == 0].tolist())
+    return tuple(f"{value:016x}" for value in sorted(found)[:MAX_WINDOWS])
+
+
+def shares_text(first: TextRecord, second: TextRecord) -> bool:
+    """Whether two texts have passages in common."""
+    return bool(set(first.window_hashes) & set(second.window_hashes))
+
+
+def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not prompt.messages:
+        return list(tokenizer(prompt.text, verbose=False).input_ids)
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{prompt.source} holds chat messages, and this model's tokenizer has no chat template",
+            "give plain text in a field 'text'",
+        )
+    messages = [dict(message) for message in prompt.messages]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _count(record: TextRecord, ids: Sequence[Tensor]) -> TextRecord:
+    return replace(record, sequences=len(ids), tokens=sum(len(one) for one in ids), window_hashes=window_hashes(ids))

@@ -1,0 +1,178 @@
+"""Which text serves what: a profile's sequences; the quality, calibration and prompt texts of an evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from actsparse.data.prompts import Prompt, read_dataset, read_prompts, sample_prompts
+from actsparse.data.sequences import Sequences, blocks_of, from_prompts, read_corpus
+from actsparse.errors import DataError
+from actsparse.specs import DataSpec
+
+CORPUS_BLOCK, CORPUS_PROMPT = 512, 256
+JOINED_BLOCK, JOINED_PROMPT = 256, 128
+DEFAULT_BLOCKS = 8
+PARTS = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvalTexts:
+    """The texts of an evaluation: blocks scored, blocks that methods are fitted on, prompts that are continued."""
+
+    quality: Sequences
+    calibration: Sequences
+    prompts: Sequences
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Reads what a DataSpec names with one tokenizer; `max_positions` is the model's context."""
+
+    spec: DataSpec
+    tokenizer: PreTrainedTokenizerBase
+    max_positions: int | None
+    notify: Notify
+
+    def profile_sequences(self) -> Sequences:
+        """The sequences of a profile: blocks of the corpus, or prompts."""
+        if self.spec.corpus is not None:
+            blocks = self._corpus(self.spec.corpus, "profile")
+            return _limited(blocks, _part(len(blocks), self.spec.part), self.spec.limit)
+        prompts, source = self._prompts()
+        chosen = prompts[: self.spec.limit] if self.spec.limit else prompts
+        return self._from_prompts(chosen, source, "profile")
+
+    def calibration_blocks(self) -> Sequences:
+        """The blocks that replays of a profile's text use: its corpus blocks, or its prompts joined into blocks."""
+        if self.spec.corpus is not None:
+            return self.profile_sequences()
+        prompts, source = self._prompts()
+        return self._joined(prompts[: self.spec.limit] if self.spec.limit else prompts, source, "calibration")
+
+    def eval_texts(self) -> EvalTexts:
+        """The three texts of an evaluation; raises DataError where there is too little text."""
+        pool, limit = self._quality_pool()
+        quality = pool.take(limit, (min(limit), max(limit) + 1))
+        quality = replace(quality, record=replace(quality.record, role="quality"))
+        return EvalTexts(quality, self._calibration(pool, limit), self._continued(quality), self.prompt_length)
+
+    @property
+    def block_length(self) -> int:
+        joined = self.spec.corpus is None
+        length = self.spec.block_length or (JOINED_BLOCK if joined else CORPUS_BLOCK)
+        if self.max_positions is not None and length > self.max_positions:
+            raise DataError(
+                f"blocks of {length} tokens do not fit the model's context of {self.max_positions}",
+                f"use shorter blocks: --block-length {self.max_positions}",
+            )
+        return length
+
+    @property
+    def prompt_length(self) -> int:
+        length = self.spec.prompt_length
+        if length is None:
+            length = min(JOINED_PROMPT if self.spec.corpus is None else CORPUS_PROMPT, self.block_length // 2)
+        if not self.spec.sink_tokens < length < self.block_length:
+            raise DataError(
+                f"a prompt of {length} tokens leaves nothing to score or to select from"
+                f" (blocks of {self.block_length}, {self.spec.sink_tokens} sink tokens)",
+                f"choose --prompt-length between {self.spec.sink_tokens + 1} and {self.block_length - 1}",
+            )
+        return length
+
+    def _quality_pool(self) -> tuple[Sequences, list[int]]:
+        """All blocks, and the places of those that are scored."""
+        if self.spec.corpus is not None:
+            pool = self._corpus(self.spec.corpus, "quality")
+        else:
+            prompts, source = self._prompts()
+            pool = self._joined(prompts, source, "quality")
+        split_inside = self.spec.calib is None and self.spec.calib_blocks is None and self.spec.part == "all"
+        places = _part(len(pool), self.spec.part) if self.spec.corpus else list(range(len(pool)))
+        room = len(places) // 2 if split_inside else len(places)
+        wanted = self.spec.limit or min(room, DEFAULT_BLOCKS)
+        if self.spec.limit is None and room > DEFAULT_BLOCKS:
+            self.notify(f"scoring the first {wanted} of {len(places)} blocks; --limit N takes more")
+        if wanted < 1 or wanted > len(places):
+            raise DataError(
+                f"{pool.record.source} has {len(places)} blocks of {self.block_length} tokens, {max(1, wanted)} are"
+                " needed" + (" and as many for calibration" if split_inside else ""),
+                "give more text, a smaller --limit, or shorter blocks with --block-length",
+            )
+        return pool, places[:wanted]
+
+    def _calibration(self, pool: Sequences, scored: list[int]) -> Sequences:
+        """The blocks that methods are fitted on: another file, a named range, the other half, or blocks N..2N-1."""
+        role = "calibration"
+        if self.spec.calib is not None:
+            blocks = self._corpus(self.spec.calib, role)
+            return _limited(blocks, list(range(len(blocks))), len(scored))
+        if self.spec.part != "all":
+            other = replace(self.spec, part="even" if self.spec.part == "odd" else "odd")
+            blocks = replace(self, spec=other).calibration_blocks()
+            return _limited(blocks, list(range(len(blocks))), len(scored))
+        first, stop = self.spec.calib_blocks or (len(scored), 2 * len(scored))
+        if not 0 <= first < stop <= len(pool):
+            raise DataError(
+                f"calibration blocks {first}:{stop} are not all there: {pool.record.source} has {len(pool)} blocks",
+                "give more text, a smaller --limit, or another text with --calib PATH",
+            )
+        taken = pool.take(range(first, stop), (first, stop))
+        return replace(taken, record=replace(taken.record, role=role))
+
+    def _continued(self, quality: Sequences) -> Sequences:
+        """The prompts that are generated from and timed: given prompts, else the first P tokens of scored blocks."""
+        if self.spec.prompts or self.spec.dataset or self.spec.corpus is None:
+            prompts, source = self._prompts()
+            return self._from_prompts(prompts, source, "prompts")
+        heads = tuple(ids[: self.prompt_length] for ids in quality.ids)
+        return Sequences(heads, replace(quality.record, role="prompts"))
+
+    def _prompts(self) -> tuple[list[Prompt], str]:
+        if self.spec.dataset is not None:
+            limit = None if self.spec.limit is None else 2 * self.spec.limit
+            found = read_dataset(self.spec.dataset, self.spec.split, self.spec.text_column, limit)
+            source = f"{self.spec.dataset} ({self.spec.split})"
+        elif self.spec.prompts:
+            found, source = read_prompts(self.spec.prompts), ", ".join(self.spec.prompts)
+        else:
+            found, source = read_prompts([str(sample_prompts())]), "sample_prompts"
+            self.notify(f"no text given: using the {len(found)} sample prompts shipped with actsparse")
+        return [found[i] for i in _part(len(found), self.spec.part)], source
+
+    def _corpus(self, path: str, role: str) -> Sequences:
+        text, name = read_corpus(path)
+        return blocks_of(
+            text,
+            self.tokenizer,
+            block_length=self.block_length,
+            prompt_length=self.prompt_length,
+            source=name,
+            role=role,
+        )
+
+    def _joined(self, prompts: list[Prompt], source: str, role: str) -> Sequences:
+        text = "\n\n".join(prompt.content for prompt in prompts)
+        return blocks_of(
+            text, self.tokenizer, block_length=self.block_length, prompt_length=self.prompt_length, source=source,
+            role=role,
+        )  # fmt: skip
+
+    def _from_prompts(self, prompts: list[Prompt], source: str, role: str) -> Sequences:
+        return from_prompts(
+            prompts, self.tokenizer, max_length=self.max_positions, source=source, role=role, notify=self.notify
+        )
+
+
+def _part(count: int, part: str) -> list[int]:
+    start, step = PARTS[part]
+    return list(range(start, count, step))
+
+
+def _limited(blocks: Sequences, places: list[int], limit: int | None) -> Sequences:
+    chosen = places[: limit or len(places)]
+    return blocks.take(chosen, (min(chosen), max(chosen) + 1))

@@ -1,0 +1,86 @@
+"""The table of model families: where each keeps its layers, projections and activation.
+
+Adding a family is one row here and its name in the list of `tests/models/test_families.py`. Paths are dotted names
+from the model, the layer, the attention or the MLP; an empty path is the object itself.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from actsparse.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One row: names of the parts of a decoder layer.
+
+    `gate` is None in a non-gated FFN; `gate == up` means one fused projection whose output is [gate, up].
+    `transposed` weights are stored [in, out] (GPT-2's Conv1D).
+    """
+
+    model_type: str
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
+    mlp: str = "mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+    transposed: bool = False
+
+    @property
+    def fused_gate_up(self) -> bool:
+        return self.gate == self.up
+
+
+def _plain(model_type: str, **parts: str | tuple[str, ...] | bool | None) -> Family:
+    """A non-gated family."""
+    return Family(model_type=model_type, gate=None, **parts)  # pyright: ignore[reportArgumentType]
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        *(
+            Family(model_type=name)
+            for name in (
+                "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2", "gemma3_text",
+                "olmo2", "stablelm", "cohere",
+            )
+        ),
+        Family(model_type="phi3", qkv=("qkv_proj",), gate="gate_up_proj", up="gate_up_proj",
+               activation="activation_fn"),
+        _plain("phi", output="dense", up="fc1", down="fc2", activation="activation_fn"),
+        _plain("nemotron"),
+        _plain("starcoder2", up="c_fc", down="c_proj", activation="act"),
+        _plain("opt", layers="model.decoder.layers", output="out_proj", mlp="", up="fc1", down="fc2",
+               activation="activation_fn"),
+        _plain("gpt2", layers="transformer.h", attention="attn", qkv=("c_attn",), output="c_proj", up="c_fc",
+               down="c_proj", activation="act", transposed=True),
+        _plain("gpt_neo", layers="transformer.h", attention="attn.attention", output="out_proj", up="c_fc",
+               down="c_proj", activation="act"),
+        _plain("gpt_neox", layers="gpt_neox.layers", attention="attention", qkv=("query_key_value",), output="dense",
+               up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
+        _plain("gptj", layers="transformer.h", attention="attn", output="out_proj", up="fc_in", down="fc_out",
+               activation="act"),
+        _plain("falcon", layers="transformer.h", attention="self_attention", qkv=("query_key_value",), output="dense",
+               up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
+        _plain("bloom", layers="transformer.h", attention="self_attention", qkv=("query_key_value",), output="dense",
+               up="dense_h_to_4h", down="dense_4h_to_h", activation="gelu_impl"),
+        _plain("mpt", layers="transformer.blocks", attention="attn", qkv=("Wqkv",), output="out_proj", mlp="ffn",
+               activation="act"),
+    )
+}  # fmt: skip
+
+
+def family_of(model_type: str) -> Family:
+    """The row of a model type; raises ModelError naming the nearest row."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.4)
+    raise ModelError(
+        f"model type '{model_type}' is not supported: no row of the family table describes it",
+        (f"the nearest row is '{near[0]}'; " if near else "") + f"supported are {', '.join(sorted(FAMILIES))}",
+    )

@@ -1,0 +1,82 @@
+"""GGUF files, converted once into a directory that transformers loads in seconds.
+
+The converter of transformers ignores `tokenizer.ggml.pre`, the rule that cuts text before byte-pair merging; it is
+restored here, since wrong token ids change every number that follows.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actsparse.errors import ModelError
+from actsparse.models.home import file_sha256, home
+
+SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+GPT2_LIKE = frozenset({"gpt-2", "gpt2", "olmo", "mpt", "phi-2", "jina-es", "jina-de"})
+KEPT_BY_CONVERTER = frozenset({"llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-llm", "default", ""})
+
+
+def converted(path: Path, notify: Callable[[str], None]) -> Path:
+    """The directory of the model in a `.gguf` file, converted on first use (float32, dequantised).
+
+    Raises ModelError where the file is damaged or its architecture is unknown to transformers.
+    """
+    directory = home() / "models" / f"{path.stem}-{file_sha256(path)[:12]}"
+    if (directory / "config.json").exists():
+        return directory
+    notify(f"converting {path.name} once (about 40 s for 135 M parameters), kept in {directory}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
+        work = Path(folder) / "model"
+        _convert(path, work, notify)
+        try:
+            os.replace(work, directory)
+        except OSError:
+            if not (directory / "config.json").exists():
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    return directory
+
+
+def _convert(path: Path, target: Path, notify: Callable[[str], None]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        pre = _pre_tokenizer_name(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{path} cannot be converted: {error}", "check that the file is whole and its architecture is supported"
+        ) from None
+    _restore_pre_tokenizer(tokenizer, pre, path, notify)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    logging.enable_progress_bar()
+
+
+def _pre_tokenizer_name(path: Path) -> str:
+    from gguf import GGUFReader
+
+    found = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    return str(found.contents()) if found is not None else ""
+
+
+def _restore_pre_tokenizer(tokenizer: Any, pre: str, path: Path, notify: Callable[[str], None]) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in SINGLE_DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), byte_level])
+    elif pre in GPT2_LIKE:
+        tokenizer.backend_tokenizer.pre_tokenizer = byte_level
+    elif pre not in KEPT_BY_CONVERTER:
+        notify(f"{path.name}: its pre-tokenizer '{pre}' is not known here; token ids may differ from the original")

@@ -1,0 +1,169 @@
+"""From a ModelSpec to a model that is ready to be read: weights, tokenizer, sites and record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from actsparse.errors import ModelError
+from actsparse.models.families import family_of
+from actsparse.models.record import record
+from actsparse.models.sites import ModelSites, resolve
+from actsparse.models.sources import Source, find
+from actsparse.results import ModelRecord
+from actsparse.specs import ModelSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with its tokenizer, sites and record."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: ModelSites
+    record: ModelRecord
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) -> LoadedModel:
+    """The model that `spec` names, loaded; raises ModelError naming what does not fit.
+
+    dtype `auto` is float32 on a CPU and the checkpoint's own on a GPU; device `auto` is the first GPU, else the CPU.
+    """
+    source = find(spec, notify)
+    config = _config(source, spec)
+    _check_type(config)
+    device = resolve_device(spec.device)
+    model = _weights(source, config, spec, resolve_dtype(spec.dtype, config, device), device)
+    sites = resolve(model)
+    return LoadedModel(model, _tokenizer(source, spec), sites, record(spec.name, source, sites))
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; raises ModelError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"there is no device '{device}'", "use --device auto, cpu, cuda or cuda:0") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"there is no device '{device}': torch sees {torch.cuda.device_count()} GPUs", "use --device cpu"
+        )
+    return found
+
+
+def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """A named dtype, or what `auto` means on this device; raises ModelError on an unknown name."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else (getattr(config, "dtype", None) or torch.bfloat16)
+    if dtype not in DTYPES:
+        raise ModelError(f"there is no dtype '{dtype}'", f"use one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _config(source: Source, spec: ModelSpec) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=spec.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{source.resolved}: config.json cannot be used: {reason}", "check config.json") from None
+
+
+def _check_type(config: Any) -> None:
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model type '{config.model_type}' is not a causal language model",
+            "actsparse reads decoder-only models, such as llama, mistral, qwen2, gpt2 or opt",
+        )
+    family_of(config.model_type)
+
+
+def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    quiet = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.directory,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            **({"quantization_config": _dequantizing(config)} if spec.dequantize and _quantized(config) else {}),
+        )
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
+        ) from None
+    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
+        raise _unreadable(source, config, error) from None
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
+    return _move(model, device, source).eval()
+
+
+def _move(model: PreTrainedModel, device: torch.device, source: Source) -> PreTrainedModel:
+    try:
+        return model.to(device)  # pyright: ignore[reportArgumentType]
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
+        ) from None
+
+
+def _unreadable(source: Source, config: Any, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if _quantized(config):
+        return ModelError(
+            f"{source.resolved} is quantised and cannot be loaded here: {reason}",
+            "install the quantiser that it names, or load it with --dequantize",
+        )
+    return ModelError(
+        f"the weights of {source.resolved} cannot be loaded: {reason}",
+        "check that the directory holds whole *.safetensors files for its config.json",
+    )
+
+
+def _quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _dequantizing(config: Any) -> Any:
+    """The checkpoint's own quantisation settings with `dequantize` switched on; raises ModelError where unsupported."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    stored = config.quantization_config
+    settings = dict(stored) if isinstance(stored, dict) else stored.to_dict()
+    built = AutoQuantizationConfig.from_dict(settings)
+    if not hasattr(built, "dequantize"):
+        raise ModelError(
+            f"transformers cannot dequantise '{settings.get('quant_method')}' checkpoints while loading",
+            "use the unquantised checkpoint of this model",
+        )
+    built.dequantize = True
+    return built
+
+
+def _tokenizer(source: Source, spec: ModelSpec) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the tokenizer of {source.resolved} cannot be loaded: {reason}",
+            "put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None

@@ -1,0 +1,101 @@
+"""The record of a loaded model: its shape, dtype, and hashes of what it was loaded from."""
+
+import hashlib
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from actsparse.models.home import file_sha256
+from actsparse.models.sites import ModelSites
+from actsparse.models.sources import Source
+from actsparse.results import ModelRecord
+
+
+def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
+    """What is known of the model behind `sites`."""
+    model, config = sites.model, sites.model.config
+    heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    parameters = sum(p.numel() for p in model.parameters())
+    quantization = getattr(config, "quantization_config", None)
+    return ModelRecord(
+        requested=requested,
+        resolved=source.resolved,
+        revision=source.revision,
+        model_type=config.model_type,
+        activation=_activation(model, sites),
+        gated=sites.gated,
+        layers=len(sites.layers),
+        hidden_size=hidden,
+        intermediate_size=_intermediate_size(sites),
+        heads=heads,
+        kv_heads=_optional(config, "num_key_value_heads", "num_kv_heads") or heads,
+        head_dim=_optional(config, "head_dim") or hidden // heads,
+        vocab_size=config.vocab_size,
+        parameters=parameters,
+        tied_embeddings=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        max_positions=_optional(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+        dtype=str(model.dtype).removeprefix("torch."),
+        bytes_per_weight=_bytes_per_weight(sites),
+        quantization=_quantization_name(quantization),
+        weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
+        config_sha256=file_sha256(source.directory / "config.json"),
+        tokenizer_sha256=_combined(sorted({*source.directory.glob("tokenizer*"), *source.directory.glob("vocab*")})),
+    )
+
+
+def _first(config: object, *names: str) -> int:
+    found = _optional(config, *names)
+    if found is None:
+        raise AttributeError(f"the configuration has none of {names}")
+    return found
+
+
+def _optional(config: object, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _intermediate_size(sites: ModelSites) -> int:
+    down = sites.layers[0].down
+    weight = down._parameters.get("weight")
+    if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        return weight.shape[0 if sites.family.transposed else 1]
+    return int(getattr(down, "in_features", 0)) or _first(sites.model.config, "intermediate_size", "ffn_dim", "n_inner")
+
+
+def _activation(model: PreTrainedModel, sites: ModelSites) -> str:
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    found = next((value for name in names if isinstance(value := getattr(model.config, name, None), str)), None)
+    return found or type(sites.layers[0].activation).__name__
+
+
+def _bytes_per_weight(sites: ModelSites) -> float:
+    """Stored bytes over weights of the layers' projections."""
+    stored = [
+        p for layer in sites.layers for linear in layer.linears for p in (*linear.parameters(), *linear.buffers())
+    ]
+    weights = sum(
+        int(getattr(linear, "in_features", 0)) * int(getattr(linear, "out_features", 0)) or _numel(linear)
+        for layer in sites.layers
+        for linear in layer.linears
+    )
+    return round(sum(p.numel() * p.element_size() for p in stored) / max(1, weights), 4)
+
+
+def _numel(linear: object) -> int:
+    return sum(p.numel() for p in linear.parameters() if p.dim() == 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _quantization_name(quantization: object) -> str | None:
+    if quantization is None:
+        return None
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "unknown"))
+    return str(getattr(quantization, "quant_method", "unknown"))
+
+
+def _combined(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()

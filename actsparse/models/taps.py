@@ -1,0 +1,101 @@
+"""Reading and editing activations: the only file that registers hooks.
+
+Every family gives the same view: a callback gets `(site, x)` with x [batch, seq, width]. A callback that returns None
+observes; one that returns a tensor of the same shape replaces the activation.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from actsparse.errors import ModelError
+from actsparse.models.sites import LayerSites, ModelSites
+from actsparse.results import Site, SiteKind
+
+Callback = Callable[[Site, Tensor], Tensor | None]
+
+
+@contextmanager
+def tapped(
+    sites: ModelSites, callbacks: Mapping[SiteKind, Callback], layers: tuple[int, ...] | None = None
+) -> Iterator[None]:
+    """Call `callbacks[kind]` at every site of that kind while the block runs; no hook outlives it."""
+    handles: list[RemovableHandle] = []
+    shape = _TokenShape()
+    try:
+        handles.append(sites.model.base_model.register_forward_pre_hook(shape.note, with_kwargs=True))
+        for layer in sites.layers:
+            if layers is None or layer.index in layers:
+                for kind, callback in callbacks.items():
+                    handles.append(_attach(layer, kind, callback, shape))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _TokenShape:
+    """Batch and sequence length of the forward pass at work (OPT flattens its tokens inside a layer)."""
+
+    def __init__(self) -> None:
+        self.batch = 0
+
+    def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+        if tokens is None:
+            raise ModelError("the forward pass got no tokens", "pass input_ids or inputs_embeds")
+        self.batch = tokens.shape[0]
+
+    def view(self, x: Tensor) -> Tensor:
+        return x.view(self.batch, -1, x.shape[-1]) if x.dim() == 2 else x
+
+
+def _attach(layer: LayerSites, kind: SiteKind, callback: Callback, shape: _TokenShape) -> RemovableHandle:
+    at = partial(_ask, callback, Site(layer=layer.index, kind=kind), shape)
+    if kind is SiteKind.GATE:
+        return layer.activation.register_forward_hook(lambda _module, _args, output: at(output))
+    if kind is SiteKind.UP:
+        return _attach_up(layer, at)
+    module = {
+        SiteKind.ATTN_IN: layer.qkv[0],
+        SiteKind.ATTN_OUT: layer.output,
+        SiteKind.MLP_IN: layer.up,
+        SiteKind.NEURON: layer.down,
+    }[kind]
+    return module.register_forward_pre_hook(partial(_replace_input, at))
+
+
+def _attach_up(layer: LayerSites, at: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    if layer.gate is None:
+        raise ModelError(
+            f"model type '{layer.family.model_type}' has a non-gated FFN: there is no separate up projection",
+            "use a method that reads the neurons themselves",
+        )
+    if not layer.family.fused_gate_up:
+        return layer.up.register_forward_hook(lambda _module, _args, output: at(output))
+
+    def on_fused(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
+        width = output.shape[-1] // 2
+        edited = at(output[..., width:])
+        if edited is None:
+            return None
+        merged = output.clone()
+        merged[..., width:] = edited
+        return merged
+
+    return layer.up.register_forward_hook(on_fused)
+
+
+def _ask(callback: Callback, site: Site, shape: _TokenShape, x: Tensor) -> Tensor | None:
+    edited = callback(site, shape.view(x))
+    return None if edited is None else edited.reshape(x.shape)
+
+
+def _replace_input(at: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple) -> tuple | None:
+    edited = at(args[0])
+    return None if edited is None else (edited, *args[1:])

@@ -1,0 +1,189 @@
+"""`profile`: record a model's activations on texts and write what was found."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from actsparse.core.cett import CettLayer, CettSolution
+from actsparse.core.reservoir import capacity
+from actsparse.data.sequences import Sequences
+from actsparse.data.texts import TextReader
+from actsparse.errors import DataError, ModelError
+from actsparse.models.load import LoadedModel, load
+from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
+from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.recording import ProfileState, Recorder, batches
+from actsparse.results import HeadRow, Measure, NeuronRow, RunKind
+from actsparse.specs import ProfileSpec
+from actsparse.store import tables, tensors
+from actsparse.store.codec import builtins, pretty
+from actsparse.store.files import write_bytes
+from actsparse.store.fingerprint import asked
+from actsparse.store.run import RunRequest, RunWriter, open_run
+from actsparse.store.runs import ProfileRun
+
+CHECKPOINT_SECONDS = 30.0
+STATE = "state.safetensors"
+
+
+def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
+    """Record what `spec` asks for; returns the complete run, new or up to date.
+
+    Raises ActsparseError where model, text or output cannot be used as asked.
+    """
+    progress = progress or Silent()
+    loaded = load(spec.model, progress.note)
+    sequences = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note).profile_sequences()
+    layers = chosen_layers(spec.layers, loaded)
+    with open_run(_request(spec, loaded, sequences)) as writer:
+        if writer.complete:
+            progress.note(f"{writer.path} is up to date")
+        else:
+            _record_and_write(spec, loaded, sequences, layers, writer, progress)
+    return ProfileRun.open(writer.path)
+
+
+def model_identity(loaded: LoadedModel) -> dict[str, str]:
+    """What makes two loaded models the same: content hashes and the dtype they compute in."""
+    found = loaded.record
+    return {
+        "weights": found.revision or found.weights_sha256,
+        "config": found.config_sha256,
+        "tokenizer": found.tokenizer_sha256,
+        "dtype": found.dtype,
+    }
+
+
+def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tuple[int, ...]:
+    """The layers to record; raises ModelError naming one that the model does not have."""
+    count = len(loaded.sites.layers)
+    for layer in asked_for or ():
+        if not 0 <= layer < count:
+            raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", "correct --layers")
+    return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
+
+
+def record_sequences(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    *,
+    layers: tuple[int, ...],
+    slots: int,
+    seed: int,
+    batch_size: int | None,
+    what: str,
+    progress: Progress,
+    shard: Path | None = None,
+) -> ProfileState:
+    """The statistics of `sequences`; with a `shard`, finished batches are kept there and not repeated."""
+    state = ProfileState.empty(loaded, layers, slots)
+    if shard is not None and shard.exists():
+        state.load(tensors.read(shard))
+        progress.note(f"resuming: {state.sequences} of {len(sequences)} sequences were finished before")
+    recorder = Recorder(loaded, state, sink_tokens=sequences.record.sink_tokens, seed=seed)
+    done, since = 0, time.monotonic()
+    with progress.task(what, sequences.tokens, "tokens") as advance:
+        for batch in batches(sequences.ids, batch_size):
+            done += len(batch.sequences)
+            if done > state.sequences:
+                recorder.record(batch)
+            advance(batch.tokens)
+            if shard is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
+                tensors.write(shard, state.tensors())
+                since = time.monotonic()
+    if shard is not None:
+        tensors.write(shard, state.tensors())
+    return state
+
+
+def solve_cett(
+    loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
+) -> dict[int, CettSolution]:
+    """CETT of every recorded layer, by layer."""
+    found: dict[int, CettSolution] = {}
+    with progress.task("solving CETT", len(state.layers), "layers") as advance:
+        for layer in state.layers:
+            down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
+            found[layer] = CettSolution.of(CettLayer.of(state.reservoir.rows(layer).to(down.device), down), targets)
+            advance(1)
+    return found
+
+
+def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences) -> RunRequest:
+    return RunRequest(
+        kind=RunKind.PROFILE,
+        identity={
+            "asked": {**asked(spec), "model": None},
+            "model": model_identity(loaded),
+            "text": sequences.record.sha256,
+        },
+        spec=spec,
+        model=loaded.record,
+        texts=(sequences.record,),
+        output=spec.output,
+        device=str(loaded.device),
+        threads=torch.get_num_threads(),
+        force=spec.force,
+        resume=spec.resume,
+    )
+
+
+def _record_and_write(
+    spec: ProfileSpec,
+    loaded: LoadedModel,
+    sequences: Sequences,
+    layers: tuple[int, ...],
+    writer: RunWriter,
+    progress: Progress,
+) -> None:
+    width, itemsize = loaded.record.intermediate_size, loaded.model.dtype.itemsize
+    state = record_sequences(
+        loaded,
+        sequences,
+        layers=layers,
+        slots=capacity(spec.reservoir_tokens, spec.reservoir_mb, len(layers), width, itemsize),
+        seed=spec.data.seed,
+        batch_size=spec.batch_size,
+        what="recording",
+        progress=progress,
+        shard=writer.shard(STATE),
+    )
+    if state.tokens == 0:
+        sink = spec.data.sink_tokens
+        raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
+    for site, moments in state.moments.items():
+        if moments.not_finite:
+            text = f"layer {site.layer}, {site.kind}: {moments.not_finite} activations are NaN or infinite"
+            writer.warn(text)
+            progress.warn(text)
+    _write(loaded, state, measure_rows(state, solve_cett(loaded, state, spec.cett_targets, progress)), writer)
+
+
+def _write(loaded: LoadedModel, state: ProfileState, measures: list[Measure], writer: RunWriter) -> None:
+    norms = {
+        layer: loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size).float().norm(dim=0).cpu()
+        for layer in state.layers
+    }
+    tables.write(writer.path / "measures.parquet", tables.frame(measures, Measure))
+    tables.write(writer.path / "neurons.parquet", tables.frame(neuron_rows(state, norms), NeuronRow))
+    tables.write(writer.path / "heads.parquet", tables.frame(head_rows(state), HeadRow))
+    histograms = {}
+    for site, moments in state.moments.items():
+        counts, edges = moments.histogram.trimmed()
+        histograms |= {
+            f"layers.{site.layer}.{site.kind}.counts": counts,
+            f"layers.{site.layer}.{site.kind}.edges": edges,
+        }
+    tensors.write(writer.path / "histograms.safetensors", histograms)
+    reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.layers}
+    tensors.write(writer.path / "reservoir.safetensors", reservoir)
+    summary = {
+        "model": builtins(loaded.record),
+        "data": builtins(writer.manifest.texts[0]),
+        "measures": builtins(measures),
+        "warnings": list(writer.warnings),
+        "run": str(writer.path),
+    }
+    write_bytes(writer.path / "summary.json", pretty(summary).encode())
+    writer.finish()

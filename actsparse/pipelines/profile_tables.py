@@ -1,0 +1,153 @@
+"""From recorded statistics to the rows of a profile's tables."""
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from actsparse.core.cett import CettSolution
+from actsparse.core.stats import gini
+from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
+from actsparse.pipelines.recording import ProfileState
+from actsparse.results import HeadRow, Measure, NeuronRow, Site, SiteKind, param
+
+QUANTILES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
+DEAD, HOT = 0.001, 0.5
+
+
+def measure_rows(state: ProfileState, cett: dict[int, CettSolution]) -> list[Measure]:
+    """The rows of `measures.parquet`."""
+    rows = [Measure(metric="tokens", value=float(state.tokens), unit="tokens", n=state.tokens)]
+    for site, moments in state.moments.items():
+        rows += _moment_rows(site, moments)
+    for layer in state.layers:
+        rows += _neuron_measures(layer, state.neurons[layer])
+        rows += _head_measures(layer, state.heads[layer])
+        rows += _cett_rows(layer, cett[layer])
+    return rows + _cett_means(state, cett)
+
+
+def neuron_rows(state: ProfileState, down_norms: dict[int, Tensor]) -> list[NeuronRow]:
+    """The rows of `neurons.parquet`; `down_norms` [neurons] of every layer."""
+    return [
+        NeuronRow(layer=layer, neuron=neuron, **values)
+        for layer in state.layers
+        for neuron, values in enumerate(_per_neuron(state.neurons[layer], down_norms[layer]))
+    ]
+
+
+def head_rows(state: ProfileState) -> list[HeadRow]:
+    """The rows of `heads.parquet`: heads, then KV groups, layer by layer."""
+    return [
+        HeadRow(layer=layer, unit=unit, index=index, mean_norm=norm / max(1, sums.tokens), share=norm / total)
+        for layer, sums in state.heads.items()
+        for unit, norms in (("head", sums.heads), ("group", sums.groups))
+        for total in [float(norms.sum()) or 1.0]
+        for index, norm in enumerate(norms.tolist())
+    ]
+
+
+def _moment_rows(site: Site, moments: Moments) -> list[Measure]:
+    n = moments.count
+    mean, mean_square = moments.total / max(1, n), moments.total_square / max(1, n)
+    values = {
+        "abs_mean": moments.total_abs / max(1, n),
+        "rms": sqrt(mean_square),
+        "mean": mean,
+        "std": sqrt(max(0.0, mean_square - mean**2)),
+        "abs_max": moments.largest,
+    }
+    rows = [_row(site, metric, value, n) for metric, value in values.items()]
+    rows.append(_row(site, "zero_frac", moments.histogram.zeros / max(1, n), n, unit="share"))
+    if moments.not_finite:
+        rows.append(_row(site, "not_finite", float(moments.not_finite), n, unit="entries"))
+    return rows + [
+        _row(site, "abs_quantile", moments.histogram.quantile(share), n, param=param(s=share)) for share in QUANTILES
+    ]
+
+
+def _neuron_measures(layer: int, sums: NeuronSums) -> list[Measure]:
+    site = Site(layer=layer, kind=SiteKind.NEURON)
+    active = sums.active.double() / max(1, sums.tokens)
+    n = len(active)
+    rows = [
+        _row(site, "neuron_gini", gini(active), n),
+        _row(site, "dead_frac", float((active < DEAD).double().mean()), n, unit="share"),
+        _row(site, "hot_frac", float((active > HOT).double().mean()), n, unit="share"),
+    ]
+    for i, start in enumerate(POSITION_EDGES):
+        seen = int(sums.position_tokens[i])
+        if seen:
+            stop = POSITION_EDGES[i + 1] if i + 1 < len(POSITION_EDGES) else 2 * start
+            where = param(from_=start, to=stop)
+            entries = seen * n
+            rms = sqrt(float(sums.position_square[i]) / entries)
+            zeros = float(sums.position_zeros[i]) / entries
+            rows.append(_row(site, "position_rms", rms, entries, param=where))
+            rows.append(_row(site, "position_zero_frac", zeros, entries, param=where, unit="share"))
+    return rows
+
+
+def _head_measures(layer: int, sums: HeadSums) -> list[Measure]:
+    site = Site(layer=layer, kind=SiteKind.ATTN_OUT)
+    return [
+        _row(site, "head_gini", gini(norms), len(norms), param=param(unit=unit))
+        for unit, norms in (("head", sums.heads), ("group", sums.groups))
+    ]
+
+
+def _cett_rows(layer: int, solution: CettSolution) -> list[Measure]:
+    site = Site(layer=layer, kind=SiteKind.NEURON)
+    rows: list[Measure] = []
+    for target, point in solution.targets.items():
+        where = param(target=target)
+        rows.append(
+            _row(site, "cett_sparsity", point.sparsity, point.tokens, param=where, unit="share",
+                 stderr=point.sparsity_stderr)
+        )  # fmt: skip
+        rows.append(_row(site, "cett_eps", point.eps, point.tokens, param=where))
+    for point in solution.curve:
+        where = param(sparsity=round(point.sparsity, 4))
+        rows.append(_row(site, "cett_curve", point.cett, point.tokens, param=where, stderr=point.cett_stderr))
+    if solution.rho is not None:
+        rows.append(_row(site, "cett_rho", solution.rho, solution.curve[0].tokens))
+    return rows
+
+
+def _cett_means(state: ProfileState, cett: dict[int, CettSolution]) -> list[Measure]:
+    """Mean CETT sparsity over the recorded layers, for every target."""
+    rows = []
+    for target in next(iter(cett.values())).targets if cett else ():
+        points = [cett[layer].targets[target] for layer in state.layers if target in cett[layer].targets]
+        mean = sum(point.sparsity for point in points) / len(points)
+        spread = sqrt(sum(point.sparsity_stderr**2 for point in points)) / len(points)
+        rows.append(
+            Measure(metric="cett_sparsity", kind=SiteKind.NEURON, param=param(target=target), value=mean, unit="share",
+                    n=points[0].tokens, stderr=spread)
+        )  # fmt: skip
+    return rows
+
+
+def _per_neuron(sums: NeuronSums, norms: Tensor) -> list[dict[str, float]]:
+    tokens, rows = max(1, sums.tokens), max(1, sums.rows)
+    mean_abs = sums.total_abs / tokens
+    columns = {
+        "active_frac": sums.active.double() / tokens,
+        "nonzero_frac": sums.nonzero.double() / tokens,
+        "mean_abs": mean_abs,
+        "max_abs": sums.largest,
+        "mean_norm": mean_abs * norms.double(),
+        "griffin": (sums.share_square / rows).sqrt(),
+        "mean": sums.total / tokens,
+        "mean_square_up": sums.square_up / tokens,
+    }
+    table = torch.stack(list(columns.values()), dim=1).tolist()
+    return [dict(zip(columns, values, strict=True)) for values in table]
+
+
+def _row(
+    site: Site, metric: str, value: float, n: int, *, param: str = "", unit: str = "1", stderr: float | None = None
+) -> Measure:
+    return Measure(
+        metric=metric, layer=site.layer, kind=site.kind, param=param, value=value, unit=unit, n=n, stderr=stderr
+    )
