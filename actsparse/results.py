@@ -121,15 +121,34 @@ class EvalRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRow:
-    """One row of `tokens.parquet`: a scored token of a block under a plan. `nll` and `kl` are in nats."""
+    """One row of `tokens.parquet`: a scored token of a block under a plan. `nll` and `kl` are in nats.
+
+    `replica` counts the seeds of a random control; 0 for everything else.
+    """
 
     plan: str
+    replica: int
     block: int
     position: int
     token: int
     nll: float
     kl: float
     top1: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayerRow:
+    """What a plan did in one layer over one block: share of neurons kept over the sparse positions, and mean local
+    error of the MLP output on dense inputs (`rel_err`) and on the sparse path's own (`rel_err_path`)."""
+
+    plan: str
+    replica: int
+    block: int
+    layer: int
+    positions: int
+    kept_frac: float
+    rel_err: float
+    rel_err_path: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,8 +179,29 @@ class Generation:
     prompt_text: str
     text: str
     tokens: int
+    token_ids: tuple[int, ...] = ()
     first_divergence: int | None
     repetition: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBytes:
+    """Weight bytes that one dense batch-1 decode step reads (methods.md, section 0).
+
+    `mlp`: bytes of each MLP matrix of one layer (`gate`, `up`, `down`; no `gate` in a non-gated FFN); `attention` and
+    `head` over the whole model; `total`: all parameters once, a tied embedding being the lm_head, less an untied
+    input embedding.
+    """
+
+    layers: int
+    mlp: dict[str, int]
+    attention: int
+    head: int
+    total: int
+
+    @property
+    def mlp_total(self) -> int:
+        return self.layers * sum(self.mlp.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +226,7 @@ class ModelRecord:
     max_positions: int | None
     dtype: str
     bytes_per_weight: float
+    step: StepBytes
     quantization: str | None
     weights_sha256: str
     config_sha256: str

@@ -92,6 +92,7 @@ class ThresholdSpec:
 class EvalSpec:
     """Quality and speed of `plans` (short forms or plan directories) against dense.
 
+    With `controls`, random and static pruning at the densities of the plans are evaluated beside them.
     `timing_pairs` ABAB pairs of `timing_tokens` decoded tokens give a speed-up; 0 pairs leaves timing out.
     `generations` prompts are continued greedily by `max_new_tokens` tokens, dense and sparse, as samples.
     """
@@ -101,10 +102,11 @@ class EvalSpec:
     plans: tuple[str, ...] = ()
     max_new_tokens: int = 48
     generations: int = 3
-    timing_pairs: int = 5
-    timing_tokens: int = 16
-    timing_prompts: int = 2
+    timing_pairs: int = 7
+    timing_tokens: int = 12
+    timing_prompts: int = 1
     path_check_tokens: int = 8
+    controls: bool = True
     batch_size: int = 1
     max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
     min_top1: float | None = field(default=None, metadata=RUNTIME)

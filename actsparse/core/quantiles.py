@@ -49,29 +49,11 @@ class LogHistogram:
         self.above += other.above
 
     def quantile(self, share: float) -> float:
-        """The floor(share * n)-th smallest magnitude, counting from 0, within 0.049 % (methods.md, section 0).
-
-        Below the range 0 or the range's start, above it the range's end.
-        """
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"a quantile lies between 0 and 1, not {share}")
-        if self.total == 0:
-            return float("nan")
-        rank = min(int(share * self.total), self.total - 1)
-        if rank < self.zeros:
-            return 0.0
-        rank -= self.zeros
-        if rank < self.below:
-            return float(2.0**LOWEST_EXPONENT)
-        rank -= self.below
-        index = int(torch.searchsorted(self.counts.cumsum(0), rank, right=True))
-        if index >= BINS:
-            return float(2.0**HIGHEST_EXPONENT)
-        edges = bin_edges(index, index + 2)
-        return float(edges[0] + edges[1]) / 2
+        """The floor(share * n)-th smallest magnitude, counting from 0, within 0.049 % (methods.md, section 0)."""
+        return quantile_of(*self.trimmed(), share)
 
     def trimmed(self) -> tuple[Int[Tensor, " bins"], Float[Tensor, " edges"]]:
-        """The non-empty stretch of counts, zeros first, and its edges (one more than counts, the first 0)."""
+        """The non-empty stretch of counts and its edges, one more; the first bin, from 0, holds zeros and smaller."""
         used = self.counts.nonzero()
         first, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         counts = torch.cat([torch.tensor([self.zeros + self.below]), self.counts[first:stop]])
@@ -97,3 +79,29 @@ def bin_edges(first: int, stop: int) -> Float[Tensor, " edges"]:
     index = torch.arange(first, stop, dtype=torch.float64)
     octave, step = torch.floor(index / BINS_PER_OCTAVE), index % BINS_PER_OCTAVE
     return torch.exp2(octave + LOWEST_EXPONENT) * (1 + step / BINS_PER_OCTAVE)
+
+
+def quantile_of(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], share: float) -> float:
+    """The floor(share * n)-th smallest of counted magnitudes, as the middle of its bin; 0 in the first bin.
+
+    NaN when nothing was counted; raises ValueError where `share` is not in [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"a quantile lies between 0 and 1, not {share}")
+    cumulative = counts.cumsum(0)
+    total = int(cumulative[-1]) if len(counts) else 0
+    if total == 0:
+        return float("nan")
+    rank = min(int(share * total), total - 1)
+    index = int(torch.searchsorted(cumulative, rank, right=True))
+    low, high = float(edges[index]), float(edges[index + 1])
+    if index == 0:
+        return 0.0
+    return low if high == float("inf") else (low + high) / 2
+
+
+def share_below(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], threshold: float) -> float:
+    """The share of counted magnitudes in bins whose middle is under the threshold."""
+    total = int(counts.sum())
+    middles = (edges[:-1] + edges[1:]) / 2
+    return float(counts[middles < threshold].sum()) / total if total else float("nan")

@@ -13,3 +13,15 @@ def gini(values: Float[Tensor, " n"]) -> float:
         return 0.0
     rank = torch.arange(1, len(ordered) + 1, dtype=torch.float64)
     return float((2 * rank - len(ordered) - 1) @ ordered) / (len(ordered) * total)
+
+
+def median_interval(
+    values: Float[Tensor, " n"], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The median of a sample, with the percentile bootstrap interval (low, high) around it."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = values.double()[torch.randint(len(values), (resamples, len(values)), generator=generator)]
+    medians = torch.quantile(drawn, 0.5, dim=1)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(medians, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return float(torch.quantile(values.double(), 0.5)), low, high

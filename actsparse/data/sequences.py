@@ -150,7 +150,7 @@ def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         )
     messages = [dict(message) for message in prompt.messages]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+    return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False).input_ids)
 
 
 def _count(record: TextRecord, ids: Sequence[Tensor]) -> TextRecord:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from actsparse.models.cost import embedding_and_head, step_bytes
 from actsparse.models.home import file_sha256
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
@@ -16,6 +17,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
     model, config = sites.model, sites.model.config
     heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    embedding, head = embedding_and_head(sites)
     parameters = sum(p.numel() for p in model.parameters())
     quantization = getattr(config, "quantization_config", None)
     return ModelRecord(
@@ -33,10 +35,11 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         head_dim=_optional(config, "head_dim") or hidden // heads,
         vocab_size=config.vocab_size,
         parameters=parameters,
-        tied_embeddings=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied_embeddings=embedding is head,
         max_positions=_optional(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
         dtype=str(model.dtype).removeprefix("torch."),
         bytes_per_weight=_bytes_per_weight(sites),
+        step=step_bytes(sites),
         quantization=_quantization_name(quantization),
         weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
         config_sha256=file_sha256(source.directory / "config.json"),

@@ -58,7 +58,7 @@ class _TokenShape:
 def _attach(layer: LayerSites, kind: SiteKind, callback: Callback, shape: _TokenShape) -> RemovableHandle:
     at = partial(_ask, callback, Site(layer=layer.index, kind=kind), shape)
     if kind is SiteKind.GATE:
-        return layer.activation.register_forward_hook(lambda _module, _args, output: at(output))
+        return layer.activation.register_forward_hook(partial(_replace_output, at))
     if kind is SiteKind.UP:
         return _attach_up(layer, at)
     module = {
@@ -77,7 +77,7 @@ def _attach_up(layer: LayerSites, at: Callable[[Tensor], Tensor | None]) -> Remo
             "use a method that reads the neurons themselves",
         )
     if not layer.family.fused_gate_up:
-        return layer.up.register_forward_hook(lambda _module, _args, output: at(output))
+        return layer.up.register_forward_hook(partial(_replace_output, at))
 
     def on_fused(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor | None:
         width = output.shape[-1] // 2
@@ -94,6 +94,10 @@ def _attach_up(layer: LayerSites, at: Callable[[Tensor], Tensor | None]) -> Remo
 def _ask(callback: Callback, site: Site, shape: _TokenShape, x: Tensor) -> Tensor | None:
     edited = callback(site, shape.view(x))
     return None if edited is None else edited.reshape(x.shape)
+
+
+def _replace_output(at: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: tuple, output: Tensor) -> object:
+    return at(output)
 
 
 def _replace_input(at: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple) -> tuple | None:

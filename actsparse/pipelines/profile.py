@@ -11,10 +11,11 @@ from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
+from actsparse.pipelines.identity import model_identity
 from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
 from actsparse.pipelines.progress import Progress, Silent
-from actsparse.pipelines.recording import ProfileState, Recorder, batches
-from actsparse.results import HeadRow, Measure, NeuronRow, RunKind
+from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState, Recorder, batches
+from actsparse.results import HeadRow, Measure, NeuronRow, RunKind, SiteKind
 from actsparse.specs import ProfileSpec
 from actsparse.store import tables, tensors
 from actsparse.store.codec import builtins, pretty
@@ -44,17 +45,6 @@ def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
     return ProfileRun.open(writer.path)
 
 
-def model_identity(loaded: LoadedModel) -> dict[str, str]:
-    """What makes two loaded models the same: content hashes and the dtype they compute in."""
-    found = loaded.record
-    return {
-        "weights": found.revision or found.weights_sha256,
-        "config": found.config_sha256,
-        "tokenizer": found.tokenizer_sha256,
-        "dtype": found.dtype,
-    }
-
-
 def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tuple[int, ...]:
     """The layers to record; raises ModelError naming one that the model does not have."""
     count = len(loaded.sites.layers)
@@ -74,10 +64,11 @@ def record_sequences(
     batch_size: int | None,
     what: str,
     progress: Progress,
+    kinds: tuple[SiteKind, ...] = MOMENT_KINDS,
     shard: Path | None = None,
 ) -> ProfileState:
     """The statistics of `sequences`; with a `shard`, finished batches are kept there and not repeated."""
-    state = ProfileState.empty(loaded, layers, slots)
+    state = ProfileState.empty(loaded, layers, slots, kinds)
     if shard is not None and shard.exists():
         state.load(tensors.read(shard))
         progress.note(f"resuming: {state.sequences} of {len(sequences)} sequences were finished before")

@@ -1,7 +1,7 @@
 """How a stage tells what it is doing; the command line draws it, the Python API is silent by default."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
@@ -18,15 +18,9 @@ class Progress(Protocol):
         """Tell something that makes a result weaker."""
         ...
 
-    def task(self, what: str, total: int, unit: str) -> "TaskContext":
+    def task(self, what: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         """Open a task of `total` units; the context gives a function that advances it."""
         ...
-
-
-class TaskContext(Protocol):
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

@@ -38,10 +38,12 @@ class ProfileState:
     tokens: int = 0
 
     @classmethod
-    def empty(cls, loaded: LoadedModel, layers: tuple[int, ...], slots: int) -> "ProfileState":
+    def empty(
+        cls, loaded: LoadedModel, layers: tuple[int, ...], slots: int, kinds: tuple[SiteKind, ...] = MOMENT_KINDS
+    ) -> "ProfileState":
         """Nothing recorded yet; `slots` token positions of room for the sample."""
         shape = loaded.record
-        kinds = [kind for kind in MOMENT_KINDS if shape.gated or kind is not SiteKind.UP]
+        kinds = tuple(kind for kind in kinds if shape.gated or kind is not SiteKind.UP)
         return cls(
             layers=layers,
             moments={Site(layer=layer, kind=kind): Moments() for layer in layers for kind in kinds},
@@ -62,7 +64,8 @@ class ProfileState:
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors, for a shard."""
         named = {"seen": torch.tensor([self.sequences, self.tokens])}
-        parts = {f"moments.{site.layer}.{site.kind}": moments for site, moments in self.moments.items()}
+        parts: dict[str, Moments | NeuronSums | HeadSums | Reservoir] = {}
+        parts |= {f"moments.{site.layer}.{site.kind}": moments for site, moments in self.moments.items()}
         parts |= {f"neurons.{layer}": sums for layer, sums in self.neurons.items()}
         parts |= {f"heads.{layer}": sums for layer, sums in self.heads.items()}
         parts["reservoir"] = self.reservoir
@@ -133,6 +136,7 @@ class Recorder:
         self._grams = {
             i: HeadGrams.of(layer.output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads)
             for i, layer in sites.items()
+            if Site(layer=i, kind=SiteKind.ATTN_OUT) in state.moments
         }
         self._spans: list[tuple[int, slice]] = []
         self._admitted: list[tuple[int, Tensor, Tensor]] = []

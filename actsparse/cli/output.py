@@ -1,0 +1,136 @@
+"""The one place that prints. stdout is the answer; progress, notes, warnings and errors go to stderr."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from actsparse.errors import ActsparseError
+from actsparse.pipelines.progress import Advance
+
+QUIET_SECONDS = 2.0
+PLAIN_INTERVAL = 10.0
+
+
+def printable(text: str) -> str:
+    """Text from outside with control characters made visible, so that it cannot drive a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+@dataclass
+class Output:
+    """Where a command's words go. `json`: stdout holds one document only; `quiet`: no progress and no notes."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    out: Console = field(default_factory=lambda: Console(file=sys.stdout, highlight=False, soft_wrap=True))
+    err: Console = field(default_factory=lambda: Console(file=sys.stderr, highlight=False, soft_wrap=True))
+
+    def note(self, text: str) -> None:
+        """A fact that a person should know."""
+        if not self.quiet:
+            self.err.print(escape(printable(text)), style="dim")
+
+    def warn(self, text: str) -> None:
+        """Something that makes a result weaker; shown also when quiet."""
+        self.err.print(f"[yellow]warning:[/] {escape(printable(text))}")
+
+    def error(self, error: ActsparseError) -> None:
+        """What happened, then one hint."""
+        self.err.print(f"[red]error:[/] {escape(printable(error.what))}")
+        if error.hint:
+            self.err.print(f"[cyan]hint:[/] {escape(printable(error.hint))}")
+
+    def document(self, text: str) -> None:
+        """The one JSON document of a command."""
+        self.out.file.write(text.rstrip("\n") + "\n")
+
+    def line(self, text: str) -> None:
+        """A line of the answer."""
+        if not self.json:
+            self.out.print(escape(printable(text)))
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table of the answer; the first column is text, the others are numbers."""
+        if self.json:
+            return
+        table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+        for row in rows:
+            table.add_row(*(escape(printable(cell)) for cell in row))
+        self.out.print(table)
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
+        """Progress over `total` units: bars on a terminal, plain lines elsewhere, nothing under two seconds."""
+        if self.quiet:
+            yield lambda _units: None
+        elif self.err.is_terminal:
+            with self._bars() as bars:
+                task = bars.add_task(escape(what), total=total, unit=unit)
+                yield lambda units: bars.advance(task, units)
+        else:
+            yield _PlainProgress(self.err, what, total, unit).advance
+
+    def _bars(self) -> Bars:
+        return Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=self.err,
+            transient=True,
+        )
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+
+class _PlainProgress:
+    """Lines such as `recording: 40 % (820/2048 tokens, 290/s, 4 s left)`, at most one in ten seconds."""
+
+    def __init__(self, console: Console, what: str, total: int, unit: str) -> None:
+        self.console, self.what, self.total, self.unit = console, what, total, unit
+        self.began = self.shown = time.monotonic()
+        self.done = 0
+
+    def advance(self, units: int) -> None:
+        self.done += units
+        now = time.monotonic()
+        due = QUIET_SECONDS if self.shown == self.began else PLAIN_INTERVAL
+        if now - self.shown < due or not self.total:
+            return
+        self.shown = now
+        rate = self.done / max(1e-9, now - self.began)
+        left = (self.total - self.done) / rate if rate else 0.0
+        share = self.done / self.total
+        self.console.print(
+            f"{self.what}: {share:.0%} ({self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left:.0f} s left)",
+            style="dim",
+        )

@@ -1,0 +1,90 @@
+"""Sequence-level plans on a real model: dense prefill that is watched, one selection, then sliced decode."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from actsparse.engine.decode import prefill
+from actsparse.engine.gating import GateState
+from actsparse.engine.slicing import SlicedMlps, sliceable
+from actsparse.errors import PlanError
+from actsparse.methods.base import FixedGate, Gate, PrefillGate, TokenGate
+from actsparse.models.sites import ModelSites
+from actsparse.models.taps import tapped
+from actsparse.results import Site, SiteKind
+
+
+class SparseDecoder:
+    """Switches a model with sliceable projections between dense and the masks that the last prompt chose.
+
+    Batch 1: `prefill` watches the prompt, `select` decides and gathers; then every pass reads kept neurons only.
+    """
+
+    def __init__(self, sites: ModelSites, gates: Sequence[Gate], mlps: SlicedMlps, *, sink_tokens: int) -> None:
+        self.sites = sites
+        self.width = mlps.neurons
+        self.gates = gates
+        self.sink_tokens = sink_tokens
+        self._mlps = mlps
+        self._states: list[GateState] = []
+        self._masks: list[Bool[Tensor, " neurons"]] = []
+
+    @property
+    def watches(self) -> bool:
+        """Whether the masks depend on the prompt."""
+        return any(isinstance(gate, PrefillGate) for gate in self.gates)
+
+    def prefill(self, ids: Int[Tensor, "1 seq"], cache: Cache) -> Float[Tensor, "1 vocab"]:
+        """Run a prompt dense, watching what the gates need; the logits of its last position."""
+        self.dense()
+        length = ids.shape[1]
+        self._states = [GateState(g, prompt_length=length, sink_tokens=self.sink_tokens) for g in self.gates]
+        if not self.watches:
+            return prefill(self.sites.model, ids, cache)
+
+        def watch(site: Site, a: Tensor) -> None:
+            self._states[site.layer].observe(a, 0)
+
+        with tapped(self.sites, {SiteKind.NEURON: watch}):
+            return prefill(self.sites.model, ids, cache)
+
+    def select(self) -> None:
+        """Decide the masks of the prompt that was prefilled, and gather the kept weights."""
+        self._masks = [self._mask(state) for state in self._states]
+        self._mlps.keep(self._masks)
+
+    def _mask(self, state: GateState) -> Bool[Tensor, " neurons"]:
+        if isinstance(state.gate, FixedGate):
+            return state.gate.mask
+        if not state.ready:
+            return torch.ones(self.width, dtype=torch.bool)
+        return state.chosen()[0]
+
+    def sparse(self) -> None:
+        """Decode sparse from now on, with the masks selected last (nothing is gathered again)."""
+        self._mlps.sparse()
+
+    def dense(self) -> None:
+        """Run dense from now on."""
+        self._mlps.dense()
+
+    @property
+    def masks(self) -> list[Bool[Tensor, " neurons"]]:
+        """The masks selected last, one a layer."""
+        return self._masks
+
+
+@contextmanager
+def sparse_decoder(sites: ModelSites, gates: Sequence[Gate], *, sink_tokens: int) -> Iterator[SparseDecoder]:
+    """A decoder of `sites` under sequence-level gates; the model is as before when the block ends.
+
+    Raises PlanError where a gate decides token by token, or where weights cannot be sliced.
+    """
+    if any(isinstance(gate, TokenGate) for gate in gates):
+        raise PlanError("this plan decides token by token and has no engine yet", "evaluate its quality without timing")
+    with sliceable(sites) as mlps, torch.no_grad():
+        yield SparseDecoder(sites, gates, mlps, sink_tokens=sink_tokens)

@@ -1,0 +1,45 @@
+"""All methods by name, ours and those that other packages add through the entry-point group `actsparse.methods`."""
+
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from actsparse.errors import PlanError
+from actsparse.methods.base import Method
+
+OURS = {
+    "random": "random:Random",
+    "static": "static:Static",
+    "griffin": "griffin:Griffin",
+    "tda": "tda:Tda",
+    "cats": "cats:Cats",
+}
+GROUP = "actsparse.methods"
+
+
+@cache
+def all_methods() -> dict[str, type[Method]]:
+    """Every method's class by name, in the order of the docs."""
+    found = {}
+    for name, place in OURS.items():
+        module, _, attribute = place.partition(":")
+        found[name] = getattr(import_module(f"actsparse.methods.{module}"), attribute)
+    for point in entry_points(group=GROUP):
+        if point.name in found:
+            raise PlanError(
+                f"the package {point.value} adds a method '{point.name}', a name that is taken", "rename it"
+            )
+        found[point.name] = point.load()
+    return found
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method; raises PlanError with the nearest name."""
+    methods = all_methods()
+    if name in methods:
+        return methods[name]
+    near = get_close_matches(name, methods, n=1)
+    raise PlanError(
+        f"there is no method '{name}'", (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(methods)}"
+    )

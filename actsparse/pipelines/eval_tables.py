@@ -1,0 +1,229 @@
+"""From scored tokens and laps to the rows of `results.parquet`, and to the document that `--json` prints."""
+
+from collections.abc import Sequence
+from math import exp
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from actsparse.core.bootstrap import Interval, bootstrap_ratio
+from actsparse.core.cost import ceiling, saved
+from actsparse.engine.timing import Speed
+from actsparse.methods.short import DENSE
+from actsparse.pipelines.plans import PlanGroup
+from actsparse.pipelines.speed import PlanSpeed, Speeds
+from actsparse.results import EvalRow, Sparsity, StepBytes, param
+
+
+def result_rows(
+    groups: Sequence[PlanGroup], tokens: pl.DataFrame, layers: pl.DataFrame, cost: StepBytes, speeds: Speeds
+) -> list[EvalRow]:
+    """Every measured number of an evaluation, dense first."""
+    rows = quality_rows(DENSE, tokens) + _dense_speed_rows(speeds)
+    rows += _byte_rows(DENSE, cost, Sparsity(neuron_frac=0.0, mlp_bytes_frac=0.0, model_bytes_frac=0.0))
+    for group in groups:
+        kept = layers.filter(pl.col("plan") == group.name)
+        realised = _realised(group, kept, cost)
+        rows += quality_rows(group.name, tokens) + _difference_rows(group.name, tokens)
+        rows += _sparsity_rows(group.name, group.plan.predicted, "predicted")
+        rows += _sparsity_rows(group.name, realised, "realised")
+        rows += _byte_rows(group.name, cost, realised) + _layer_rows(group.name, kept)
+        found = speeds.plans[group.name]
+        if found.useful_kept:
+            useful = saved(cost, group.plan.method.saves, [1 - share for share in found.useful_kept])
+            rows += _sparsity_rows(group.name, useful, "useful")
+        rows += _speed_rows(found, realised)
+    return rows
+
+
+def quality_rows(name: str, tokens: pl.DataFrame) -> list[EvalRow]:
+    """Perplexity, KL and agreement of one plan, with intervals by bootstrap over blocks."""
+    nll, n = _interval(name, tokens, "nll")
+    rows = [
+        EvalRow(plan=name, metric="nll", value=nll.value, unit="nats", n=n, stderr=nll.stderr),
+        EvalRow(plan=name, metric="ppl", value=_exp(nll.value), unit="1", n=n, stderr=_scaled(nll)),
+        EvalRow(plan=name, metric="ppl_low", value=_exp(nll.low), unit="1", n=n),
+        EvalRow(plan=name, metric="ppl_high", value=_exp(nll.high), unit="1", n=n),
+    ]
+    for metric, unit in (("kl", "nats"), ("top1", "share")):
+        found, n = _interval(name, tokens, metric)
+        rows.append(EvalRow(plan=name, metric=metric, value=found.value, unit=unit, n=n, stderr=found.stderr))
+    return rows
+
+
+def summary(
+    model: Any, data: list[Any], device: dict[str, Any], groups: Sequence[PlanGroup], rows: list[EvalRow],
+    speeds: Speeds, warnings: list[str], run: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The document of `evaluate --json` (design.md, section 6)."""
+    return {
+        "model": model,
+        "data": data,
+        "device": device,
+        "dense": {
+            "quality": _pick(rows, DENSE, QUALITY),
+            "speed": _pick(rows, DENSE, ("ms_per_token", "generate_ms_per_token", "prefill_ms")) or None,
+        },
+        "plans": [_plan_document(group, rows, speeds.plans[group.name]) for group in groups],
+        "warnings": warnings,
+        "run": run,
+    }
+
+
+QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1")
+SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
+         "break_even_tokens", "path_check")  # fmt: skip
+
+
+def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
+    speed: dict[str, Any] | None = None
+    if found.speed is not None:
+        speed = {**_pick(rows, group.name, SPEED), "verdict": found.speed.verdict.value}
+    return {
+        "plan": group.name,
+        "method": group.plan.method.name,
+        "control": group.plan.method.name in ("random", "static"),
+        "replicas": len(group.replicas),
+        "sparsity": {
+            basis: {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis=basis)}
+            or None
+            for basis in ("predicted", "realised", "useful")
+        }
+        | {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis="realised")},
+        "quality": _pick(rows, group.name, (*QUALITY, "delta_nll", "delta_nll_low", "delta_nll_high")),
+        "speed": speed,
+        "speed_reason": found.reason,
+    }
+
+
+def _pick(rows: list[EvalRow], plan: str, metrics: Sequence[str]) -> dict[str, Any]:
+    return {
+        row.metric: {"value": row.value, "unit": row.unit, "n": row.n, "stderr": row.stderr}
+        for metric in metrics
+        for row in rows
+        if row.plan == plan and row.metric == metric
+    }
+
+
+def _interval(name: str, tokens: pl.DataFrame, column: str) -> tuple[Interval, int]:
+    """The mean over scored tokens with its interval over blocks, and the number of distinct scored tokens."""
+    mine = tokens.filter(pl.col("plan") == name)
+    sums, counts = _by_block(mine, pl.col(column).cast(pl.Float64))
+    found = bootstrap_ratio(sums, counts)
+    return found, mine.filter(pl.col("replica") == 0).height
+
+
+def _difference_rows(name: str, tokens: pl.DataFrame) -> list[EvalRow]:
+    """The paired difference in NLL to dense, token by token."""
+    dense = tokens.filter(pl.col("plan") == DENSE).select("block", "position", pl.col("nll").alias("dense"))
+    mine = tokens.filter(pl.col("plan") == name).join(dense, on=["block", "position"])
+    sums, counts = _by_block(mine, pl.col("nll") - pl.col("dense"))
+    found = bootstrap_ratio(sums, counts)
+    where, n = param(reference=DENSE), mine.height
+    return [
+        EvalRow(plan=name, metric="delta_nll", param=where, value=found.value, unit="nats", n=n, stderr=found.stderr),
+        EvalRow(plan=name, metric="delta_nll_low", param=where, value=found.low, unit="nats", n=n),
+        EvalRow(plan=name, metric="delta_nll_high", param=where, value=found.high, unit="nats", n=n),
+    ]
+
+
+def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
+    grouped = tokens.group_by("block").agg(values.sum().alias("sum"), pl.len().alias("count")).sort("block")
+    return torch.from_numpy(grouped["sum"].to_numpy().copy()), torch.from_numpy(
+        grouped["count"].cast(pl.Float64).to_numpy().copy()
+    )
+
+
+def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity:
+    """Sparsity counted over the sparse positions of the scored blocks."""
+    by_layer = kept.group_by("layer").agg(pl.col("kept_frac").mean()).sort("layer")["kept_frac"].to_list()
+    return saved(cost, group.plan.method.saves, [1 - share for share in by_layer])
+
+
+def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:
+    values = {
+        "neuron_frac": sparsity.neuron_frac,
+        "channel_frac": sparsity.channel_frac,
+        "mlp_bytes_frac": sparsity.mlp_bytes_frac,
+        "model_bytes_frac": sparsity.model_bytes_frac,
+    }
+    return [
+        EvalRow(plan=name, metric=metric, param=param(basis=basis), value=value, unit="share", n=1)
+        for metric, value in values.items()
+        if value is not None
+    ]
+
+
+def _byte_rows(name: str, cost: StepBytes, sparsity: Sparsity) -> list[EvalRow]:
+    """Weight bytes of one decode step by component."""
+    mlp = cost.mlp_total * (1 - sparsity.mlp_bytes_frac)
+    other = cost.total - cost.mlp_total - cost.attention - cost.head
+    values = {"bytes_mlp": mlp, "bytes_attention": cost.attention, "bytes_head": cost.head, "bytes_other": other}
+    return [EvalRow(plan=name, metric=metric, value=float(v), unit="bytes", n=1) for metric, v in values.items()]
+
+
+def _layer_rows(name: str, kept: pl.DataFrame) -> list[EvalRow]:
+    metrics = {"kept_frac": "share", "rel_err": "1", "rel_err_path": "1"}
+    means = kept.group_by("layer").agg([pl.col(m).mean() for m in metrics], pl.col("positions").sum()).sort("layer")
+    return [
+        EvalRow(
+            plan=name, metric=metric, param=param(layer=row["layer"]), value=row[metric], unit=unit, n=row["positions"]
+        )
+        for row in means.iter_rows(named=True)
+        for metric, unit in metrics.items()
+    ]
+
+
+def _dense_speed_rows(speeds: Speeds) -> list[EvalRow]:
+    timed = [one.speed for one in speeds.plans.values() if one.speed is not None]
+    rows: list[EvalRow] = []
+    if timed:
+        n = sum(one.pairs for one in timed)
+        for metric, values in (
+            ("ms_per_token", [one.dense_ms for one in timed]),
+            ("prefill_ms", [one.dense_prefill_ms for one in timed]),
+        ):
+            rows.append(EvalRow(plan=DENSE, metric=metric, value=_median(values), unit="ms", n=n))
+    own = [lap.seconds / lap.tokens * 1e3 for lap in speeds.dense.laps]
+    if own:
+        rows.append(EvalRow(plan=DENSE, metric="generate_ms_per_token", value=_median(own), unit="ms", n=len(own)))
+    return rows
+
+
+def _speed_rows(found: PlanSpeed, realised: Sparsity) -> list[EvalRow]:
+    rows = []
+    if found.path_check is not None:
+        rows.append(EvalRow(plan=found.plan, metric="path_check", value=found.path_check, unit="nats", n=1))
+    speed: Speed | None = found.speed
+    if speed is None:
+        return rows
+    values = {
+        "ms_per_token": (speed.sparse_ms, "ms"),
+        "speedup": (speed.speedup, "1"),
+        "speedup_low": (speed.low, "1"),
+        "speedup_high": (speed.high, "1"),
+        "ceiling": (ceiling(realised.model_bytes_frac), "1"),
+        "prefill_ms": (speed.sparse_prefill_ms, "ms"),
+        "select_ms": (speed.select_ms, "ms"),
+        "ttft_ms": (speed.ttft_ms, "ms"),
+        "break_even_tokens": (speed.break_even_tokens, "tokens"),
+    }
+    return rows + [
+        EvalRow(plan=found.plan, metric=metric, value=value, unit=unit, n=speed.pairs)
+        for metric, (value, unit) in values.items()
+    ]
+
+
+def _exp(value: float | None) -> float | None:
+    return None if value is None else exp(min(value, 700.0))
+
+
+def _scaled(nll: Interval) -> float | None:
+    """The standard error of exp(nll), to first order."""
+    return None if nll.stderr is None or nll.value is None else exp(min(nll.value, 700.0)) * nll.stderr
+
+
+def _median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))

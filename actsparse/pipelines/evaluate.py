@@ -1,0 +1,121 @@
+"""`evaluate`: quality of plans against dense in the decode regime, and real sparse generation with its timing."""
+
+from typing import Any
+
+import polars as pl
+import torch
+
+from actsparse.data.texts import EvalTexts, TextReader
+from actsparse.models.load import LoadedModel, load
+from actsparse.pipelines import eval_tables
+from actsparse.pipelines.calibration import of_blocks
+from actsparse.pipelines.identity import model_identity
+from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of
+from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.quality import score_blocks
+from actsparse.pipelines.session import Session
+from actsparse.pipelines.speed import Speeds, measure_all
+from actsparse.results import EvalRow, RunKind, TimingRow
+from actsparse.specs import EvalSpec
+from actsparse.store import tables
+from actsparse.store.codec import builtins, encode, pretty
+from actsparse.store.files import write_bytes
+from actsparse.store.fingerprint import asked
+from actsparse.store.run import RunRequest, open_run
+from actsparse.store.runs import EvalRun
+
+
+def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
+    """Measure every plan of `spec` against dense; returns the complete run, new or up to date.
+
+    Raises ActsparseError where model, plans, text or output cannot be used as asked.
+    """
+    progress = progress or Silent()
+    names = check_names(spec.plans)
+    loaded = load(spec.model, progress.note)
+    texts = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note).eval_texts()
+    with open_run(_request(spec, names, loaded, texts)) as writer:
+        if writer.complete:
+            progress.note(f"{writer.path} is up to date")
+        else:
+            _measure(Session(spec, loaded, texts, loaded.record.step, writer, progress), names)
+    return EvalRun.open(writer.path)
+
+
+def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalTexts) -> RunRequest:
+    return RunRequest(
+        kind=RunKind.EVAL,
+        identity={
+            "asked": {**asked(spec), "model": None, "plans": [identity_of(name) for name in names]},
+            "model": model_identity(loaded),
+            "texts": [text.record.sha256 for text in (texts.quality, texts.calibration, texts.prompts)],
+            "device": _device_name(loaded),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        spec=spec,
+        model=loaded.record,
+        texts=(texts.quality.record, texts.calibration.record, texts.prompts.record),
+        output=spec.output,
+        device=str(loaded.device),
+        threads=torch.get_num_threads(),
+        force=spec.force,
+        resume=spec.resume,
+    )
+
+
+def _measure(session: Session, names: list[str]) -> None:
+    loaded, texts = session.loaded, session.texts
+    calibration = of_blocks(loaded, texts.calibration, texts.prompt_length, session.progress)
+    groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
+    for text in calibration_warnings(groups, texts.calibration.record, texts.quality.record):
+        session.warn(text)
+    if loaded.device.type == "cuda" and session.spec.timing_pairs:
+        session.warn("timed in eager mode: launches, not bytes, may bound both sides; ratios understate the engine")
+    tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
+    speeds = measure_all(session, groups, tokens)
+    rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds)
+    _write(session, groups, rows, tokens, speeds)
+
+
+def _write(
+    session: Session, groups: list[PlanGroup], rows: list[EvalRow], tokens: pl.DataFrame, speeds: Speeds
+) -> None:
+    path = session.writer.path
+    laps = [lap for one in speeds.all for lap in one.laps]
+    generations = [sample for one in speeds.all for sample in one.generations]
+    tables.write(path / "results.parquet", tables.frame(rows, EvalRow))
+    tables.write(path / "tokens.parquet", tokens)
+    tables.write(path / "timing.parquet", tables.frame(laps, TimingRow))
+    write_bytes(path / "generations.jsonl", b"".join(encode(one) + b"\n" for one in generations))
+    summary = eval_tables.summary(
+        model=builtins(session.loaded.record),
+        data=builtins(_without_windows(session)),
+        device=_device(session.loaded),
+        groups=groups,
+        rows=rows,
+        speeds=speeds,
+        warnings=list(session.writer.warnings),
+        run=str(path),
+    )
+    write_bytes(path / "summary.json", pretty(summary).encode())
+    session.writer.finish()
+
+
+def _without_windows(session: Session) -> dict[str, Any]:
+    """The three texts by role, without the hashes that only a comparison needs."""
+    texts = (session.texts.quality, session.texts.calibration, session.texts.prompts)
+    return {
+        text.record.role: {key: v for key, v in builtins(text.record).items() if key != "window_hashes"}
+        for text in texts
+    }
+
+
+def _device(loaded: LoadedModel) -> dict[str, Any]:
+    return {"name": _device_name(loaded), "device": str(loaded.device), "threads": torch.get_num_threads()}
+
+
+def _device_name(loaded: LoadedModel) -> str:
+    if loaded.device.type == "cuda":
+        return torch.cuda.get_device_name(loaded.device)
+    return "cpu"

@@ -1,0 +1,115 @@
+"""The plans of an evaluation: as named, with the equal-density controls that stand beside every method."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actsparse.data.sequences import shares_text
+from actsparse.errors import PlanError
+from actsparse.methods.base import Calibration
+from actsparse.methods.plan import Plan, check_layers, fit_plan, from_record
+from actsparse.methods.short import DENSE, ShortForm, parse
+from actsparse.models.load import LoadedModel
+from actsparse.results import StepBytes, TextRecord
+from actsparse.store import tensors
+from actsparse.store.runs import PlanRun
+
+CONTROLS = ("static:stat=griffin", "static", "random")
+
+
+@dataclass(frozen=True)
+class PlanGroup:
+    """One plan of an evaluation with its replicas (the seeds of a random control).
+
+    `named` is False for a control that was added; `calibration` is the text that a plan directory was fitted on.
+    """
+
+    name: str
+    replicas: tuple[Plan, ...]
+    named: bool = True
+    calibration: TextRecord | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.replicas[0]
+
+
+def check_names(names: tuple[str, ...]) -> list[str]:
+    """The plans to run, without `dense` and without repeats; raises PlanError on a bad short form or path."""
+    kept = list(dict.fromkeys(name for name in names if name != DENSE))
+    for name in kept:
+        if not is_directory(name):
+            parse(name)
+    return kept
+
+
+def is_directory(name: str) -> bool:
+    """Whether a plan is given as a run directory; raises PlanError where a path leads nowhere."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return True
+    if "/" in name or name.startswith("."):
+        raise PlanError(f"there is no plan at {name}", "give a directory that `actsparse threshold` wrote")
+    return False
+
+
+def identity_of(name: str) -> str:
+    """What a plan is known by: its short form, or the fingerprint of its run."""
+    return PlanRun.open(Path(name).expanduser()).manifest.fingerprint if is_directory(name) else name
+
+
+def build(
+    names: list[str], loaded: LoadedModel, calibration: Calibration, cost: StepBytes, *, controls: bool
+) -> list[PlanGroup]:
+    """Every plan fitted or read, then the controls at the densities of the named ones."""
+    groups = [_group(name, loaded, calibration, cost) for name in names]
+    if controls:
+        have = {group.name for group in groups}
+        wanted = dict.fromkeys(f"{control}@{share:g}" for share in _shares(groups) for control in CONTROLS)
+        groups += [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
+    return groups
+
+
+def calibration_warnings(groups: list[PlanGroup], calibration: TextRecord, quality: TextRecord) -> list[str]:
+    """What is wrong with where plans were fitted: text that is evaluated too."""
+    fitted_here = [group.name for group in groups if group.calibration is None]
+    found = []
+    if fitted_here and shares_text(calibration, quality):
+        found.append(
+            f"calibration text ({calibration.source}) overlaps evaluation text ({quality.source}):"
+            " fitted plans look better than they are"
+        )
+    return found + [
+        f"the plan {group.name} was fitted on text that is evaluated here ({quality.source})"
+        for group in groups
+        if group.calibration is not None and shares_text(group.calibration, quality)
+    ]
+
+
+def _group(name: str, loaded: LoadedModel, calibration: Calibration, cost: StepBytes) -> PlanGroup:
+    if not is_directory(name):
+        return _fitted(parse(name), loaded, calibration, cost, named=True)
+    run = PlanRun.open(Path(name).expanduser())
+    stored = tensors.read(run.path / "plan.safetensors")
+    plan = from_record(run.plan, stored, name, loaded.record)
+    check_layers(plan, (loaded.record.intermediate_size,) * loaded.record.layers)
+    plan.method.check(loaded.record.gated)
+    return PlanGroup(name, (plan,), calibration=run.plan.calibration)
+
+
+def _fitted(
+    short: ShortForm, loaded: LoadedModel, calibration: Calibration, cost: StepBytes, *, named: bool
+) -> PlanGroup:
+    plans = fit_plan(short, calibration, cost, gated=loaded.record.gated)
+    return PlanGroup(short.text, tuple(plans), named=named)
+
+
+def _shares(groups: list[PlanGroup]) -> list[float]:
+    """The shares dropped by the named methods that are not controls themselves, to two digits."""
+    shares = {
+        round(share, 2)
+        for group in groups
+        if group.plan.method.name not in ("random", "static")
+        for share in [group.plan.amount if group.plan.amount is not None else group.plan.predicted.neuron_frac]
+        if share is not None
+    }
+    return sorted(share for share in shares if 0 < share < 1)
