@@ -1,0 +1,316 @@
+"""Semantic-irrelevant activation inertia: masks that stay alike within a text, whatever it says (methods.md section 6).
+
+    SI1   does a mask of the first P tokens overlap with later ones?  `prefix_overlaps`, `si1`
+    SI2   does that need meaning?  `inertia_pairs`, `si2`, `semantics_ratio`
+    2x2   masks of whole sentences, real or random, alone or in one stream  `sentence_masks`, `sentence_matrices`
+
+Our definitions [I], after MOYU (arXiv 2406.12569) and CLADA (arXiv 2502.19078). Positions count after the sink tokens
+(the first four), which have been dropped from every argument.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from actsparse.core.bootstrap import (
+    RESAMPLES,
+    Interval,
+    LayerIntervals,
+    interval,
+    layer_intervals,
+    layered_ratio,
+    resample_weights,
+    weighted_pair_means,
+    weighted_pair_ratio,
+)
+from actsparse.core.overlap import Overlaps, paired_overlaps, pairwise_overlaps, topk_masks
+
+PREFIXES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MAX_DELTA = 256
+MIN_GAP = 8
+P90_SHARE = 0.9
+
+
+def prefix_masks(
+    activations: Float[Tensor, "positions neurons"], prefixes: Sequence[int], density: float
+) -> Bool[Tensor, "prefixes neurons"]:
+    """The masks m_P of the first P positions, for each P: the top of s_j = sqrt(sum_t (a_tj / ||a_t||)^2 / P_eff).
+
+    That is GRIFFIN's statistic (arXiv 2404.01365); rows that are zero or not finite are skipped. A prefix without
+    usable rows, or longer than the sequence, gives an empty mask.
+    """
+    exact = activations.double()
+    norms = exact.norm(dim=-1)
+    usable = norms.isfinite() & (norms > 0)
+    squares = torch.where(usable[:, None], exact / norms[:, None], 0.0).square()
+    masks = exact.new_zeros(len(prefixes), activations.shape[1], dtype=torch.bool)
+    for row, prefix in enumerate(prefixes):
+        effective = int(usable[:prefix].sum())
+        if prefix <= len(activations) and effective > 0:
+            masks[row] = topk_masks((squares[:prefix].sum(dim=0) / effective).sqrt(), density)
+    return masks
+
+
+def prefix_overlaps(
+    activations: Float[Tensor, "positions neurons"],
+    masks: Bool[Tensor, "positions neurons"],
+    density: float,
+    *,
+    prefixes: Sequence[int] = PREFIXES,
+    max_delta: int = MAX_DELTA,
+) -> Overlaps:
+    """Overlaps of m_P with the mask of the token `delta` after it, [prefixes, max_delta], of one sequence and layer.
+
+    Column d is delta = d + 1, the first token after the prefix being delta = 1; NaN beyond the end of the sequence.
+    """
+    every = pairwise_overlaps(prefix_masks(activations, prefixes, density), masks)
+    places = torch.tensor(prefixes)[:, None] + torch.arange(max_delta)
+    inside = (places < len(masks)).to(masks.device)
+    places = places.clamp(max=len(masks) - 1).to(masks.device)
+    return Overlaps(
+        overlap=torch.where(inside, every.overlap.gather(1, places), math.nan), larger=every.larger.gather(1, places)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixCurve:
+    """SI1: `curve[k]` is the mean kappa between the mask of the first `prefixes[k]` tokens and later tokens' masks.
+
+    `p90`: the smallest P that reaches 90 % of the largest, per layer, and `p90_mean` of the layers' mean curve; None
+    where the curve never rises above 0.
+    """
+
+    prefixes: tuple[int, ...]
+    curve: tuple[LayerIntervals, ...]
+    p90: tuple[int | None, ...]
+    p90_mean: int | None
+
+
+def si1(
+    kappas: Float[Tensor, "layers sequences prefixes deltas"],
+    *,
+    prefixes: Sequence[int] = PREFIXES,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> PrefixCurve:
+    """I(P) = mean over deltas and sequences of kappa(m_P, m_{P+delta}); for I(P, delta) average over sequences alone.
+
+    At most 1; 0: a prefix tells no more than chance (uniform rate) or than the static hot set (popularity rate).
+    """
+    kappas = kappas.double().cpu()
+    sums, counts = kappas.nansum(dim=-1), (~kappas.isnan()).double().sum(dim=-1)
+    curve = tuple(
+        layered_ratio(sums[..., place], counts[..., place], resamples=resamples, seed=seed)
+        for place in range(len(prefixes))
+    )
+    return PrefixCurve(
+        prefixes=tuple(prefixes),
+        curve=curve,
+        p90=tuple(_p90(prefixes, [point.layers[layer].value for point in curve]) for layer in range(kappas.shape[0])),
+        p90_mean=_p90(prefixes, [point.mean.value for point in curve]),
+    )
+
+
+def _p90(prefixes: Sequence[int], values: Sequence[float | None]) -> int | None:
+    known = [(prefix, value) for prefix, value in zip(prefixes, values, strict=True) if value is not None]
+    top = max((value for _, value in known), default=0.0)
+    return next((prefix for prefix, value in known if value >= P90_SHARE * top), None) if top > 0 else None
+
+
+def spread_blocks(blocks: int, sequences: int = 8) -> list[int]:
+    """The blocks 0, m, .. 7m with m = floor(blocks / 8), since neighbours share a topic; all of fewer than 8."""
+    step = max(1, blocks // sequences)
+    return list(range(0, blocks, step))[:sequences]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InertiaPairs:
+    """Sums and numbers of kappa over pairs of tokens with different ids, of one layer and rung.
+
+    `within`: two tokens of a sequence at least the gap apart, [sequences]. `equal`: two sequences at equal positions;
+    `apart`: two sequences at positions at least the gap apart; both symmetric [sequences, sequences], diagonal 0.
+    """
+
+    within_sum: Float[Tensor, " sequences"]
+    within_count: Float[Tensor, " sequences"]
+    equal_sum: Float[Tensor, "sequences sequences"]
+    equal_count: Float[Tensor, "sequences sequences"]
+    apart_sum: Float[Tensor, "sequences sequences"]
+    apart_count: Float[Tensor, "sequences sequences"]
+
+
+def inertia_pairs(
+    masks: Bool[Tensor, "sequences positions neurons"],
+    tokens: Int[Tensor, "sequences positions"],
+    rates: Sequence[float],
+    *,
+    min_gap: int = MIN_GAP,
+) -> tuple[InertiaPairs, ...]:
+    """The pair sums behind W and B, once per chance rate: 0 for raw overlaps, 1/neurons, popularity rates.
+
+    One layer; the rates share the one expensive product. Pairs with an empty mask are left out.
+    """
+    sequences, positions = tokens.shape
+    tokens = tokens.to(masks.device)
+    order = torch.arange(positions, device=masks.device)
+    gap = order[None, :] - order[:, None]
+    sums = torch.zeros(len(rates), 3, sequences, sequences, dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    for first in range(sequences):
+        for second in range(first, sequences):
+            every = pairwise_overlaps(masks[first], masks[second])
+            different = tokens[first][:, None] != tokens[second][None, :]
+            if first == second:
+                kinds = {0: every.only(different & (gap >= min_gap))}
+            else:
+                level = paired_overlaps(masks[first], masks[second])
+                kinds = {1: level.only(different.diagonal()), 2: every.only(different & (gap.abs() >= min_gap))}
+            for kind, overlaps in kinds.items():
+                for measure, rate in enumerate(rates):
+                    kappas = overlaps.kappa(rate)
+                    place = (measure, kind, [first, second], [second, first])
+                    sums[place] = float(kappas.nansum(dtype=torch.float64))
+                    counts[place] = float(kappas.isnan().logical_not().sum())
+    return tuple(
+        InertiaPairs(
+            within_sum=total[0].diagonal().clone(),
+            within_count=number[0].diagonal().clone(),
+            equal_sum=total[1],
+            equal_count=number[1],
+            apart_sum=total[2],
+            apart_count=number[2],
+        )
+        for total, number in zip(sums, counts, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inertia:
+    """SI2 of one rung: `within` W, `between` B at equal positions, `between_apart` B apart, `excess` J = W - B.
+
+    Each a mean kappa (or raw overlap, at rate 0), at most 1. J > 0: a text's masks hold together more than unrelated
+    texts' do. None where no pair of tokens differs (`repeat`).
+    """
+
+    within: LayerIntervals
+    between: LayerIntervals
+    between_apart: LayerIntervals
+    excess: LayerIntervals
+
+
+def si2(layers: Sequence[InertiaPairs], *, resamples: int = RESAMPLES, seed: int = 0) -> Inertia:
+    """W, B and J = W - B of every layer: means over pairs of tokens; sequences are resampled."""
+    sequences = layers[0].within_sum.numel()
+    values = _inertia_means(layers, torch.ones(1, sequences, dtype=torch.float64))
+    samples = _inertia_means(layers, resample_weights(sequences, resamples=resamples, seed=seed))
+    within, between, apart, excess = (
+        layer_intervals(value[0], sample, sequences) for value, sample in zip(values, samples, strict=True)
+    )
+    return Inertia(within=within, between=between, between_apart=apart, excess=excess)
+
+
+def _inertia_means(layers: Sequence[InertiaPairs], weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W, B, B apart and J under the weights, each [resamples, layers]."""
+    within_sum = torch.stack([pairs.within_sum for pairs in layers])
+    within_count = torch.stack([pairs.within_count for pairs in layers])
+    within = (weights @ within_sum.mT) / (weights @ within_count.mT)
+    between, apart = (
+        weighted_pair_ratio(torch.stack(sums), torch.stack(counts), weights)
+        for sums, counts in (
+            ([pairs.equal_sum for pairs in layers], [pairs.equal_count for pairs in layers]),
+            ([pairs.apart_sum for pairs in layers], [pairs.apart_count for pairs in layers]),
+        )
+    )
+    return within, between, apart, within - between
+
+
+def semantics_ratio(
+    meaningless: Sequence[InertiaPairs], natural: Sequence[InertiaPairs], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """SIR = J(meaningless) / J(natural), a ratio of layer means; `meaningless` is the rung uniform-random.
+
+    About 1 or more: inertia needs no meaning; about 0: it is semantic. The value is None where the interval of
+    J(natural) touches 0. Both rungs come from the same sequences and are resampled together. The chance rate cancels
+    when both use the same one.
+    """
+    sequences = natural[0].within_sum.numel()
+    ones = torch.ones(1, sequences, dtype=torch.float64)
+    weights = resample_weights(sequences, resamples=resamples, seed=seed)
+    values, samples = (
+        [_inertia_means(rung, rows)[3].nanmean(dim=1) for rung in (meaningless, natural)] for rows in (ones, weights)
+    )
+    denominator = interval(float(values[1]), samples[1], sequences)
+    if denominator.touches(0.0):
+        return Interval(value=None, low=None, high=None, n=sequences, stderr=None)
+    return interval(float(values[0] / values[1]), samples[0] / samples[1], sequences)
+
+
+def sentence_masks(
+    sentences: Sequence[Float[Tensor, "_ neurons"]], density: float
+) -> Bool[Tensor, "sentences neurons"]:
+    """One mask per sentence, the top of GRIFFIN's statistic over its tokens; empty where it has no usable token.
+
+    `sentences` are its activations in one layer, without the first four tokens of every sentence, in both arms of the
+    2x2 (each sentence fed alone, or all in one stream).
+    """
+    return torch.cat([prefix_masks(rows, [len(rows)], density) for rows in sentences])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentenceMatrices:
+    """One arm of the 2x2: K x K matrices of kappa between sentences, in early, middle and late layers.
+
+    Entry (i, j) is the mean over the layers of the band. `similarity` is the mean off the diagonal per layer;
+    `bands` the same for early, middle and late. At most 1; 0 is chance. High everywhere for random words in sequence
+    but not in parallel: inertia. Sentences are resampled.
+    """
+
+    early: Float[Tensor, "sentences sentences"]
+    middle: Float[Tensor, "sentences sentences"]
+    late: Float[Tensor, "sentences sentences"]
+    bands: tuple[Interval, Interval, Interval]
+    similarity: LayerIntervals
+
+
+def sentence_matrices(
+    masks: Bool[Tensor, "layers sentences neurons"],
+    rates: float | Float[Tensor, " layers"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> SentenceMatrices:
+    """The matrices of one arm of the 2x2 from its per-sentence masks."""
+    per_layer = torch.as_tensor(rates).expand(len(masks)).tolist()
+    kappas = torch.stack(
+        [pairwise_overlaps(rows, rows).kappa(rate) for rows, rate in zip(masks, per_layer, strict=True)]
+    )
+    kappas = kappas.double().cpu()
+    sentences = kappas.shape[-1]
+    bands = torch.stack([kappas[first:last].nanmean(dim=0) for first, last in layer_bands(len(kappas))])
+    weights = resample_weights(sentences, resamples=resamples, seed=seed)
+    ones = torch.ones(1, sentences, dtype=torch.float64)
+
+    def off_diagonal(matrices: Tensor) -> LayerIntervals:
+        values = weighted_pair_means(matrices, ones)[0]
+        return layer_intervals(values, weighted_pair_means(matrices, weights), sentences)
+
+    early, middle, late = off_diagonal(bands).layers
+    return SentenceMatrices(
+        early=bands[0],
+        middle=bands[1],
+        late=bands[2],
+        bands=(early, middle, late),
+        similarity=off_diagonal(kappas),
+    )
+
+
+def layer_bands(layers: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Half-open ranges of the early, middle and late third of the layers; of fewer than 3, bands share layers."""
+    starts = [third * layers // 3 for third in range(4)]
+    early, middle, late = ((low, max(low + 1, high)) for low, high in pairwise(starts))
+    return early, middle, late

@@ -1,0 +1,185 @@
+"""SI3: what a neuron's activation depends on, as shares of variance (methods.md section 6).
+
+y = log(1e-4 + |a_i| / ||a||) is fitted per neuron by least squares on indicators that enter one after the other:
+
+    neuron -> sequence x neuron -> token type x neuron -> position bin x neuron -> residual
+
+and each gets the sum of squares that it adds (sequential, or type I). A large `sequence` share is inertia, a large
+`token_type` share says that the token decides; `neuron` is the static hot set. Since the factors are not orthogonal,
+an earlier one takes what it shares with a later one. Our definition [I].
+
+The state is a few matrices of size (levels x neurons), which merge by addition; activations are never kept.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+OFFSET = 1e-4
+MIN_COUNT = 8
+POSITION_BINS = 8
+# Eigenvalues of the (integer) Gram matrix below this share of the largest belong to dependent indicators.
+RANK_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorLevels:
+    """The level of each factor at each token; `token_type` is -1 for rare types, which share one level."""
+
+    sequence: Int[Tensor, " tokens"]
+    token_type: Int[Tensor, " tokens"]
+    position: Int[Tensor, " tokens"]
+    sequences: int
+    types: int
+    position_bins: int
+
+    def rows(self, start: int, stop: int) -> "FactorLevels":
+        """The levels of tokens start .. stop-1, for one batch."""
+        return FactorLevels(
+            sequence=self.sequence[start:stop],
+            token_type=self.token_type[start:stop],
+            position=self.position[start:stop],
+            sequences=self.sequences,
+            types=self.types,
+            position_bins=self.position_bins,
+        )
+
+
+def factor_levels(
+    tokens: Int[Tensor, "sequences positions"], *, min_count: int = MIN_COUNT, position_bins: int = POSITION_BINS
+) -> FactorLevels:
+    """The levels of all tokens of some sequences, row after row, from token ids alone.
+
+    Sink positions have been dropped. Types with fewer than `min_count` occurrences share one level; positions are cut
+    into equal bins.
+    """
+    sequences, positions = tokens.shape
+    ids, inverse, counts = tokens.cpu().unique(return_inverse=True, return_counts=True)
+    frequent = counts >= min_count
+    renumbered = torch.where(frequent, frequent.cumsum(0) - 1, torch.full_like(ids, -1))
+    place = torch.arange(positions) * position_bins // positions
+    return FactorLevels(
+        sequence=torch.arange(sequences).repeat_interleave(positions),
+        token_type=renumbered[inverse].flatten(),
+        position=place.repeat(sequences),
+        sequences=sequences,
+        types=int(frequent.sum()),
+        position_bins=position_bins,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VarianceSums:
+    """Sufficient statistics of one layer: X'X, X'Y and the sum of Y^2, float64; columns of X are 1 and the indicators.
+
+    `factors` are the numbers of columns of sequence, token type and position bin.
+    """
+
+    gram: Float[Tensor, "columns columns"]
+    cross: Float[Tensor, "columns neurons"]
+    square: float
+    factors: tuple[int, int, int]
+
+    def merge(self, other: "VarianceSums") -> "VarianceSums":
+        """The sums over both parts, which must have numbered their levels alike."""
+        if self.factors != other.factors:
+            raise ValueError(f"levels differ: {self.factors} and {other.factors}")
+        return VarianceSums(
+            gram=self.gram + other.gram,
+            cross=self.cross + other.cross,
+            square=self.square + other.square,
+            factors=self.factors,
+        )
+
+
+def variance_sums(activations: Float[Tensor, "tokens neurons"], levels: FactorLevels) -> VarianceSums:
+    """The sums of one layer over a batch of tokens; rows that are zero or not finite are skipped."""
+    device = activations.device
+    norms = activations.double().norm(dim=-1)
+    usable = (norms.isfinite() & (norms > 0)).nonzero().flatten()
+    y = (activations[usable].double().abs() / norms[usable, None] + OFFSET).log()
+    factors = (levels.sequences, levels.types, levels.position_bins)
+    starts = (1, 1 + levels.sequences, 1 + levels.sequences + levels.types)
+    columns = 1 + sum(factors)
+    cross = torch.zeros(columns, y.shape[1], dtype=torch.float64, device=device)
+    cross[0] = y.sum(dim=0)
+    indicators = torch.zeros(len(usable), columns, dtype=torch.float64, device=device)
+    indicators[:, 0] = 1
+    for start, level in zip(starts, (levels.sequence, levels.token_type, levels.position), strict=True):
+        level = level.to(device)[usable]
+        known = (level >= 0).nonzero().flatten()
+        cross.index_add_(0, start + level[known], y[known])
+        indicators[known, start + level[known]] = 1
+    return VarianceSums(
+        gram=(indicators.mT @ indicators).cpu(), cross=cross.cpu(), square=float(y.square().sum()), factors=factors
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VarianceShare:
+    """A factor's share of the total sum of squares, 0..1; None where nothing varies.
+
+    `chance` is the share that its `degrees` of freedom per neuron would take if it had no effect (None for the
+    neuron and the residual, and where no residual degrees are left).
+    """
+
+    share: float | None
+    chance: float | None
+    degrees: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VarianceShares:
+    """SI3 of one layer; the five shares add up to 1. `degrees` of `neuron` counts the mean of each neuron."""
+
+    neuron: VarianceShare
+    sequence: VarianceShare
+    token_type: VarianceShare
+    position: VarianceShare
+    residual: VarianceShare
+    tokens: int
+
+
+def variance_shares(sums: VarianceSums) -> VarianceShares:
+    """Sequential sums of squares as shares of sum (y - mean y)^2 over all tokens and neurons.
+
+    With P_k the projection on the indicators of the first k factors, SS_k = ||P_k y||^2 - ||P_(k-1) y||^2, and the
+    residual is ||y||^2 - ||P y||^2.
+    """
+    tokens, neurons = int(sums.gram[0, 0]), sums.cross.shape[1]
+    ends = torch.tensor([1, *sums.factors]).cumsum(0).tolist()
+    explained, ranks = zip(*(_projection(sums, end) for end in ends), strict=True)
+    grand_mean = float(sums.cross[0].sum()) ** 2 / max(1, tokens * neurons)
+    total = sums.square - grand_mean
+    levels = [grand_mean, *explained, sums.square]
+    parts = [max(0.0, later - earlier) for earlier, later in pairwise(levels)]
+    degrees = [ranks[0], *(later - earlier for earlier, later in pairwise(ranks))]
+    free = tokens - ranks[-1]
+    varies = total > RANK_TOLERANCE * max(sums.square, 1.0)
+    noise = parts[4] / free / total if free > 0 and varies else None
+
+    def share(part: int, degree: int, *, chance: float | None) -> VarianceShare:
+        return VarianceShare(share=parts[part] / total if varies else None, chance=chance, degrees=degree)
+
+    def factor(part: int) -> VarianceShare:
+        return share(part, degrees[part], chance=None if noise is None else noise * degrees[part])
+
+    return VarianceShares(
+        neuron=share(0, degrees[0], chance=None),
+        sequence=factor(1),
+        token_type=factor(2),
+        position=factor(3),
+        residual=share(4, free, chance=None),
+        tokens=tokens,
+    )
+
+
+def _projection(sums: VarianceSums, columns: int) -> tuple[float, int]:
+    """||P y||^2 over all neurons for the first `columns` columns of X, and their rank."""
+    values, vectors = torch.linalg.eigh(sums.gram[:columns, :columns])
+    independent = values > RANK_TOLERANCE * values[-1]
+    loadings = vectors[:, independent].mT @ sums.cross[:columns]
+    return float((loadings.square() / values[independent, None]).sum()), int(independent.sum())

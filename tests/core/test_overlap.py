@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actsparse.core.overlap import (
+    Overlaps,
+    firing_counts,
+    paired_overlaps,
+    pairwise_overlaps,
+    popularity_rate,
+    topk_masks,
+    uniform_rate,
+)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_masks(rows: int, neurons: int, density: float, seed: int) -> torch.Tensor:
+    return torch.rand(rows, neurons, generator=seeded(seed)) < density
+
+
+def kappa_by_hand(first: list[bool], second: list[bool], rate: float) -> float:
+    shared = sum(a and b for a, b in zip(first, second, strict=True))
+    sizes = sum(first), sum(second)
+    if min(sizes) == 0:
+        return math.nan
+    chance = rate * max(sizes)
+    return (shared / min(sizes) - chance) / (1 - chance) if chance < 1 - 1e-6 else math.nan
+
+
+@pytest.mark.parametrize(
+    ("width", "density", "count"),
+    [(10, 0.2, 2), (10, 0.25, 3), (10, 0.24, 2), (1536, 0.2, 307), (5, 0.5, 3), (7, 0.0, 1), (7, 1.0, 7), (1, 0.5, 1)],
+)
+def test_topk_masks_keep_the_rounded_count_and_at_least_one(width, density, count):
+    masks = topk_masks(torch.rand(2, 3, width, generator=seeded(0)), density)
+    assert (masks.sum(dim=-1) == count).all()
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, 20.0])
+def test_a_density_outside_zero_to_one_is_refused(density):
+    with pytest.raises(ValueError, match="density"):
+        topk_masks(torch.ones(10), density)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    scores=st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=5),
+    density=st.sampled_from([0.1, 0.2, 0.5, 0.8, 1.0]),
+)
+def test_topk_masks_keep_the_lower_index_of_equal_scores(scores, density):
+    masks = topk_masks(torch.tensor(scores, dtype=torch.float32), density)
+    for row, mask in zip(scores, masks.tolist(), strict=True):
+        ranked = sorted(range(9), key=lambda place: (-row[place], place))
+        kept = set(ranked[: max(1, math.floor(density * 9 + 0.5))])
+        assert mask == [place in kept for place in range(9)]
+
+
+def test_nan_scores_are_kept_last():
+    masks = topk_masks(torch.tensor([[math.nan, 1.0, 2.0, math.inf], [math.nan, math.nan, 0.0, -1.0]]), 0.5)
+    assert masks.tolist() == [[False, False, True, True], [False, False, True, True]]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), density=st.sampled_from([0.05, 0.3, 0.9]), rate=st.sampled_from([0.0, 1 / 12, 0.1]))
+def test_pairwise_overlaps_agree_with_loops(seed, density, rate):
+    rows, columns = random_masks(4, 12, density, seed), random_masks(3, 12, density, seed + 1)
+    rows[0] = False
+    kappas = pairwise_overlaps(rows, columns).kappa(rate)
+    expected = torch.tensor([[kappa_by_hand(a, b, rate) for b in columns.tolist()] for a in rows.tolist()])
+    torch.testing.assert_close(kappas, expected, equal_nan=True)
+    torch.testing.assert_close(
+        paired_overlaps(rows[:3], columns).kappa(rate), expected.diagonal(), equal_nan=True, rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), density=st.sampled_from([0.1, 0.5, 0.8]))
+def test_identical_masks_have_kappa_one_at_any_chance_level(seed, density):
+    masks = topk_masks(torch.rand(3, 40, generator=seeded(seed)), density)
+    popularity = firing_counts(masks)
+    for rate in (0.0, uniform_rate(40), float(popularity_rate(popularity))):
+        kappas = paired_overlaps(masks, masks).kappa(rate)
+        assert torch.all(kappas.isnan() | ((kappas - 1).abs() < 1e-5))
+    assert not paired_overlaps(masks, masks).kappa(uniform_rate(40)).isnan().any()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), density=st.sampled_from([0.05, 0.2, 0.5]))
+def test_independent_random_masks_have_kappa_zero(seed, density):
+    scores = torch.rand(2, 400, 100, generator=seeded(seed))
+    first, second = topk_masks(scores, density)
+    kappas = paired_overlaps(first, second).kappa(uniform_rate(100)).double()
+    assert abs(float(kappas.mean())) < 5 * float(kappas.std()) / math.sqrt(400)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000))
+def test_permuting_neurons_changes_nothing(seed):
+    masks, popularity = random_masks(6, 30, 0.4, seed), torch.rand(30, generator=seeded(seed + 1))
+    order = torch.randperm(30, generator=seeded(seed + 2))
+    before = pairwise_overlaps(masks, masks).kappa(popularity_rate(popularity))
+    after = pairwise_overlaps(masks[:, order], masks[:, order]).kappa(popularity_rate(popularity[order]))
+    torch.testing.assert_close(before, after, equal_nan=True)
+
+
+def test_a_static_hot_set_shows_in_kappa_u_and_not_in_kappa_p():
+    scores = torch.randn(400, 300, generator=seeded(0))
+    scores[:, :30] += 3
+    masks = topk_masks(scores, 0.15)
+    overlaps = pairwise_overlaps(masks[:200], masks[200:])
+    assert float(overlaps.kappa(uniform_rate(300)).mean()) > 0.5
+    assert abs(float(overlaps.kappa(popularity_rate(firing_counts(masks))).mean())) < 0.01
+
+
+def test_masks_that_follow_more_than_the_hot_set_show_in_kappa_p():
+    scores = torch.randn(400, 300, generator=seeded(0))
+    scores[:, :30] += 3
+    scores[:200, 30:60] += 3
+    scores[200:, 60:90] += 3
+    masks = topk_masks(scores, 0.15)
+    rate = popularity_rate(firing_counts(masks))
+    assert float(pairwise_overlaps(masks[:100], masks[100:200]).kappa(rate).mean()) > 0.2
+    assert float(pairwise_overlaps(masks[:200], masks[200:]).kappa(rate).mean()) < -0.1
+
+
+def test_equal_popularity_gives_the_uniform_rate_whatever_its_scale():
+    rates = popularity_rate(torch.stack([torch.full((50,), 0.3), torch.full((50,), 7.0)]))
+    torch.testing.assert_close(rates, torch.full((2,), uniform_rate(50), dtype=torch.float64))
+
+
+def test_popularity_rate_of_one_hot_neuron_is_one_and_of_silence_undefined():
+    assert float(popularity_rate(torch.tensor([0, 5, 0]))) == 1.0
+    assert math.isnan(float(popularity_rate(torch.zeros(4))))
+
+
+def test_full_masks_leave_nothing_above_chance():
+    full = torch.ones(1, 3, dtype=torch.bool)
+    assert paired_overlaps(full, full).overlap.tolist() == [1.0]
+    # Widths at which width * (1 / width) is just below 1 in float32 are among these.
+    widths = torch.arange(1.0, 12_000.0)
+    overlaps = Overlaps(overlap=torch.ones_like(widths), larger=widths)
+    assert overlaps.kappa(1 / widths.double()).isnan().all()
+
+
+def test_rates_broadcast_over_layers():
+    masks = torch.stack([random_masks(4, 20, 0.5, layer) for layer in range(3)])
+    rates = torch.tensor([0.0, 0.05, 0.06])
+    kappas = pairwise_overlaps(masks, masks).kappa(rates[:, None, None])
+    for layer, rate in enumerate(rates.tolist()):
+        torch.testing.assert_close(kappas[layer], pairwise_overlaps(masks[layer], masks[layer]).kappa(rate))
+
+
+def test_firing_counts_add_up():
+    masks = random_masks(10, 8, 0.3, 5)
+    assert torch.equal(firing_counts(masks), firing_counts(masks[:4]) + firing_counts(masks[4:]))
+    assert torch.equal(firing_counts(masks.reshape(2, 5, 8)), firing_counts(masks))
+    assert firing_counts(masks).tolist() == [sum(column) for column in zip(*masks.tolist(), strict=True)]
