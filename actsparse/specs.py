@@ -1,7 +1,8 @@
 """What was asked: the frozen inputs of the four verbs. No torch here.
 
 A field marked `RUNTIME` says how a run is carried out, not what it finds; it stays out of the fingerprint of profile
-and threshold runs (an evaluation keeps device and batch size, since its timing depends on them).
+and threshold runs (an evaluation keeps device and batch size, since its timing depends on them). A run goes to
+`output`, else to `root`/MODEL/KIND-HASH.
 """
 
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class ProfileSpec:
     reservoir_mb: int = 512
     batch_size: int | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
+    root: Path = field(default=Path("runs"), metadata=RUNTIME)
     force: bool = field(default=False, metadata=RUNTIME)
     resume: bool = field(default=True, metadata=RUNTIME)
 
@@ -84,6 +86,7 @@ class ThresholdSpec:
     batch_size: int | None = field(default=None, metadata=RUNTIME)
     offline: bool = field(default=False, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
+    root: Path = field(default=Path("runs"), metadata=RUNTIME)
     force: bool = field(default=False, metadata=RUNTIME)
     resume: bool = field(default=True, metadata=RUNTIME)
 
@@ -111,6 +114,7 @@ class EvalSpec:
     max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
     min_top1: float | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
+    root: Path = field(default=Path("runs"), metadata=RUNTIME)
     force: bool = field(default=False, metadata=RUNTIME)
     resume: bool = field(default=True, metadata=RUNTIME)
 
@@ -122,4 +126,17 @@ class ReportSpec:
     runs: tuple[Path, ...]
     output: Path = Path("report.html")
     title: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """The four verbs in a row: even sequences are profiled and fitted on, odd ones evaluated."""
+
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    plans: tuple[str, ...] = ("griffin@0.5", "cats@0.5")
+    target_error: float = 0.2
+    timing_pairs: int = 7
+    output: Path = Path("runs")
     force: bool = False

@@ -1,0 +1,1 @@
+"""The command line. Heavy imports (torch, transformers, datasets, plotly) happen inside the commands only."""

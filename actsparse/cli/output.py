@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,11 +27,17 @@ from actsparse.pipelines.progress import Advance
 
 QUIET_SECONDS = 2.0
 PLAIN_INTERVAL = 10.0
+PLAIN_WIDTH = 160
 
 
 def printable(text: str) -> str:
     """Text from outside with control characters made visible, so that it cannot drive a terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _console(file: TextIO) -> Console:
+    """A console as wide as its terminal, and wide enough for any table elsewhere."""
+    return Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else PLAIN_WIDTH)
 
 
 @dataclass
@@ -41,8 +48,8 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
-    out: Console = field(default_factory=lambda: Console(file=sys.stdout, highlight=False, soft_wrap=True))
-    err: Console = field(default_factory=lambda: Console(file=sys.stderr, highlight=False, soft_wrap=True))
+    out: Console = field(default_factory=lambda: _console(sys.stdout))
+    err: Console = field(default_factory=lambda: _console(sys.stderr))
 
     def note(self, text: str) -> None:
         """A fact that a person should know."""
@@ -74,7 +81,7 @@ class Output:
             return
         table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=index > 0)
+            table.add_column(column, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
         for row in rows:
             table.add_row(*(escape(printable(cell)) for cell in row))
         self.out.print(table)

@@ -166,7 +166,7 @@ def _byte_rows(name: str, cost: StepBytes, sparsity: Sparsity) -> list[EvalRow]:
 
 def _layer_rows(name: str, kept: pl.DataFrame) -> list[EvalRow]:
     metrics = {"kept_frac": "share", "rel_err": "1", "rel_err_path": "1"}
-    means = kept.group_by("layer").agg([pl.col(m).mean() for m in metrics], pl.col("positions").sum()).sort("layer")
+    means = kept.group_by("layer").agg(*(pl.col(m).mean() for m in metrics), pl.col("positions").sum()).sort("layer")
     return [
         EvalRow(
             plan=name, metric=metric, param=param(layer=row["layer"]), value=row[metric], unit=unit, n=row["positions"]

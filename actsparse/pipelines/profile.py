@@ -113,6 +113,7 @@ def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences) -> Ru
         model=loaded.record,
         texts=(sequences.record,),
         output=spec.output,
+        root=spec.root,
         device=str(loaded.device),
         threads=torch.get_num_threads(),
         force=spec.force,

@@ -65,6 +65,7 @@ def _request(spec: ThresholdSpec, short: ShortForm, run: ProfileRun, model: Mode
         model=model,
         texts=run.manifest.texts,
         output=spec.output,
+        root=spec.root,
         device=spec.device,
         threads=torch.get_num_threads(),
         force=spec.force,

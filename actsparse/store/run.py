@@ -35,6 +35,7 @@ class RunRequest:
     model: ModelRecord | None
     texts: tuple[TextRecord, ...]
     output: Path | None
+    root: Path
     device: str
     threads: int
     force: bool = False
@@ -49,7 +50,7 @@ class RunRequest:
         if self.output is not None:
             return self.output
         model = self.model.resolved if self.model else "reports"
-        return Path("runs") / _directory_name(model) / f"{self.kind.value}-{self.fingerprint[:6]}"
+        return self.root / _directory_name(model) / f"{self.kind.value}-{self.fingerprint[:6]}"
 
 
 @dataclass

@@ -1,0 +1,114 @@
+"""The application: its commands, and the one place where errors become messages and exit codes."""
+
+import functools
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actsparse import __version__
+from actsparse.cli.output import Output
+from actsparse.errors import ActsparseError
+
+INTERRUPTED = 130
+COMMANDS = ("profile", "threshold", "evaluate", "report", "run")
+
+app = typer.Typer(
+    name="actsparse",
+    help="Study and exploit activation sparsity in large language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"actsparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with defaults: a table a command, option names as keys.")
+    ] = None,
+) -> None:
+    """Study and exploit activation sparsity in large language models."""
+    del version
+    if config is not None:
+        context.default_map = read_config(config)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Defaults of commands from a TOML file; raises ActsparseError where it cannot be read."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ActsparseError(f"{path} cannot be read: {error}", "check the path given with --config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ActsparseError(f"{path} is not TOML: {error}", "write for example: [profile]\\nlimit = 8") from None
+    for name, table in tables.items():
+        if name not in COMMANDS or not isinstance(table, dict):
+            raise ActsparseError(f"{path}: '{name}' is not a command", f"use tables named {', '.join(COMMANDS)}")
+    return {name: {key.replace("-", "_"): v for key, v in table.items()} for name, table in tables.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; the exit code. Every message to a person is printed here or by `Output`."""
+    debug = "--debug" in argv
+    output = Output(debug=debug)
+    try:
+        _register()
+        result = app(args=argv, prog_name="actsparse", standalone_mode=True)
+        return int(result or 0)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except ActsparseError as error:
+        if debug:
+            output.err.print_exception()
+        output.error(error)
+        return error.exit_code
+    except BrokenPipeError:
+        # the reader has left (`| head`): keep the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with Ctrl-C turned into exit code 130 and the line that resumes it."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            again = shlex.join(["actsparse", *sys.argv[1:]])
+            Output().err.print(f"\ninterrupted; finished work is kept. Resume with:\n  {again}", markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return guarded
+
+
+@functools.cache
+def _register() -> None:
+    for name in COMMANDS:
+        module = import_module(f"actsparse.cli.{name}")
+        app.command(name, help=module.HELP, epilog=module.EPILOG)(interruptible(module.command))
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""`actsparse evaluate`."""
+
+from typing import Annotated
+
+from actsparse.cli.options import (
+    RUN,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    RunOptions,
+    grouped,
+    option,
+    share,
+)
+from actsparse.cli.output import Output
+from actsparse.errors import ActsparseError
+from actsparse.specs import EvalSpec
+
+HELP = "Quality and real speed of plans against dense, in the decode regime."
+EPILOG = "Example: actsparse evaluate --model smollm2 --plan griffin@0.5 --plan cats@0.5 --corpus text.txt -n 4"
+
+
+@grouped
+def command(
+    model: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    show: OutputOptions,
+    *,
+    plan: Annotated[
+        list[str] | None,
+        option("--plan", help="A plan directory, or a short form such as griffin@0.5. Repeatable.", panel=RUN),
+    ] = None,
+    controls: Annotated[
+        bool, option("--controls/--no-controls", help="Random and static pruning at equal density.", panel=RUN)
+    ] = True,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", help="Tokens of a sample.", panel=RUN)] = 48,
+    generations: Annotated[int, option("--generations", help="Prompts continued as samples.", panel=RUN)] = 3,
+    timing_pairs: Annotated[
+        int, option("--timing-pairs", help="Pairs of dense and sparse laps; 0 leaves timing out.", panel=RUN)
+    ] = 7,
+    timing_tokens: Annotated[int, option("--timing-tokens", help="Decoded tokens of a lap.", panel=RUN)] = 12,
+    timing_prompts: Annotated[int, option("--timing-prompts", help="Prompts that are timed.", panel=RUN)] = 1,
+    max_ppl_increase: Annotated[
+        str | None, option("--max-ppl-increase", help="Exit with 3 when a plan is worse: 5% or 0.05.", panel=RUN)
+    ] = None,
+    min_top1: Annotated[
+        str | None, option("--min-top1", help="Exit with 3 when a plan agrees less: 0.9.", panel=RUN)
+    ] = None,
+) -> None:
+    output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
+    for name, value in (("--max-new-tokens", max_new_tokens), ("--timing-tokens", timing_tokens)):
+        if value < 1:
+            raise ActsparseError(f"{name} must be at least 1, not {value}", "correct the value")
+    for name, value in (("--generations", generations), ("--timing-pairs", timing_pairs)):
+        if value < 0:
+            raise ActsparseError(f"{name} must be at least 0, not {value}", "correct the value")
+    spec = EvalSpec(
+        model=model.spec(),
+        data=data.spec(),
+        plans=tuple(plan or ("griffin@0.5",)),
+        controls=controls,
+        max_new_tokens=max_new_tokens,
+        generations=generations,
+        timing_pairs=timing_pairs,
+        timing_tokens=timing_tokens,
+        timing_prompts=timing_prompts,
+        max_ppl_increase=None if max_ppl_increase is None else share(max_ppl_increase, "--max-ppl-increase"),
+        min_top1=None if min_top1 is None else share(min_top1, "--min-top1"),
+        output=run.output,
+        force=run.force,
+        resume=run.resume,
+    )
+    from actsparse.cli.shown import check_gate, show_eval
+    from actsparse.pipelines.evaluate import evaluate
+
+    found = evaluate(spec, output)
+    show_eval(found, output)
+    check_gate(found, spec)

@@ -1,0 +1,58 @@
+"""`actsparse profile`."""
+
+from typing import Annotated
+
+from actsparse.cli.options import (
+    RUN,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    RunOptions,
+    grouped,
+    layer_list,
+    option,
+    shares,
+)
+from actsparse.cli.output import Output
+from actsparse.errors import ActsparseError
+from actsparse.specs import ProfileSpec
+
+HELP = "Record a model's neuron and head activations on your text."
+EPILOG = "Example: actsparse profile --model smollm2 --prompts my_prompts.jsonl"
+
+
+@grouped
+def command(
+    model: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    show: OutputOptions,
+    *,
+    layers: Annotated[str | None, option("--layers", help="Layers to record, such as 0-7,31. [all]", panel=RUN)] = None,
+    cett: Annotated[
+        str, option("--cett", help="CETT levels solved exactly, comma-separated.", panel=RUN)
+    ] = "0.1,0.2,0.3",
+    reservoir_tokens: Annotated[
+        int, option("--reservoir-tokens", help="Token positions kept for CETT and replays, at most.", panel=RUN)
+    ] = 4096,
+    reservoir_mb: Annotated[int, option("--reservoir-mb", help="Megabytes they may take.", panel=RUN)] = 512,
+) -> None:
+    output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
+    if reservoir_tokens < 1 or reservoir_mb < 1:
+        raise ActsparseError("--reservoir-tokens and --reservoir-mb must be at least 1", "correct the value")
+    spec = ProfileSpec(
+        model=model.spec(),
+        data=data.spec(),
+        layers=layer_list(layers),
+        cett_targets=shares(cett, "--cett"),
+        reservoir_tokens=reservoir_tokens,
+        reservoir_mb=reservoir_mb,
+        batch_size=run.batch_size,
+        output=run.output,
+        force=run.force,
+        resume=run.resume,
+    )
+    from actsparse.cli.shown import show_profile
+    from actsparse.pipelines.profile import profile
+
+    show_profile(profile(spec, output), output)

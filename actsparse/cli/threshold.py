@@ -1,0 +1,62 @@
+"""`actsparse threshold`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actsparse.cli.options import MODEL, RUN, OutputOptions, RunOptions, grouped, option, share
+from actsparse.cli.output import Output
+from actsparse.specs import ThresholdSpec
+
+HELP = "Derive a plan from a profile: which neurons a method keeps, or the threshold that it uses."
+EPILOG = "Example: actsparse threshold runs/MODEL/profile-3f9c1e --method tda --target-error 0.2"
+
+
+@grouped
+def command(
+    profile: Annotated[Path, typer.Argument(help="A profile run directory.", metavar="RUN")],
+    run: RunOptions,
+    show: OutputOptions,
+    *,
+    method: Annotated[
+        str,
+        option("--method", help="static, random, griffin, tda, cats; or method:key=value@x.", panel=RUN),
+    ],
+    settings: Annotated[
+        list[str] | None, option("--set", help="An option of the method, name=value. Repeatable.", panel=RUN)
+    ] = None,
+    sparsity: Annotated[
+        str | None, option("--sparsity", help="Share of neurons to drop: 0.5 or 50%.", panel=RUN)
+    ] = None,
+    target_error: Annotated[
+        str | None, option("--target-error", help="Mean relative error of the FFN output to allow.", panel=RUN)
+    ] = None,
+    device: Annotated[str, option("--device", help="auto, cpu, cuda, cuda:N.", panel=MODEL)] = "auto",
+    offline: Annotated[bool, option("--offline", help="Use no network.", panel=MODEL)] = False,
+) -> None:
+    output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
+    spec = ThresholdSpec(
+        run=profile,
+        plan=_with_settings(method, settings or []),
+        sparsity=None if sparsity is None else share(sparsity, "--sparsity"),
+        target_error=None if target_error is None else share(target_error, "--target-error"),
+        device=device,
+        offline=offline,
+        batch_size=run.batch_size,
+        output=run.output,
+        force=run.force,
+        resume=run.resume,
+    )
+    from actsparse.cli.shown import show_plan
+    from actsparse.pipelines.threshold import threshold
+
+    show_plan(threshold(spec, output), output)
+
+
+def _with_settings(method: str, settings: list[str]) -> str:
+    """`--set` options written into the short form."""
+    if not settings:
+        return method
+    head, at, amount = method.partition("@")
+    return f"{head}{',' if ':' in head else ':'}{','.join(settings)}{at}{amount}"

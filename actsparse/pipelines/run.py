@@ -1,0 +1,49 @@
+"""`run`: profile, threshold, evaluate, report; complete runs are used again."""
+
+from dataclasses import dataclass, replace
+
+from actsparse.pipelines.evaluate import evaluate
+from actsparse.pipelines.profile import profile
+from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.threshold import threshold
+from actsparse.specs import EvalSpec, ProfileSpec, RunSpec, ThresholdSpec
+from actsparse.store.runs import EvalRun, PlanRun, ProfileRun
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the three measuring verbs found."""
+
+    profile: ProfileRun
+    plan: PlanRun
+    evaluation: EvalRun
+
+
+def measure(spec: RunSpec, progress: Progress | None = None) -> Finished:
+    """Profile and fit on the even sequences, evaluate on the odd ones."""
+    progress = progress or Silent()
+    root = spec.output
+    fitted_on, judged_on = replace(spec.data, part="even"), replace(spec.data, part="odd")
+    progress.note("1/4 profile")
+    profiled = profile(ProfileSpec(model=spec.model, data=fitted_on, root=root, force=spec.force), progress)
+    progress.note("2/4 threshold")
+    plan = threshold(
+        ThresholdSpec(
+            run=profiled.path, plan="tda", target_error=spec.target_error, device=spec.model.device,
+            offline=spec.model.offline, root=root, force=spec.force,
+        ),
+        progress,
+    )  # fmt: skip
+    progress.note("3/4 evaluate")
+    evaluated = evaluate(
+        EvalSpec(
+            model=spec.model,
+            data=judged_on,
+            plans=(str(plan.path), *spec.plans),
+            timing_pairs=spec.timing_pairs,
+            root=root,
+            force=spec.force,
+        ),
+        progress,
+    )
+    return Finished(profiled, plan, evaluated)

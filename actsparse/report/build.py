@@ -1,0 +1,30 @@
+"""One offline HTML file from run directories, and the same findings as JSON, text or single figures."""
+
+from pathlib import Path
+
+from actsparse.errors import ActsparseError
+from actsparse.report.page import render
+from actsparse.report.view import build_view
+from actsparse.specs import ReportSpec
+from actsparse.store.files import write_bytes
+
+
+def report(spec: ReportSpec) -> Path:
+    """The path of the HTML file written for the runs of `spec`.
+
+    Raises RunError where a run cannot be read, ActsparseError where the file exists (without `force`) or cannot be
+    written; nothing is written then.
+    """
+    output = spec.output
+    if output.is_dir():
+        raise ActsparseError(
+            f"{output} is a directory, not a file", f"name the file: --output {output / 'report.html'}"
+        )
+    if output.exists() and not spec.force:
+        raise ActsparseError(f"{output} exists", "overwrite it with --force, or write elsewhere with --output FILE")
+    blocked = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked is not None:
+        raise ActsparseError(f"{output} cannot be written: {blocked} is a file", "choose another place with --output")
+    page = render(build_view(spec))
+    write_bytes(output, page.encode("utf-8", errors="replace"))
+    return output

@@ -1,0 +1,38 @@
+"""The view model as one JSON document: what `actsparse report --json` prints."""
+
+from dataclasses import asdict
+from typing import Any
+
+from actsparse.report.page import columns, finite
+from actsparse.report.view import FigureView, ReportView
+
+
+def document(view: ReportView) -> dict[str, Any]:
+    """The report as dicts, lists, numbers and strings; not-a-number and infinities are null."""
+    return finite(
+        {
+            "title": view.title,
+            "models": list(view.models),
+            "made": view.made,
+            "command": view.command,
+            "warnings": [asdict(notice) for notice in view.notices],
+            "verdicts": [asdict(group) for group in view.verdicts],
+            "headline": view.headline,
+            "cards": [asdict(card) for card in view.cards],
+            "tables": [
+                asdict(grid) for grid in (*([view.compare] if view.compare else []), *view.plan_grids, *view.worst)
+            ],
+            "figures": [_figure(figure) for section in view.sections for row in section.figures for figure in row],
+            "samples": [asdict(group) for group in view.samples],
+            "not_measured": [{"what": row.what, "shows": row.shows, "command": row.command} for row in view.unmeasured],
+            "runs": [asdict(made) for made in view.origins],
+        }
+    )
+
+
+def _figure(figure: FigureView) -> dict[str, Any]:
+    row = figure.row
+    return {
+        "id": figure.id, "section": row.section, "title": row.title, "panel": figure.panel, "caption": figure.caption,
+        "how_to_read": row.how_to_read, "columns": columns(figure.frame),
+    }  # fmt: skip

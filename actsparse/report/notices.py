@@ -1,0 +1,148 @@
+"""The banner: what the reader must know before the numbers, from the runs and from comparing them."""
+
+from dataclasses import dataclass
+
+from actsparse.report.outcomes import Outcome
+from actsparse.report.panels import EvalPanel, calibration_of, scored_text
+from actsparse.report.sources import Source
+from actsparse.report.wording import clean, listed, one_line, percent
+from actsparse.results import RunKind, TextRecord
+
+PATH_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A warning and the letter of the run it comes from (empty: from comparing runs)."""
+
+    letter: str
+    text: str
+
+
+def notices(sources: tuple[Source, ...], evals: tuple[EvalPanel, ...]) -> tuple[Notice, ...]:
+    """Incomplete runs first, then overlap, the runs' own warnings, and what may not be compared; each once."""
+    found = [
+        *_incomplete(sources),
+        *_overlaps(sources),
+        *_own(sources),
+        *_path_checks(evals),
+        *_comparisons(sources, evals),
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _incomplete(sources: tuple[Source, ...]) -> list[Notice]:
+    found = []
+    for source in sources:
+        if not source.complete:
+            command = one_line(" ".join(source.manifest.provenance.command))
+            text = f"This run is incomplete: what it has written so far is drawn. Resume it with: {command}"
+            found.append(Notice(letter=source.letter, text=text))
+        found += [Notice(letter=source.letter, text=f"Left out: {one_line(what)}") for what in source.unreadable]
+    return found
+
+
+def _own(sources: tuple[Source, ...]) -> list[Notice]:
+    return [Notice(letter=source.letter, text=clean(text)) for source in sources for text in source.manifest.warnings]
+
+
+def _overlaps(sources: tuple[Source, ...]) -> list[Notice]:
+    """Text that a plan was fitted on and that is scored too, where the run itself does not warn of it."""
+    found = []
+    for source in sources:
+        if source.kind is not RunKind.EVAL or (scored := scored_text(source)) is None or _warned(source):
+            continue
+        fitted = [text for text in source.manifest.texts if text.role == "calibration"]
+        fitted += [text for other in sources if (text := calibration_of(other)) is not None]
+        share = max((overlap(text, scored) for text in fitted), default=0.0)
+        if share > 0:
+            text = (
+                f"Calibration text overlaps the evaluation text: about {percent(share, 0)} of what was scored in "
+                f"{one_line(scored.source)} was also used to fit. Quality looks better than it is."
+            )
+            found.append(Notice(letter=source.letter, text=text))
+    return found
+
+
+def _warned(source: Source) -> bool:
+    said = [text.lower() for text in source.manifest.warnings]
+    return any(("overlap" in text and "calib" in text) or "fitted on text that is evaluated" in text for text in said)
+
+
+def overlap(fitted: TextRecord, scored: TextRecord) -> float:
+    """The share of `scored` that `fitted` holds too: by windows of tokens where both were sampled, else by blocks."""
+    if fitted.window_hashes and scored.window_hashes:
+        return len(set(fitted.window_hashes) & set(scored.window_hashes)) / len(set(scored.window_hashes))
+    if fitted.sha256 != scored.sha256 or fitted.block_length != scored.block_length:
+        return 0.0
+    if fitted.blocks is None or scored.blocks is None:
+        return 1.0
+    shared = min(fitted.blocks[1], scored.blocks[1]) - max(fitted.blocks[0], scored.blocks[0])
+    return max(0, shared) / max(1, scored.blocks[1] - scored.blocks[0])
+
+
+def _path_checks(evals: tuple[EvalPanel, ...]) -> list[Notice]:
+    return [
+        Notice(
+            letter=outcome.letter,
+            text=f"{one_line(outcome.label)}: engine and masked path differ by {outcome.path_check:.2g} nats "
+            f"on the checked tokens (tolerance {PATH_TOLERANCE:g}); speed and quality may not be of the same model.",
+        )
+        for panel in evals
+        for outcome in panel.outcomes
+        if outcome.path_check is not None and outcome.path_check > PATH_TOLERANCE and not _path_warned(panel, outcome)
+    ]
+
+
+def _path_warned(panel: EvalPanel, outcome: Outcome) -> bool:
+    said = [text for source in panel.sources for text in source.manifest.warnings if source.letter == outcome.letter]
+    return any(text.startswith(f"{outcome.name.plan}: engine and masked path differ") for text in said)
+
+
+def _comparisons(sources: tuple[Source, ...], evals: tuple[EvalPanel, ...]) -> list[Notice]:
+    """What of several runs may not be compared, and why."""
+    if len(sources) < 2:
+        return []
+    reference, others = sources[0], dict[str, list[Source]]()
+    first = reference.manifest.model
+    for source in sources[1:]:
+        model = source.manifest.model
+        if first and model and first.weights_sha256 != model.weights_sha256:
+            others.setdefault(model.weights_sha256, []).append(source)
+    found = []
+    for group in others.values():
+        letters = listed([source.letter for source in group])
+        runs = f"Runs {letters} are" if len(group) > 1 else f"Run {letters} is"
+        text = (
+            f"{runs} of another model ({group[0].model_name}) than the reference {reference.letter} "
+            f"({reference.model_name}): shares and ratios to each model's own dense compare, perplexities and "
+            "milliseconds do not."
+        )
+        found.append(Notice(letter="", text=text))
+    return found + _text_and_device(evals)
+
+
+def _text_and_device(evals: tuple[EvalPanel, ...]) -> list[Notice]:
+    found = []
+    models = [panel.sources[0].manifest.model for panel in evals]
+    hashes = [model.weights_sha256 if model else "" for model in models]
+    for place, panel in enumerate(evals):
+        if hashes[place] in hashes[:place]:
+            letters = listed([source.letter for source in panel.sources])
+            found.append(
+                Notice(
+                    letter="",
+                    text=f"Run {letters} scored another text or dtype than the evaluations before it: "
+                    "its perplexities stand apart.",
+                )
+            )
+        devices = list(dict.fromkeys(one_line(source.manifest.provenance.device) for source in panel.sources))
+        if len(devices) > 1:
+            found.append(
+                Notice(
+                    letter="",
+                    text=f"Evaluations ran on different devices ({listed(devices)}): "
+                    "compare speed-ups, not milliseconds.",
+                )
+            )
+    return found

@@ -1,0 +1,114 @@
+"""What a plan's short form says: its method, its options, how much it drops, and the role it plays in a comparison."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePath
+
+from actsparse.report.wording import one_line, percent
+
+_SHORT = re.compile(r"^(?P<method>[a-z][a-z0-9_-]*)(?::(?P<options>[^@]*))?(?:@(?P<amount>[0-9.]+(?:e-?[0-9]+)?))?$")
+
+ACRONYMS = ("cats", "cett", "chess", "griffin", "tda", "teal", "wina")
+NAMES = {
+    "coreinfer": "CoreInfer",
+    "countdown": "COUNTDOWN",
+    "dejavu": "Deja Vu",
+    "larosa": "LaRoSA",
+    "heads-oracle": "Oracle by head output norm",
+    "moefication": "MoE-fication",
+    "oracle-a": "Oracle by |a|",
+    "oracle-gate": "Oracle by |act(g)|",
+    "oracle-n": "Oracle by |a|·‖w‖",
+    "oracle-up": "Oracle by |u|",
+    "random": "Random mask",
+    "rsparse": "R-Sparse",
+    "static": "Static mask",
+}
+CHANNEL_METHODS = ("teal", "wina", "rsparse", "larosa")
+PROMPT_METHODS = ("griffin", "tda", "coreinfer")
+STATISTICS = {"griffin": "by GRIFFIN's statistic", "mean_n": "by mean neuron norm"}
+
+
+class Role(StrEnum):
+    DENSE = "dense"
+    METHOD = "method"
+    RANDOM = "random"
+    STATIC = "static"
+    ORACLE = "oracle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanName:
+    """A plan as typed and what it means; `series` is the plan without its amount, shared by the plans of one line."""
+
+    plan: str
+    method: str
+    options: str
+    amount: float | None
+    series: str
+    role: Role
+
+    @property
+    def title(self) -> str:
+        """The plan in words: `GRIFFIN, 50 % of neurons dropped`."""
+        if self.role is Role.DENSE:
+            return "Dense"
+        name = method_title(self.method)
+        if not self.plan.startswith(self.method):
+            return f"{name} ({one_line(self.plan)})"
+        qualifier = self._qualifier()
+        head = f"{name} {qualifier}" if qualifier.startswith("by ") else f"{name} ({qualifier})" if qualifier else name
+        return head if self.amount is None else f"{head}, {percent(self.amount, 0)} of {self.unit} dropped"
+
+    @property
+    def unit(self) -> str:
+        """What a share of this plan counts."""
+        if self.method in CHANNEL_METHODS:
+            return "input channels"
+        return "KV groups" if self.method.startswith("heads") else "neurons"
+
+    def _qualifier(self) -> str:
+        if self.role is Role.STATIC:
+            statistic = dict(_options(self.options)).get("stat", "mean_n")
+            return STATISTICS.get(statistic, f"by {statistic}")
+        return one_line(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _options(self.options)))
+
+
+def method_title(method: str) -> str:
+    """A method's name as its authors write it."""
+    if method in ACRONYMS:
+        return method.upper()
+    return one_line(NAMES.get(method, method.replace("-", " ").replace("_", " ")))
+
+
+def parse_plan(plan: str, method: str | None = None) -> PlanName:
+    """The parts of a plan as typed; of a plan directory or an unknown form `method` says the method."""
+    found = _SHORT.match(plan)
+    if found is None or (method is not None and found["method"] != method):
+        name = method or PurePath(plan).name or plan
+        return PlanName(plan=plan, method=name, options="", amount=None, series=plan, role=role_of(name))
+    amount = _float(found["amount"])
+    options = found["options"] or ""
+    series = f"{found['method']}:{options}" if options else found["method"]
+    return PlanName(
+        plan=plan, method=found["method"], options=options, amount=amount, series=series, role=role_of(found["method"])
+    )
+
+
+def role_of(method: str) -> Role:
+    """The role of a method in a comparison: what it is measured against, or what is measured."""
+    if method.startswith("oracle") or method == "heads-oracle":
+        return Role.ORACLE
+    return {"dense": Role.DENSE, "random": Role.RANDOM, "static": Role.STATIC}.get(method, Role.METHOD)
+
+
+def _options(text: str) -> list[tuple[str, str]]:
+    return [(key.strip(), value.strip()) for key, _, value in (part.partition("=") for part in text.split(",")) if key]
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

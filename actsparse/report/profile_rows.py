@@ -1,0 +1,194 @@
+"""The figures of a profile, in order: adding one is a file in `figures/` and a row here."""
+
+from actsparse.report.figures import cett, firing, head_maps, kind_maps, magnitudes, positions
+from actsparse.report.rows import Row
+from actsparse.results import RunKind
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        id="kind-medians",
+        section="sparse",
+        title="Concentration by layer and kind",
+        needs=RunKind.PROFILE,
+        metrics="abs_quantile, rms",
+        data=kind_maps.medians,
+        draw=kind_maps.draw_medians,
+        caption=kind_maps.caption_medians,
+        how_to_read=(
+            "Each cell divides the median of |x| by the root mean square of x. Small values (dark) mean "
+            "that a few large entries carry the energy and half of all entries hardly count: room for "
+            "sparsity. A Gaussian gives 0.67."
+        ),
+    ),
+    Row(
+        id="kind-zeros",
+        section="sparse",
+        title="Exact zeros by layer and kind",
+        needs=RunKind.PROFILE,
+        metrics="zero_frac",
+        data=kind_maps.zeros,
+        draw=kind_maps.draw_zeros,
+        caption=kind_maps.caption_zeros,
+        optional=True,
+        how_to_read=(
+            "The share of activations that are exactly zero, as ReLU makes them. These can be skipped "
+            "without any error."
+        ),
+    ),
+    Row(
+        id="cett-layers",
+        section="sparse",
+        title="CETT sparsity by layer",
+        needs=RunKind.PROFILE,
+        metrics="cett_sparsity",
+        data=cett.layers,
+        draw=cett.draw_layers,
+        caption=cett.caption_layers,
+        wide=False,
+        how_to_read=(
+            "For each layer, the share of neurons whose output can be dropped token by token until the "
+            "mean relative error of the MLP output (CETT) reaches the target. Higher is sparser. It is a "
+            "ruler: the mask needs the neurons' values, so it is no speed-up."
+        ),
+    ),
+    Row(
+        id="cett-curve",
+        section="sparse",
+        title="CETT as sparsity grows",
+        needs=RunKind.PROFILE,
+        metrics="cett_curve",
+        data=cett.curve,
+        draw=cett.draw_curve,
+        caption=cett.caption_curve,
+        wide=False,
+        how_to_read=(
+            "How the error of the MLP output grows as more of its smallest neurons are dropped. A curve "
+            "that stays flat for long and rises late is a sparse layer. Named layers are in colour, the "
+            "others faint."
+        ),
+    ),
+    Row(
+        id="magnitudes-neuron",
+        section="sparse",
+        title="Magnitudes of neurons",
+        needs=RunKind.PROFILE,
+        metrics="histograms",
+        data=magnitudes.neurons,
+        draw=magnitudes.draw,
+        caption=magnitudes.caption,
+        wide=False,
+        how_to_read=(
+            "The distribution of absolute activations at the input of the down projection, on a log axis; "
+            "the height is the share of values within one decade. A long left tail is what thresholds can "
+            "cut. Exact zeros are left out."
+        ),
+    ),
+    Row(
+        id="magnitudes-gate",
+        section="sparse",
+        title="Magnitudes of gates",
+        needs=RunKind.PROFILE,
+        metrics="histograms",
+        data=magnitudes.gates,
+        draw=magnitudes.draw,
+        caption=magnitudes.caption,
+        wide=False,
+        optional=True,
+        how_to_read=(
+            "The distribution of |act(gate)|, on a log axis; the height is the share of values within one "
+            "decade. Dashed lines are the thresholds of a plan that gates on this value: what lies left "
+            "of them is skipped."
+        ),
+    ),
+    Row(
+        id="position-rms",
+        section="sparse",
+        title="Activation size by position",
+        needs=RunKind.PROFILE,
+        metrics="position_rms",
+        data=positions.rms,
+        draw=positions.draw_rms,
+        caption=positions.caption_rms,
+        wide=False,
+        how_to_read=(
+            "The root mean square of neurons at a range of token positions, over the layer's mean of all "
+            "ranges. A line at 1 does not depend on position. Sink positions are left out of all "
+            "statistics."
+        ),
+    ),
+    Row(
+        id="position-zeros",
+        section="sparse",
+        title="Exact zeros by position",
+        needs=RunKind.PROFILE,
+        metrics="position_zero_frac",
+        data=positions.zeros,
+        draw=positions.draw_zeros,
+        caption=positions.caption_zeros,
+        wide=False,
+        optional=True,
+        how_to_read=("The share of neurons that are exactly zero at a range of token positions."),
+    ),
+    Row(
+        id="firing-rates",
+        section="neurons",
+        title="Firing rates, sorted",
+        needs=RunKind.PROFILE,
+        metrics="neurons.parquet",
+        data=firing.rates,
+        draw=firing.draw_rates,
+        caption=firing.caption_rates,
+        wide=False,
+        how_to_read=(
+            "How often each neuron is in its layer's top 20 % by |a|·‖w‖, sorted. If all fired alike, the "
+            "line would be flat at 20 %; a steep start is a hot set that a static mask would keep as "
+            "well. The Gini coefficient says how unequal it is."
+        ),
+    ),
+    Row(
+        id="firing-shares",
+        section="neurons",
+        title="Gini, hot and dead by layer",
+        needs=RunKind.PROFILE,
+        metrics="neuron_gini, hot_frac, dead_frac",
+        data=firing.shares,
+        draw=firing.draw_shares,
+        caption=firing.caption_shares,
+        wide=False,
+        how_to_read=(
+            "Hot neurons are active in over half of the tokens, dead ones in under 0.1 %. A Gini "
+            "coefficient of 0 means that all neurons are active equally often, 1 that a single one is."
+        ),
+    ),
+    Row(
+        id="heads",
+        section="neurons",
+        title="Attention heads",
+        needs=RunKind.PROFILE,
+        metrics="heads.parquet",
+        data=head_maps.heads,
+        draw=head_maps.draw,
+        caption=head_maps.caption,
+        wide=False,
+        how_to_read=(
+            "The output norm of each head over an equal share of its layer's total. 1 is average, dark "
+            "heads write most into the residual stream, pale ones little. Values of 3 and more share a "
+            "colour."
+        ),
+    ),
+    Row(
+        id="groups",
+        section="neurons",
+        title="KV groups",
+        needs=RunKind.PROFILE,
+        metrics="heads.parquet",
+        data=head_maps.groups,
+        draw=head_maps.draw,
+        caption=head_maps.caption,
+        wide=False,
+        optional=True,
+        how_to_read=(
+            "As for heads, by group of heads that share keys and values: the unit that can be skipped on this model."
+        ),
+    ),
+)

@@ -1,0 +1,172 @@
+"""What a report says, computed from runs alone: frozen records that the page, the terminal and JSON all render."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+
+from actsparse.report import grids, later
+from actsparse.report.cards import Card, cards, headline_text
+from actsparse.report.grids import Grid
+from actsparse.report.later import Measurable
+from actsparse.report.looks import Looks, looks_of
+from actsparse.report.notices import Notice, notices
+from actsparse.report.origins import Origin, command_line, origin
+from actsparse.report.panels import EvalPanel, Panel, ProfilePanel, eval_panels, profile_panels
+from actsparse.report.registry import ROWS, SECTIONS
+from actsparse.report.rows import Row
+from actsparse.report.samples import Sample, samples, worst_tokens
+from actsparse.report.sources import Source, read_sources
+from actsparse.report.verdicts import Sentence, verdicts
+from actsparse.report.wording import listed, one_line
+from actsparse.results import RunKind
+from actsparse.specs import ReportSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureView:
+    """A figure before it is drawn: the row that draws it, the panel it shows, its numbers and the finding."""
+
+    id: str
+    row: Row
+    panel: str
+    frame: pl.DataFrame
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionView:
+    """Figures of one section, those of one row together; and what is missing from it."""
+
+    id: str
+    title: str
+    figures: tuple[tuple[FigureView, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictView:
+    """The sentences of one panel."""
+
+    panel: str
+    context: str
+    sentences: tuple[Sentence, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    panel: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportView:
+    """A whole report, in the order in which it is read."""
+
+    title: str
+    models: tuple[str, ...]
+    made: str
+    command: str
+    origins: tuple[Origin, ...]
+    notices: tuple[Notice, ...]
+    verdicts: tuple[VerdictView, ...]
+    headline: str
+    cards: tuple[Card, ...]
+    plan_grids: tuple[Grid, ...]
+    compare: Grid | None
+    sections: tuple[SectionView, ...]
+    worst: tuple[Grid, ...]
+    samples: tuple[SampleView, ...]
+    unmeasured: tuple[Measurable, ...]
+    looks: Looks
+
+
+def build_view(spec: ReportSpec) -> ReportView:
+    """The view of the runs in `spec`; raises RunError where one cannot be read."""
+    sources = read_sources(spec.runs)
+    profiles, evals = profile_panels(sources), eval_panels(sources)
+    figures = {row.id: _figures(row, profiles, evals) for row in ROWS}
+    model = _model_argument(sources)
+    models = tuple(dict.fromkeys(source.model_name for source in sources))
+    return ReportView(
+        title=one_line(spec.title) if spec.title else f"Activation sparsity of {listed(list(models))}",
+        models=models,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=_command(spec),
+        origins=tuple(origin(source) for source in sources),
+        notices=notices(sources, evals),
+        verdicts=tuple(_verdicts(panel) for panel in evals if panel.outcomes),
+        headline=headline_text(evals),
+        cards=cards(evals, profiles),
+        plan_grids=tuple(grids.plan_grid(panel, place) for place, panel in enumerate(evals) if panel.outcomes),
+        compare=grids.compare_grid(profiles, evals),
+        sections=tuple(_section(name, figures) for name in SECTIONS),
+        worst=tuple(grid for place, panel in enumerate(evals) for grid in _worst(panel, place)),
+        samples=tuple(SampleView(panel=panel.label, samples=found) for panel in evals if (found := samples(panel))),
+        unmeasured=(*_without_data(figures, model), *later.unmeasured(profiles, evals, model)),
+        looks=_looks(evals),
+    )
+
+
+def _figures(row: Row, profiles: tuple[ProfilePanel, ...], evals: tuple[EvalPanel, ...]) -> tuple[FigureView, ...]:
+    """The row's figure for each panel that has its data."""
+    panels: tuple[Panel, ...] = profiles if row.needs is RunKind.PROFILE else evals
+    return tuple(
+        FigureView(id=f"{row.id}-{place}", row=row, panel=panel.label, frame=frame, caption=_caption(row, frame))
+        for place, panel in enumerate(panels)
+        if not (frame := row.data(panel)).is_empty()
+    )
+
+
+def _section(name: str, figures: dict[str, tuple[FigureView, ...]]) -> SectionView:
+    found = tuple(figures[row.id] for row in ROWS if row.section == name and figures[row.id])
+    return SectionView(id=name, title=SECTIONS[name], figures=found)
+
+
+def _caption(row: Row, frame: pl.DataFrame) -> str:
+    return one_line(row.caption(frame)).replace("n = ", "n\u00a0=\u00a0")
+
+
+def _without_data(figures: dict[str, tuple[FigureView, ...]], model: str) -> tuple[Measurable, ...]:
+    """Figures of the registry that no run has the data of."""
+    return tuple(
+        Measurable(what=row.title.lower(), shows=row.metrics, metrics=(), command=row.command.format(model=model))
+        for row in ROWS
+        if not row.optional and not figures[row.id]
+    )
+
+
+def _verdicts(panel: EvalPanel) -> VerdictView:
+    source = panel.sources[0]
+    made = source.manifest.provenance
+    devices = listed(list(dict.fromkeys(one_line(other.manifest.provenance.device) for other in panel.sources)))
+    dtype = source.manifest.model.dtype if source.manifest.model else ""
+    context = ", ".join(
+        part for part in (source.model_name, one_line(dtype), devices, f"{made.threads} threads") if part
+    )
+    return VerdictView(panel=panel.label, context=context, sentences=verdicts(panel.outcomes))
+
+
+def _worst(panel: EvalPanel, place: int) -> list[Grid]:
+    found = worst_tokens(panel)
+    return [grids.worst_grid(found, place, panel.label, decoded=bool(panel.vocabulary))] if found else []
+
+
+def _looks(evals: tuple[EvalPanel, ...]) -> Looks:
+    """Looks by plan, and by label where the same plan comes from a second run (open symbols there)."""
+    looks = looks_of([outcome.name for panel in evals for outcome in panel.outcomes])
+    for panel in evals:
+        for outcome in panel.outcomes:
+            if outcome.label not in looks:
+                looks[outcome.label] = looks[outcome.name.plan].opened()
+    return looks
+
+
+def _model_argument(sources: tuple[Source, ...]) -> str:
+    model = sources[0].manifest.model
+    return command_line((model.requested,)) if model else "MODEL"
+
+
+def _command(spec: ReportSpec) -> str:
+    output = () if spec.output == Path("report.html") else ("--output", str(spec.output))
+    return command_line(("actsparse", "report", *(str(run) for run in spec.runs), *output))
