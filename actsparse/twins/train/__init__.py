@@ -1,0 +1,1 @@
+"""How the twins were made: prompts, sampling, tokenizer, training. See README.md."""
