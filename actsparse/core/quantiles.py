@@ -5,6 +5,7 @@ A bin is the exponent and the first ten bits of the mantissa of a float32: bins 
 batch size counts alike. They cover 2^-27 (7.5e-9) to 2^17; zeros, smaller and larger values are counted apart.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ BINS_PER_OCTAVE = 1024
 BINS = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * BINS_PER_OCTAVE
 _FIRST = (LOWEST_EXPONENT + 127) * BINS_PER_OCTAVE
 _ALL = 256 * BINS_PER_OCTAVE
+PARALLEL_FROM = 1 << 18
 
 
 @dataclass
@@ -34,7 +36,7 @@ class LogHistogram:
     def add(self, x: Float[Tensor, "..."]) -> None:
         """Count the magnitudes of `x` (any shape; NaN and infinity count as above)."""
         bits = x.detach().float().contiguous().view(-1).view(torch.int32)
-        found = torch.bincount((bits >> 13) & (_ALL - 1), minlength=_ALL).cpu()
+        found = _count_bins((bits >> 13).bitwise_and_(_ALL - 1)).cpu()
         zeros = int((bits & 0x7FFFFFFF == 0).sum()) if found[0] else 0
         self.counts += found[_FIRST : _FIRST + BINS]
         self.zeros += zeros
@@ -72,6 +74,19 @@ class LogHistogram:
         """The histogram whose `tensors()` these are."""
         zeros, below, above = (int(value) for value in state["apart"])
         return cls(state["counts"], zeros, below, above)
+
+
+def _count_bins(bins: Int[Tensor, " n"]) -> Int[Tensor, " all"]:
+    """torch.bincount on as many threads as torch has: it runs on one alone, and gives up the interpreter meanwhile."""
+    parts = torch.get_num_threads()
+    if bins.device.type != "cpu" or parts == 1 or len(bins) < PARALLEL_FROM:
+        return torch.bincount(bins, minlength=_ALL)
+    with ThreadPoolExecutor(parts) as pool:
+        return torch.stack(list(pool.map(_bincount, bins.chunk(parts)))).sum(dim=0)
+
+
+def _bincount(bins: Int[Tensor, " n"]) -> Int[Tensor, " all"]:
+    return torch.bincount(bins, minlength=_ALL)
 
 
 def bin_edges(first: int, stop: int) -> Float[Tensor, " edges"]:

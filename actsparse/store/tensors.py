@@ -1,5 +1,7 @@
 """Named tensors as safetensors files, whole or absent."""
 
+import errno
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +15,16 @@ from actsparse.store.files import write_atomic
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors by name, contiguous and on the CPU."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda temporary: save_file(plain, str(temporary), metadata))
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(plain, str(temporary), metadata)
+        except SafetensorError as error:
+            # the library wraps the system's error: unwrap it, so that a full disk is reported as one
+            code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+            raise OSError(int(next(filter(None, code.groups()))) if code else errno.EIO, str(error)) from None
+
+    write_atomic(path, save)
 
 
 def read(path: Path) -> dict[str, Tensor]:
