@@ -7,7 +7,7 @@ DEMO_PROMPTS := stories encyclopaedia instructions reasoning
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint check format install clean
+.PHONY: demo test lint check format docs install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,16 @@ check: lint test
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The reference of the command line, from its own help.
+docs: install
+	( printf '# Command line\n\nMade by `make docs` from the commands themselves. Exit codes: 0 done; 1 failure, with a hint;'; \
+	  printf ' 2 a command line that cannot be parsed; 3 a missed quality gate; 130 interrupted, finished work kept.\n'; \
+	  for command in profile threshold evaluate report run; do \
+	    printf '\n## actsparse %s\n\n```text\n' $$command; \
+	    COLUMNS=110 NO_COLOR=1 TERM=dumb $(BIN)/actsparse $$command --help | sed 's/ *$$//' | cat -s; \
+	    printf '```\n'; \
+	  done ) > docs/cli.md
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

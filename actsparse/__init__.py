@@ -25,16 +25,16 @@ _HOME = {
     "threshold": "pipelines.threshold",
     "evaluate": "pipelines.evaluate",
     "report": "report.build",
-    "sparsify": "engine.sparsify",
+    "sparsify": "pipelines.sparsify",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from actsparse.engine.sparsify import sparsify as sparsify
     from actsparse.errors import ActsparseError as ActsparseError
     from actsparse.pipelines.evaluate import evaluate as evaluate
     from actsparse.pipelines.profile import profile as profile
+    from actsparse.pipelines.sparsify import sparsify as sparsify
     from actsparse.pipelines.threshold import threshold as threshold
     from actsparse.report.build import report as report
     from actsparse.specs import DataSpec as DataSpec

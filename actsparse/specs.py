@@ -1,7 +1,7 @@
 """What was asked: the frozen inputs of the four verbs. No torch here.
 
 A field marked `RUNTIME` says how a run is carried out, not what it finds; it stays out of the fingerprint of profile
-and threshold runs (an evaluation keeps device and batch size, since its timing depends on them). A run goes to
+and threshold runs (an evaluation keeps device, threads and torch version, since its timing depends on them). A run goes to
 `output`, else to `root`/MODEL/KIND-HASH.
 """
 
@@ -83,7 +83,6 @@ class ThresholdSpec:
     sparsity: float | None = None
     target_error: float | None = None
     device: str = field(default="auto", metadata=RUNTIME)
-    batch_size: int | None = field(default=None, metadata=RUNTIME)
     offline: bool = field(default=False, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
     root: Path = field(default=Path("runs"), metadata=RUNTIME)
@@ -110,7 +109,6 @@ class EvalSpec:
     timing_prompts: int = 1
     path_check_tokens: int = 8
     controls: bool = True
-    batch_size: int = 1
     max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
     min_top1: float | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)

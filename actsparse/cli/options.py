@@ -113,9 +113,6 @@ class RunOptions:
     output: Annotated[Path | None, option("--output", "-o", help="Run directory. [runs/MODEL/KIND]", panel=RUN)] = None
     force: Annotated[bool, option("--force", help="Overwrite what an earlier run wrote.", panel=RUN)] = False
     resume: Annotated[bool, option("--resume/--no-resume", help="Go on with an interrupted run.", panel=RUN)] = True
-    batch_size: Annotated[
-        int | None, option("--batch-size", "-b", help="Sequences in one forward pass. [by tokens]", panel=RUN)
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,16 @@ def command(
     reservoir_tokens: Annotated[
         int, option("--reservoir-tokens", help="Token positions kept for CETT and replays, at most.", panel=RUN)
     ] = 4096,
+    batch_size: Annotated[
+        int | None, option("--batch-size", "-b", help="Sequences in one forward pass. [by tokens]", panel=RUN)
+    ] = None,
     reservoir_mb: Annotated[int, option("--reservoir-mb", help="Megabytes they may take.", panel=RUN)] = 512,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
-    if reservoir_tokens < 1 or reservoir_mb < 1:
-        raise ActsparseError("--reservoir-tokens and --reservoir-mb must be at least 1", "correct the value")
+    bounds = {"--reservoir-tokens": reservoir_tokens, "--reservoir-mb": reservoir_mb, "--batch-size": batch_size}
+    for name, value in bounds.items():
+        if value is not None and value < 1:
+            raise ActsparseError(f"{name} must be at least 1, not {value}", "correct the value")
     spec = ProfileSpec(
         model=model.spec(),
         data=data.spec(),
@@ -47,7 +52,7 @@ def command(
         cett_targets=shares(cett, "--cett"),
         reservoir_tokens=reservoir_tokens,
         reservoir_mb=reservoir_mb,
-        batch_size=run.batch_size,
+        batch_size=batch_size,
         output=run.output,
         force=run.force,
         resume=run.resume,

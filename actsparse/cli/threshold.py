@@ -43,7 +43,6 @@ def command(
         target_error=None if target_error is None else share(target_error, "--target-error"),
         device=device,
         offline=offline,
-        batch_size=run.batch_size,
         output=run.output,
         force=run.force,
         resume=run.resume,

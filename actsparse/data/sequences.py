@@ -50,6 +50,7 @@ def from_prompts(
     max_length: int | None,
     source: str,
     role: str,
+    sink_tokens: int = 4,
     notify: Callable[[str], None],
 ) -> Sequences:
     """One sequence a prompt, with the tokenizer's own special tokens; longer than the context: split, and said so."""
@@ -62,9 +63,8 @@ def from_prompts(
             notify(f"{prompt.source}: {len(tokens)} tokens, over the model's {limit}; split into {pieces} sequences")
         ids.extend(torch.tensor(tokens[start : start + limit]) for start in range(0, len(tokens), limit))
     digest = hashlib.sha256("\0".join(prompt.content for prompt in prompts).encode()).hexdigest()
-    return Sequences(
-        tuple(ids), _count(TextRecord(role=role, source=source, sha256=digest, sequences=0, tokens=0), ids)
-    )
+    record = TextRecord(role=role, source=source, sha256=digest, sequences=0, tokens=0, sink_tokens=sink_tokens)
+    return Sequences(tuple(ids), _count(record, ids))
 
 
 def blocks_of(
@@ -75,6 +75,7 @@ def blocks_of(
     prompt_length: int,
     source: str,
     role: str,
+    sink_tokens: int = 4,
 ) -> Sequences:
     """Consecutive blocks of a text (methods.md, section 1): tokenised once, last partial block dropped.
 
@@ -100,6 +101,7 @@ def blocks_of(
         block_length=block_length,
         prompt_length=prompt_length,
         blocks=(0, len(ids)),
+        sink_tokens=sink_tokens,
     )
     return Sequences(ids, _count(record, ids))
 

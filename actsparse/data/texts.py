@@ -146,25 +146,31 @@ class TextReader:
 
     def _corpus(self, path: str, role: str) -> Sequences:
         text, name = read_corpus(path)
+        return self._blocks(text, name, role)
+
+    def _joined(self, prompts: list[Prompt], source: str, role: str) -> Sequences:
+        return self._blocks("\n\n".join(prompt.content for prompt in prompts), source, role)
+
+    def _blocks(self, text: str, source: str, role: str) -> Sequences:
         return blocks_of(
             text,
             self.tokenizer,
             block_length=self.block_length,
             prompt_length=self.prompt_length,
-            source=name,
+            source=source,
             role=role,
+            sink_tokens=self.spec.sink_tokens,
         )
-
-    def _joined(self, prompts: list[Prompt], source: str, role: str) -> Sequences:
-        text = "\n\n".join(prompt.content for prompt in prompts)
-        return blocks_of(
-            text, self.tokenizer, block_length=self.block_length, prompt_length=self.prompt_length, source=source,
-            role=role,
-        )  # fmt: skip
 
     def _from_prompts(self, prompts: list[Prompt], source: str, role: str) -> Sequences:
         return from_prompts(
-            prompts, self.tokenizer, max_length=self.max_positions, source=source, role=role, notify=self.notify
+            prompts,
+            self.tokenizer,
+            max_length=self.max_positions,
+            source=source,
+            role=role,
+            notify=self.notify,
+            sink_tokens=self.spec.sink_tokens,
         )
 
 

@@ -1,6 +1,6 @@
 """One gate in one layer at work: what it has seen of the prompt, and the masks that it opens with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,18 +18,25 @@ class GateState:
         self.prompt_length = prompt_length
         self.sink_tokens = sink_tokens
         self._statistics: list[Statistic] = []
+        self._seen: list[int] = []
         self._chosen: Bool[Tensor, "batch neurons"] | None = None
 
-    def observe(self, a: Float[Tensor, "batch seq neurons"], start: int) -> None:
-        """See the neuron activations of positions `start` and on; only prompt tokens after the sink tokens count."""
+    def observe(self, a: Float[Tensor, "batch seq neurons"], start: int, padding: Sequence[int] = ()) -> None:
+        """See the neuron activations of positions `start` and on; only prompt tokens after the sink tokens count.
+
+        `padding`: how many positions of padding stand in front of each sequence.
+        """
         if not isinstance(self.gate, PrefillGate) or start >= self.prompt_length:
             return
-        if not self._statistics:
+        if not self._seen:
             self._statistics = [self.gate.statistic() for _ in range(a.shape[0])]
-        rows = slice(max(0, self.sink_tokens - start), self.prompt_length - start)
-        for statistic, sequence in zip(self._statistics, a, strict=True):
-            if len(sequence[rows]):
-                statistic.add(sequence[rows])
+            self._seen = [0] * a.shape[0]
+        for index, sequence in enumerate(a):
+            left = padding[index] if padding else 0
+            rows = sequence[max(0, left + self.sink_tokens - start) : self.prompt_length - start]
+            if len(rows):
+                self._statistics[index].add(rows)
+                self._seen[index] += len(rows)
 
     def masks(
         self, values: Mapping[SiteKind, Float[Tensor, "batch seq width"]], sparse: slice
@@ -57,4 +64,4 @@ class GateState:
     @property
     def ready(self) -> bool:
         """Whether the prompt showed anything to choose from."""
-        return not isinstance(self.gate, PrefillGate) or bool(self._statistics)
+        return not isinstance(self.gate, PrefillGate) or (bool(self._seen) and min(self._seen) > 0)

@@ -66,13 +66,17 @@ def to_record(plan: Plan, model: ModelRecord, calibration: TextRecord | None) ->
     )
 
 
-def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str, model: ModelRecord) -> Plan:
-    """The plan of a record, for `model`; raises PlanError where it was fitted to another one."""
+def check_model(record: ThresholdPlan, name: str, model: ModelRecord) -> None:
+    """Raise PlanError where a plan was fitted to another model."""
     if record.model.weights_sha256 != model.weights_sha256:
         raise PlanError(
             f"the plan {name} was fitted to {record.model.resolved}, not to {model.resolved}",
             f"fit one to this model: actsparse threshold RUN --method {record.method}",
         )
+
+
+def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) -> Plan:
+    """The plan of a record and its tensors; raises PlanError where its options are not the method's."""
     cls = method_class(record.method)
     try:
         method = cls(**record.options)

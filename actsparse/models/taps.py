@@ -6,6 +6,7 @@ observes; one that returns a tensor of the same shape replaces the activation.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -37,6 +38,49 @@ def tapped(
             handle.remove()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardPass:
+    """A forward pass about to run: `tokens` new positions of `batch` sequences after `past` cached ones.
+
+    `padding`: positions of padding in front of each sequence, from the attention mask (empty without one).
+    """
+
+    batch: int
+    tokens: int
+    past: int
+    padding: tuple[int, ...]
+
+
+@contextmanager
+def watched(sites: ModelSites, callback: Callable[[ForwardPass], None]) -> Iterator[None]:
+    """Call `callback` before every forward pass of the model while the block runs."""
+
+    def note(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = _tokens_of(args, kwargs)
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        padding: tuple[int, ...] = ()
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            padding = tuple(mask.long().argmax(dim=1).tolist())
+        past = 0 if cache is None else int(cache.get_seq_length())
+        callback(ForwardPass(batch=ids.shape[0], tokens=ids.shape[1], past=past, padding=padding))
+
+    handle = sites.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tokens_of(args: tuple, kwargs: dict) -> Tensor:
+    """input_ids [batch, seq] or inputs_embeds [batch, seq, hidden] of a forward pass."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+    if tokens is None:
+        raise ModelError("the forward pass got no tokens", "pass input_ids or inputs_embeds")
+    return tokens
+
+
 class _TokenShape:
     """Batch and sequence length of the forward pass at work (OPT flattens its tokens inside a layer)."""
 
@@ -44,12 +88,7 @@ class _TokenShape:
         self.batch = 0
 
     def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
-        if tokens is None:
-            raise ModelError("the forward pass got no tokens", "pass input_ids or inputs_embeds")
-        self.batch = tokens.shape[0]
+        self.batch = _tokens_of(args, kwargs).shape[0]
 
     def view(self, x: Tensor) -> Tensor:
         return x.view(self.batch, -1, x.shape[-1]) if x.dim() == 2 else x

@@ -145,13 +145,9 @@ class Replay:
 class TextCalibration:
     """The calibration of methods: statistics and replays, each made when first asked for."""
 
-    model: ModelRecord
+    widths: tuple[int, ...]
     make_statistics: Callable[[], Statistics]
     make_replay: Callable[[], Replay]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.model.intermediate_size,) * self.model.layers
 
     @cached_property
     def _statistics(self) -> Statistics:
@@ -174,6 +170,11 @@ class TextCalibration:
         return self._replay
 
 
+def widths_of(model: ModelRecord) -> tuple[int, ...]:
+    """Neurons of each layer."""
+    return (model.intermediate_size,) * model.layers
+
+
 def of_blocks(loaded: LoadedModel, blocks: Sequences, prompt_length: int, progress: Progress) -> TextCalibration:
     """A calibration on blocks: recorded and replayed only as far as a method asks."""
 
@@ -191,4 +192,6 @@ def of_blocks(loaded: LoadedModel, blocks: Sequences, prompt_length: int, progre
         )
         return Statistics.of_state(state, loaded)
 
-    return TextCalibration(loaded.record, statistics, lambda: Replay.of(loaded, blocks, prompt_length, progress))
+    return TextCalibration(
+        widths_of(loaded.record), statistics, lambda: Replay.of(loaded, blocks, prompt_length, progress)
+    )

@@ -9,7 +9,7 @@ from actsparse.data.texts import EvalTexts, TextReader
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
-from actsparse.pipelines.identity import model_identity
+from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.quality import score_blocks
@@ -46,7 +46,12 @@ def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalT
     return RunRequest(
         kind=RunKind.EVAL,
         identity={
-            "asked": {**asked(spec), "model": None, "plans": [identity_of(name) for name in names]},
+            "asked": {
+                **asked(spec),
+                "model": None,
+                "data": data_identity(spec.data),
+                "plans": [identity_of(name) for name in names],
+            },
             "model": model_identity(loaded),
             "texts": [text.record.sha256 for text in (texts.quality, texts.calibration, texts.prompts)],
             "device": _device_name(loaded),

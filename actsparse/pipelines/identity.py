@@ -1,6 +1,10 @@
-"""What makes two runs the same, as far as the model goes."""
+"""What makes two runs the same, as far as model and text go: their content, not their names."""
+
+from typing import Any
 
 from actsparse.models.load import LoadedModel
+from actsparse.specs import DataSpec
+from actsparse.store.fingerprint import asked
 
 
 def model_identity(loaded: LoadedModel) -> dict[str, str]:
@@ -12,3 +16,9 @@ def model_identity(loaded: LoadedModel) -> dict[str, str]:
         "tokenizer": found.tokenizer_sha256,
         "dtype": found.dtype,
     }
+
+
+def data_identity(spec: DataSpec) -> dict[str, Any]:
+    """How a text is cut, without the paths that it is read from: its content is hashed apart."""
+    kind = "corpus" if spec.corpus else "data set" if spec.dataset else "prompts"
+    return {**asked(spec), "prompts": None, "corpus": None, "calib": None, "dataset": None, "kind": kind}

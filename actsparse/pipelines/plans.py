@@ -6,9 +6,10 @@ from pathlib import Path
 from actsparse.data.sequences import shares_text
 from actsparse.errors import PlanError
 from actsparse.methods.base import Calibration
-from actsparse.methods.plan import Plan, check_layers, fit_plan, from_record
+from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
 from actsparse.methods.short import DENSE, ShortForm, parse
 from actsparse.models.load import LoadedModel
+from actsparse.pipelines.calibration import widths_of
 from actsparse.results import StepBytes, TextRecord
 from actsparse.store import tensors
 from actsparse.store.runs import PlanRun
@@ -90,8 +91,9 @@ def _group(name: str, loaded: LoadedModel, calibration: Calibration, cost: StepB
         return _fitted(parse(name), loaded, calibration, cost, named=True)
     run = PlanRun.open(Path(name).expanduser())
     stored = tensors.read(run.path / "plan.safetensors")
-    plan = from_record(run.plan, stored, name, loaded.record)
-    check_layers(plan, (loaded.record.intermediate_size,) * loaded.record.layers)
+    check_model(run.plan, name, loaded.record)
+    plan = from_record(run.plan, stored, name)
+    check_layers(plan, widths_of(loaded.record))
     plan.method.check(loaded.record.gated)
     return PlanGroup(name, (plan,), calibration=run.plan.calibration)
 

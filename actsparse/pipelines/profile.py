@@ -11,7 +11,7 @@ from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
-from actsparse.pipelines.identity import model_identity
+from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState, Recorder, batches
@@ -105,7 +105,7 @@ def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences) -> Ru
     return RunRequest(
         kind=RunKind.PROFILE,
         identity={
-            "asked": {**asked(spec), "model": None},
+            "asked": {**asked(spec), "model": None, "data": data_identity(spec.data)},
             "model": model_identity(loaded),
             "text": sequences.record.sha256,
         },

@@ -12,7 +12,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.plan import Plan, fit_plan, to_record
 from actsparse.methods.short import ShortForm, parse
 from actsparse.models.load import LoadedModel, load
-from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration
+from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration, widths_of
 from actsparse.pipelines.identity import model_identity
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.results import ModelRecord, RunKind, TextRecord
@@ -83,12 +83,12 @@ def _fit_and_write(
         blocks, prompt_length = _blocks(run, loaded, progress)
         text = blocks.record
         source = TextCalibration(
-            model,
+            widths_of(model),
             lambda: Statistics.of_run(run),
             lambda: Replay.of(loaded, blocks, prompt_length, progress),
         )
     else:
-        source = TextCalibration(model, lambda: Statistics.of_run(run), _no_replay)
+        source = TextCalibration(widths_of(model), lambda: Statistics.of_run(run), _no_replay)
     plans = fit_plan(short, source, model.step, gated=model.gated)
     plan = plans[0]
     if len(plans) > 1:

@@ -79,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         wide=False,
         how_to_read=(
             "The distribution of absolute activations at the input of the down projection, on a log axis; "
-            "the height is the share of values within one decade. A long left tail is what thresholds can "
+            "the height is the share of values within 1/12 decade. A long left tail is what thresholds can "
             "cut. Exact zeros are left out."
         ),
     ),
@@ -95,7 +95,7 @@ ROWS: tuple[Row, ...] = (
         wide=False,
         optional=True,
         how_to_read=(
-            "The distribution of |act(gate)|, on a log axis; the height is the share of values within one "
+            "The distribution of |act(gate)|, on a log axis; the height is the share of values within 1/12 "
             "decade. Dashed lines are the thresholds of a plan that gates on this value: what lies left "
             "of them is skipped."
         ),

@@ -108,7 +108,7 @@
     if (!width) return;
     const figure = prepared(id, width);
     plot.style.height = `${figure.layout.height}px`;
-    window.Plotly.react(plot, figure.data, figure.layout, config);
+    window.Plotly.newPlot(plot, figure.data, figure.layout, config); // Not react: it keeps the margins of the old width.
     drawn.set(plot, width);
   }
 

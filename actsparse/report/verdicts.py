@@ -10,7 +10,7 @@ from actsparse.report.wording import between, change, milliseconds, number, one_
 from actsparse.results import Verdict
 
 NEUTRAL, USABLE, COSTLY = 0.01, 0.05, 0.20
-EQUAL_BYTES = 0.02
+SAME_SIZE = 0.08
 
 
 class Grade(StrEnum):
@@ -134,7 +134,7 @@ def _beaten(outcome: Outcome, rival: Outcome) -> bool | None:
 
 def _is_rival(rival: Outcome, outcome: Outcome) -> bool:
     theirs, ours = rival.realised.get("model_bytes_frac"), outcome.realised.get("model_bytes_frac")
-    same = theirs is not None and ours is not None and abs(theirs - ours) <= EQUAL_BYTES
+    same = theirs is not None and ours is not None and abs(theirs - ours) <= SAME_SIZE * ours
     return rival.name.role is Role.STATIC and rival.letter == outcome.letter and rival.ppl.value is not None and same
 
 

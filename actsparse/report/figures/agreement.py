@@ -33,7 +33,7 @@ def draw_kl(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         frame,
         looks,
         title="KL(dense || sparse), nats a token (log)",
-        axis={"type": "log", "dtick": 1},
+        axis={"type": "log", "dtick": 1, "exponentformat": "power"},
         hover="%{x:.3g} nats",
     )
 

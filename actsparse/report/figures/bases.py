@@ -31,7 +31,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x="share not used",
         y="",
         height=110 + 26 * len(plans),
-        x_axis={"rangemode": "tozero", "tickformat": ".0%"},
+        x_axis={"rangemode": "tozero", "tickformat": ".2~p"},
         y_axis={"autorange": "reversed", "type": "category", "ticks": "", "showline": False},
     )
     colours = [look_of(looks, plan).colour for plan in plans]

@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import canvas, floats, integers, look_of, plain, without_crowd
+from actsparse.report.figures.canvas import canvas, floats, integers, layer_axis, look_of, plain, without_crowd
 from actsparse.report.figures.columns import param, param_text
 from actsparse.report.looks import Looks
 from actsparse.report.panels import EvalPanel
@@ -44,7 +44,7 @@ def draw_kept(frame: pl.DataFrame, looks: Looks) -> go.Figure:
 
 
 def _lines(frame: pl.DataFrame, looks: Looks, title: str, axis: dict[str, object], hover: str) -> go.Figure:
-    figure = canvas(x="layer", y=title, y_axis=axis, height=360)
+    figure = canvas(x="layer", y=title, x_axis=layer_axis(frame), y_axis=axis, height=360)
     for plan in without_crowd(frame, looks):
         rows, look = frame.filter(pl.col("plan") == plan).sort("layer"), look_of(looks, plan)
         figure.add_scatter(

@@ -97,6 +97,12 @@ def colour_bar(title: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def layer_axis(frame: pl.DataFrame) -> dict[str, Any]:
+    """An axis of whole layers."""
+    count = frame["layer"].n_unique()
+    return {"tick0": 0, "dtick": next((step for step in (1, 2, 5, 10) if count <= 10 * step), 20)}
+
+
 def log_axis(low: float, high: float) -> dict[str, Any]:
     """A logarithmic axis from `low` to `high` with ticks at 1, 2, 5, or evenly where it spans little."""
     if high / low < 4:
@@ -120,7 +126,9 @@ def _even_ticks(low: float, high: float) -> list[float]:
 def add_reference(figure: go.Figure, *, x: float | None = None, y: float | None = None, text: str = "") -> None:
     """A thin line across the figure at `x` or `y` with a small label."""
     line = {"color": MUTED, "width": 1}
-    label = {"text": text, "font": {"size": 11, "color": MUTED}, "textposition": "end", "padding": 2} if text else None
+    label = (
+        {"text": text, "font": {"size": 11, "color": MUTED}, "textposition": "start", "padding": 2} if text else None
+    )
     if x is not None:
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line=line, layer="below")
     if y is not None:

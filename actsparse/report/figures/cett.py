@@ -5,7 +5,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import add_reference, canvas, floats, integers, spread
+from actsparse.report.figures.canvas import add_reference, canvas, floats, integers, layer_axis, spread
 from actsparse.report.figures.columns import param
 from actsparse.report.looks import DEPTH, INK, MUTED, Looks
 from actsparse.report.panels import ProfilePanel
@@ -25,7 +25,10 @@ def layers(panel: ProfilePanel) -> pl.DataFrame:
 
 def draw_layers(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     figure = canvas(
-        x="layer", y="neurons below the threshold (share)", y_axis={"range": [0, 1.02], "tickformat": ".0%"}
+        x="layer",
+        y="neurons below the threshold (share)",
+        x_axis=layer_axis(frame),
+        y_axis={"range": [0, 1.02], "tickformat": ".0%"},
     )
     for place, (target, rows) in enumerate(_by(frame, "target")):
         colour = _TARGET_COLOURS[place % len(_TARGET_COLOURS)]

@@ -24,7 +24,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     figure = canvas(
         x="position in the block (tokens)",
         y="KL(dense || sparse), nats a token (log)",
-        y_axis={"type": "log", "dtick": 1},
+        y_axis={"type": "log", "dtick": 1, "exponentformat": "power"},
         height=360,
     )
     for plan in without_crowd(frame, looks):

@@ -3,7 +3,7 @@
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import add_reference, canvas, floats, integers, spread
+from actsparse.report.figures.canvas import add_reference, canvas, floats, integers, layer_axis, spread
 from actsparse.report.figures.columns import as_float
 from actsparse.report.looks import DEPTH, INK, Looks
 from actsparse.report.panels import ProfilePanel
@@ -78,7 +78,12 @@ def _measure(panel: ProfilePanel, metric: str) -> pl.DataFrame:
 
 
 def draw_shares(frame: pl.DataFrame, looks: Looks) -> go.Figure:
-    figure = canvas(x="layer", y="Gini (1), hot and dead (share)", y_axis={"range": [0, 1.02], "tickformat": ".1f"})
+    figure = canvas(
+        x="layer",
+        y="Gini (1), hot and dead (share)",
+        x_axis=layer_axis(frame),
+        y_axis={"range": [0, 1.02], "tickformat": ".1f"},
+    )
     for metric, colour, dash in (
         ("neuron_gini", INK, "solid"),
         ("hot_frac", DEPTH[4], "solid"),

@@ -4,7 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import canvas, colour_bar, floats, shares_scale
+from actsparse.report.figures.canvas import canvas, colour_bar, floats, layer_axis, shares_scale
 from actsparse.report.looks import Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import percent
@@ -40,7 +40,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x="layer",
         y=name,
         height=min(520, 120 + 22 * len(units)),
-        x_axis={"showgrid": False},
+        x_axis={"showgrid": False, **layer_axis(frame)},
         y_axis={"showgrid": False, "dtick": max(1, len(units) // 12)},
     )
     figure.add_heatmap(

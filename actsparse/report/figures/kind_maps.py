@@ -4,14 +4,14 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import canvas, colour_bar, floats, shares_scale
+from actsparse.report.figures.canvas import canvas, colour_bar, floats, layer_axis, shares_scale
 from actsparse.report.looks import Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import count, number, percent
 from actsparse.results import SiteKind
 
 GAUSSIAN_MEDIAN = 0.674
-NO_ZEROS = 0.001
+NO_ZEROS = 0.02
 _ORDER = [kind.value for kind in SiteKind]
 
 
@@ -63,7 +63,7 @@ def _map(frame: pl.DataFrame, *, title: str, top: float, template: str, tickform
         x="layer",
         y="",
         height=96 + 34 * len(kinds),
-        x_axis={"showgrid": False},
+        x_axis={"showgrid": False, **layer_axis(frame)},
         y_axis={"showgrid": False, "autorange": "reversed", "type": "category", "ticks": ""},
     )
     grid = [floats(values.get((layer, kind)) for layer in layers) for kind in kinds]
@@ -100,7 +100,11 @@ def caption_medians(frame: pl.DataFrame) -> str:
     means = frame.group_by("kind").agg(pl.col("value").mean()).sort("value")
     kind, value = means.row(0)
     largest = frame["zeros"][0]
-    zero = "" if largest is None or largest >= NO_ZEROS else f" Exact zeros are absent (at most {percent(largest, 2)})."
+    zero = (
+        ""
+        if largest is None or largest >= NO_ZEROS
+        else f" Exact zeros are rare or absent ({percent(largest, 2)} at most)."
+    )
     return (
         f"Most concentrated is {kind}: half of its values lie below {number(value, 2)} of the rms on average "
         f"over layers (a Gaussian: {GAUSSIAN_MEDIAN}){_tokens(frame)}.{zero}"

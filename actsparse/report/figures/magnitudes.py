@@ -26,7 +26,7 @@ def neurons(panel: ProfilePanel) -> pl.DataFrame:
 
 
 def _histogram(panel: ProfilePanel, kind: str) -> pl.DataFrame:
-    """`layer, kind, magnitude, density, n, plan, threshold, below`: share of values a decade, for at most five layers.
+    """`layer, kind, magnitude, density, n, plan, threshold, below`: share of values by magnitude, for at most five layers.
 
     `threshold` is the one of `plan` in that layer and `below` the share of values under it, null where no plan gates
     on this kind.
@@ -56,7 +56,7 @@ def _rows(panel: ProfilePanel, layer: int, kind: str, plan: ThresholdPlan | None
 
 
 def _by_decade(shares: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
-    """The share of values a decade, on bins of 1/12 decade between the first and last 0.01 % of the values."""
+    """The share of values in bins of 1/12 decade, between the first and last 0.01 % of the values."""
     positive = edges[:-1] > 0
     middles, weights = np.sqrt(edges[:-1][positive] * edges[1:][positive]), shares[positive]
     if not weights.sum() > 0:
@@ -66,7 +66,7 @@ def _by_decade(shares: np.ndarray, edges: np.ndarray) -> list[tuple[float, float
     reached = np.cumsum(total) / total.sum()
     first, last = int(np.searchsorted(reached, 1e-4)), int(np.searchsorted(reached, 1 - 1e-5))
     return [
-        (10 ** ((steps.min() + place + 0.5) / BINS_A_DECADE), float(total[place] * BINS_A_DECADE))
+        (10 ** ((steps.min() + place + 0.5) / BINS_A_DECADE), float(total[place]))
         for place in range(first, min(last, len(total) - 1) + 1)
     ]
 
@@ -75,9 +75,9 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     kind = frame["kind"][0]
     figure = canvas(
         x=f"|{kind}| (activation units, log)",
-        y="share of values a decade",
+        y=f"share of values per 1/{BINS_A_DECADE} decade",
         x_axis={"type": "log", "exponentformat": "power", "dtick": 1},
-        y_axis={"rangemode": "tozero", "tickformat": ".0%"},
+        y_axis={"rangemode": "tozero", "tickformat": ".2~p"},
     )
     layers = frame["layer"].unique().sort().to_list()
     for place, layer in enumerate(layers):
@@ -89,7 +89,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             mode="lines",
             name=f"layer {layer}",
             line={"color": colour, "width": 1.8, "shape": "hvh"},
-            hovertemplate=f"%{{x:.2e}}: %{{y:.1%}} a decade<extra>layer {layer}</extra>",
+            hovertemplate=f"%{{x:.2e}}: %{{y:.2%}} of the values<extra>layer {layer}</extra>",
         )
         threshold = rows["threshold"][0]
         if threshold:
@@ -121,7 +121,7 @@ def caption(frame: pl.DataFrame) -> str:
 
 
 def _width(frame: pl.DataFrame) -> float:
-    """Decades between the smallest and largest magnitude with more than 1 % of the values a decade."""
-    dense = frame.filter(pl.col("density") > 0.01)["magnitude"]
+    """Decades between the smallest and largest magnitude with more than 0.1 % of the values in their bin."""
+    dense = frame.filter(pl.col("density") > 0.001)["magnitude"]
     low, high = as_float(dense.min()), as_float(dense.max())
     return math.log10(high / low) if low > 0 and high > low else 0.0

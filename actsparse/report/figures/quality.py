@@ -11,7 +11,7 @@ from actsparse.report.looks import GOOD, Looks
 from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel
 from actsparse.report.plans import Role
-from actsparse.report.verdicts import USABLE
+from actsparse.report.verdicts import SAME_SIZE, USABLE
 from actsparse.report.wording import listed, number, percent
 
 CAP = 30.0
@@ -58,7 +58,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x=TITLES[basis],
         y="perplexity (log)",
         height=400,
-        x_axis={"rangemode": "tozero", "tickformat": ".0%"},
+        x_axis={"rangemode": "tozero", "tickformat": ".2~p"},
         y_axis=log_axis(low, max(high, low * 1.3)),
     )
     if dense:
@@ -145,7 +145,7 @@ def _against_static(frame: pl.DataFrame, basis: str) -> str:
     static = frame.filter(pl.col("role") == Role.STATIC).drop_nulls(basis)
     beaten = []
     for row in frame.filter(pl.col("role") == Role.METHOD).drop_nulls(basis).iter_rows(named=True):
-        near = static.filter((pl.col(basis) - row[basis]).abs() < 0.02).sort("ppl")
+        near = static.filter((pl.col(basis) - row[basis]).abs() <= SAME_SIZE * row[basis]).sort("ppl")
         if near.height and near["ppl"][0] < row["ppl"]:
             beaten.append(f"{row['plan']} ({number(row['ppl'])} against {number(near['ppl'][0])})")
     if not static.height:

@@ -1,0 +1,39 @@
+"""What this machine can run: compiled kernels, Triton, or plain torch; asked once, answered with the reason."""
+
+import functools
+import importlib.util
+
+import torch
+
+from actsparse.engine.cuda import native
+from actsparse.engine.cuda.layout import Weights
+
+
+def has_triton() -> bool:
+    """Whether Triton kernels can be launched: the package is there and a CUDA device too."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+
+
+@functools.cache
+def native_failure() -> str | None:
+    """Why the compiled kernels cannot be used on this machine, or None if they can."""
+    try:
+        native.library()
+    except native.NativeError as error:
+        return str(error)
+    return None
+
+
+def native_refusal(weights: Weights) -> str | None:
+    """Why the compiled kernels cannot serve these weights, or None if they can."""
+    shape = weights.shape
+    if weights.dtype not in native.DTYPES:
+        return f"the compiled kernels take bfloat16 and float16, not {weights.dtype}"
+    if not weights.gate_up.is_cuda:
+        return "the weights are not on a CUDA device"
+    if shape.head_dim not in native.HEAD_DIMS:
+        return f"the compiled attention takes head_dim {native.HEAD_DIMS}, not {shape.head_dim}"
+    odd = [name for name in ("width", "neurons") if getattr(shape, name) % 8]
+    if odd:
+        return f"the compiled kernels read 16 bytes at a time and {' and '.join(odd)} is no multiple of 8"
+    return native_failure()

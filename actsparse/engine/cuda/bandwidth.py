@@ -1,0 +1,46 @@
+"""The byte ceiling of this device, measured: how fast a kernel can read memory that no cache holds."""
+
+import importlib.util
+import statistics
+
+import torch
+from torch import Tensor
+
+BUFFERS = 4
+WARM_UPS = 8  # rounds over all buffers, some 20 ms: a chip that was idle takes a while to raise its clocks
+GIBIBYTE = 1 << 30
+
+
+def read_bandwidth(device: torch.device, *, buffer_bytes: int = 2 * GIBIBYTE, repeats: int = 12) -> float:
+    """Bytes per second of the best reduction at hand that only reads, over rotated buffers: the median of `repeats`.
+
+    A copy would be slower than a step can be, since a step hardly writes.
+    """
+    buffers = [torch.ones(buffer_bytes // 4, dtype=torch.int32, device=device) for _ in range(BUFFERS)]
+    return max(_measure(reader, buffers, repeats) for reader in _readers(device))
+
+
+def _readers(device: torch.device) -> list:
+    readers = [lambda buffer: buffer.view(torch.float32).sum()]
+    if importlib.util.find_spec("triton") is not None:
+        from actsparse.engine.cuda import read_kernel
+
+        readers += [
+            lambda buffer, shape=shape: read_kernel.read_all(buffer, *shape) for shape in read_kernel.LAUNCH_SHAPES
+        ]
+    return readers
+
+
+def _measure(reader, buffers: list[Tensor], repeats: int) -> float:
+    for _ in range(WARM_UPS):
+        for buffer in buffers:
+            reader(buffer)
+    milliseconds = []
+    for repeat in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        reader(buffers[repeat % len(buffers)])
+        end.record()
+        end.synchronize()
+        milliseconds.append(begin.elapsed_time(end))
+    return buffers[0].numel() * buffers[0].element_size() / (statistics.median(milliseconds) * 1e-3)

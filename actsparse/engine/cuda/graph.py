@@ -1,0 +1,39 @@
+"""Capturing a step in one CUDA graph, with fallbacks that are announced."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A step that can be run again by `run`; `kind` is "graph" or "eager", `warning` why it is not better."""
+
+    run: Callable[[], object]
+    kind: str
+    warning: str | None = None
+
+
+def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
+    """`step` as a graph replay after `warm_ups` eager runs (compilation and allocation happen there), or eager.
+
+    `step` must read and write fixed buffers only; the caller restores whatever the warm-ups changed.
+    """
+    if not torch.cuda.is_available():
+        return Captured(run=step, kind="eager")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return Captured(run=step, kind="eager", warning=f"the step could not be captured in a CUDA graph: {error}")
+    return Captured(run=graph.replay, kind="graph")

@@ -1,0 +1,259 @@
+// Decode attention over the live length only: rotates q and k, appends k and v to the cache, and returns the mix.
+//
+// The cached positions of a head are split over the blocks of a cluster; each lane group keeps its own running softmax
+// (maximum, sum, mix), and groups, warps and blocks merge at the end: a block pushes its part of every dimension into the
+// shared memory of the block that owns it.
+#include "common.cuh"
+
+namespace actsparse {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxSplits = 8;
+constexpr int kDepth = 8;           // positions per lane group whose keys and values are under way
+constexpr int kBatch = 4;           // of them, taken at once
+constexpr int kStage = 64;          // 16-byte words of a warp's stage: keys, then values
+constexpr float kLowest = -1e30f;   // a maximum that survives subtraction from itself
+
+struct AttendArgs {
+  const float* qkv;     // [parts, heads + 2 * kv_heads, head_dim], to be added up
+  const float* cosine;  // [positions, head_dim / 2]
+  const float* sine;
+  void* keys;           // [kv_heads, positions, head_dim]
+  void* values;
+  const int* position;
+  float* out;           // [heads, head_dim]
+  int64_t qkv_stride;   // from one part to the next
+  float scale;          // log2(e) / sqrt(head_dim): scores are kept in base 2
+  int heads;
+  int kv_heads;
+  int positions;
+  int splits;
+  int parts;
+};
+
+struct Running {
+  float maximum;
+  float sum;
+};
+
+__device__ __forceinline__ void load_floats(const float* from, int64_t stride, int parts, float (&to)[kLane]) {
+#pragma unroll
+  for (int e = 0; e < kLane; ++e) to[e] = 0.0f;
+#pragma unroll 4
+  for (int part = 0; part < parts; ++part) {
+    const float4 low = __ldcg(reinterpret_cast<const float4*>(from + part * stride));
+    const float4 high = __ldcg(reinterpret_cast<const float4*>(from + part * stride) + 1);
+    to[0] += low.x, to[1] += low.y, to[2] += low.z, to[3] += low.w;
+    to[4] += high.x, to[5] += high.y, to[6] += high.z, to[7] += high.w;
+  }
+}
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendArgs a) {
+  constexpr int kLanes = HEAD_DIM / kLane;  // lanes that share a position
+  constexpr int kGroups = 32 / kLanes;      // positions that a warp reads at once
+  constexpr int kHalf = HEAD_DIM / 2;
+  extern __shared__ uint4 rings[];
+  __shared__ Running warp_state[kWarps];
+  __shared__ float warp_mix[kWarps][HEAD_DIM];
+  __shared__ Running states[kMaxSplits];  // of every split
+  __shared__ float mixes[HEAD_DIM];       // [splits, head_dim / splits], the dimensions of this block
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int group = lane / kLanes, dim = lane % kLanes * kLane;
+  const int head = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
+  const int shared_by = a.heads / a.kv_heads, kv_head = head / shared_by;
+  T* const keys = static_cast<T*>(a.keys) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
+  T* const values = static_cast<T*>(a.values) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
+  let_next_start();
+  cg::cluster_group cluster = cg::this_cluster();
+  if (a.splits > 1) cluster.barrier_arrive();  // waited for before the first push: every block must have started
+
+  // The position and the cache below it are older than the step, whose first kernel waited for all before it: their
+  // loads need not wait for the projection.
+  const int position = __ldcg(a.position);
+  const int size = (position + a.splits - 1) / a.splits;
+  const int begin = split * size, end = min(begin + size, position);
+  uint4* const ring = rings + warp * kDepth * kStage + lane;
+  int next = begin + warp * kGroups + group;
+  auto copy_next = [&](int stage) {
+    const bool inside = next < end;
+    const int64_t at = static_cast<int64_t>(inside ? next : 0) * HEAD_DIM + dim;
+    copy_weights(ring + stage * kStage, keys + at, inside);
+    copy_weights(ring + stage * kStage + 32, values + at, inside);
+    end_group();
+    next += kWarps * kGroups;
+  };
+#pragma unroll
+  for (int stage = 0; stage < kDepth; ++stage) copy_next(stage);
+  const int partner = dim < kHalf ? dim + kHalf : dim - kHalf;
+  const float sign = dim < kHalf ? -1.0f : 1.0f;
+  const int64_t angle = static_cast<int64_t>(position) * kHalf + dim % kHalf;
+  float cosine[kLane], sine[kLane], query[kLane], query_partner[kLane];
+  load_floats(a.cosine + angle, 0, 1, cosine);
+  load_floats(a.sine + angle, 0, 1, sine);
+  wait_for_previous();
+
+  const bool appends = split == a.splits - 1 && warp == 0;
+  float new_key[kLane], key_partner[kLane], new_value[kLane];
+  load_floats(a.qkv + head * HEAD_DIM + dim, a.qkv_stride, a.parts, query);
+  load_floats(a.qkv + head * HEAD_DIM + partner, a.qkv_stride, a.parts, query_partner);
+  if (appends) {
+    const float* const from = a.qkv + (a.heads + kv_head) * HEAD_DIM;
+    load_floats(from + dim, a.qkv_stride, a.parts, new_key);
+    load_floats(from + partner, a.qkv_stride, a.parts, key_partner);
+    load_floats(from + a.kv_heads * HEAD_DIM + dim, a.qkv_stride, a.parts, new_value);
+  }
+#pragma unroll
+  for (int e = 0; e < kLane; ++e) {
+    sine[e] *= sign;
+    query[e] = (query[e] * cosine[e] + query_partner[e] * sine[e]) * a.scale;
+  }
+
+  auto sum_group = [&](float value) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(kFull, value, step);
+    return value;
+  };
+  Running state = {kLowest, 0.0f};
+  float mix[kLane] = {};
+  int stage = 0;
+  for (int base = begin + warp * kGroups; base < end; base += kBatch * kWarps * kGroups) {
+    wait_until_pending<kDepth - kBatch>();
+    float score[kBatch];
+    float maximum = state.maximum;
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) {
+      float k[kLane], dot = 0.0f;
+      unpack<T>(ring[(stage + slot) * kStage], k);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) dot += k[e] * query[e];
+      dot = sum_group(dot);
+      score[slot] = base + slot * kWarps * kGroups + group < end ? dot : -INFINITY;
+      maximum = fmaxf(maximum, score[slot]);
+    }
+    const float correction = exp2f(state.maximum - maximum);
+    state.maximum = maximum;
+    state.sum *= correction;
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) mix[e] *= correction;
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) {
+      const float weight = exp2f(score[slot] - maximum);
+      float v[kLane];
+      unpack<T>(ring[(stage + slot) * kStage + 32], v);
+      state.sum += weight;
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) mix[e] += weight * v[e];
+    }
+#pragma unroll
+    for (int slot = 0; slot < kBatch; ++slot) copy_next(stage + slot);
+    stage ^= kBatch;
+  }
+  wait_until_pending<0>();
+
+  if (appends) {
+    // The new position, rounded as the cache rounds it, straight from the projection: no block waits for the write.
+    alignas(16) T key[kLane], value[kLane];
+    float dot = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) {
+      key[e] = round_to<T>(new_key[e] * cosine[e] + key_partner[e] * sine[e]);
+      value[e] = round_to<T>(new_value[e]);
+      dot += widen<T>(key[e]) * query[e];
+    }
+    dot = sum_group(dot);
+    if (group == 0) {
+      const float maximum = fmaxf(state.maximum, dot);
+      const float correction = exp2f(state.maximum - maximum), weight = exp2f(dot - maximum);
+      state.maximum = maximum;
+      state.sum = state.sum * correction + weight;
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) mix[e] = mix[e] * correction + weight * widen<T>(value[e]);
+      if (head % shared_by == 0) {
+        const int64_t to = static_cast<int64_t>(position) * HEAD_DIM + dim;
+        *reinterpret_cast<uint4*>(keys + to) = *reinterpret_cast<const uint4*>(key);
+        *reinterpret_cast<uint4*>(values + to) = *reinterpret_cast<const uint4*>(value);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int step = kLanes; step < 32; step <<= 1) {
+    const float other = __shfl_xor_sync(kFull, state.maximum, step), maximum = fmaxf(state.maximum, other);
+    const float here = exp2f(state.maximum - maximum), there = exp2f(other - maximum);
+    state.sum = state.sum * here + __shfl_xor_sync(kFull, state.sum, step) * there;
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) mix[e] = mix[e] * here + __shfl_xor_sync(kFull, mix[e], step) * there;
+    state.maximum = maximum;
+  }
+  if (group == 0) {
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) warp_mix[warp][dim + e] = mix[e];
+  }
+  if (lane == 0) warp_state[warp] = state;
+  __syncthreads();
+  if (a.splits > 1) cluster.barrier_wait();
+  const int share_of = HEAD_DIM / a.splits;  // dimensions of a block
+  if (threadIdx.x < HEAD_DIM) {
+    Running block = {kLowest, 0.0f};
+    float y = 0.0f;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) block.maximum = fmaxf(block.maximum, warp_state[other].maximum);
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const float share = exp2f(warp_state[other].maximum - block.maximum);
+      block.sum += warp_state[other].sum * share;
+      y += warp_mix[other][threadIdx.x] * share;
+    }
+    const int owner = threadIdx.x / share_of, place = split * share_of + threadIdx.x % share_of;
+    if (a.splits > 1) {
+      cluster.map_shared_rank(mixes, owner)[place] = y;
+      if (threadIdx.x < a.splits) cluster.map_shared_rank(states, threadIdx.x)[split] = block;
+    } else {
+      mixes[place] = y;
+      states[0] = block;
+    }
+  }
+  if (a.splits > 1)
+    cluster.sync();
+  else
+    __syncthreads();
+  if (threadIdx.x < share_of) {
+    float maximum = kLowest, sum = 0.0f, y = 0.0f;
+    for (int other = 0; other < a.splits; ++other) maximum = fmaxf(maximum, states[other].maximum);
+    for (int other = 0; other < a.splits; ++other) {
+      const float share = exp2f(states[other].maximum - maximum);
+      sum += states[other].sum * share;
+      y += mixes[other * share_of + threadIdx.x] * share;
+    }
+    a.out[head * HEAD_DIM + split * share_of + threadIdx.x] = y / sum;
+  }
+}
+
+template <typename T>
+int launch_attend(const AttendArgs& a, int head_dim, bool dependent, cudaStream_t stream) {
+  if (a.splits > kMaxSplits) return cudaErrorInvalidValue;
+  const int blocks = a.heads * a.splits;
+  constexpr size_t kShared = kWarps * kDepth * kStage * sizeof(uint4);
+  switch (head_dim) {
+    case 32:
+      return launch(attend_kernel<T, 32>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+    case 64:
+      return launch(attend_kernel<T, 64>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+    case 128:
+      return launch(attend_kernel<T, 128>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace actsparse
+
+extern "C" int actsparse_attend(const actsparse::AttendArgs* args, int dtype, int head_dim, int dependent,
+                                void* stream) {
+  using namespace actsparse;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  return dtype == kBfloat16 ? launch_attend<__nv_bfloat16>(*args, head_dim, dependent, queue)
+                            : launch_attend<__half>(*args, head_dim, dependent, queue);
+}

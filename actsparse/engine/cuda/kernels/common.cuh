@@ -1,0 +1,171 @@
+// Shared by the decode kernels: wide loads, dependent launch, compaction and reductions.
+//
+// Activations travel between kernels as float32 (a few kilobytes beside megabytes of weights), so that a kernel's only
+// rounding is that of its weights and of the cache. Inside a step every kernel but the first starts while its predecessor
+// still runs (programmatic dependent launch). Before `wait_for_previous` it may read only what is older than the step:
+// weights, thresholds, lists, the position and the cache below it.
+#pragma once
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace actsparse {
+
+namespace cg = cooperative_groups;
+
+constexpr int kLane = 8;                // elements of 16 bits in one 16-byte load
+constexpr int kSpan = 32 * kLane;       // elements that a warp loads at once
+constexpr unsigned kFull = 0xffffffffu;
+
+enum Dtype { kBfloat16 = 0, kHalf = 1 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3 };
+
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Starts copying 16 bytes of weights into shared memory, or zeros where `inside` is false. Weights wait for their turn in
+// rings in shared memory rather than in registers: asynchronous copies complete in groups, in order, while the compiler
+// ties all the loads of a register ring to one scoreboard and so waits for the newest of them at every step.
+__device__ __forceinline__ void copy_weights(void* shared, const void* address, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(address), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait_until_pending() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t word, float& low, float& high);
+
+template <>
+__device__ __forceinline__ void unpack_pair<__nv_bfloat16>(uint32_t word, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+
+template <>
+__device__ __forceinline__ void unpack_pair<__half>(uint32_t word, float& low, float& high) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  low = both.x;
+  high = both.y;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& words, float (&out)[kLane]) {
+  unpack_pair<T>(words.x, out[0], out[1]);
+  unpack_pair<T>(words.y, out[2], out[3]);
+  unpack_pair<T>(words.z, out[4], out[5]);
+  unpack_pair<T>(words.w, out[6], out[7]);
+}
+
+template <typename T>
+__device__ __forceinline__ T round_to(float value);
+template <>
+__device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+template <>
+__device__ __forceinline__ __half round_to<__half>(float value) { return __float2half_rn(value); }
+
+template <typename T>
+__device__ __forceinline__ float widen(T value);
+template <>
+__device__ __forceinline__ float widen<__nv_bfloat16>(__nv_bfloat16 value) { return __bfloat162float(value); }
+template <>
+__device__ __forceinline__ float widen<__half>(__half value) { return __half2float(value); }
+
+__device__ __forceinline__ float activate(float value, int activation) {
+  switch (activation) {
+    case kSilu:
+      return value / (1.0f + __expf(-value));
+    case kGeluTanh:
+      return 0.5f * value * (1.0f + tanhf(0.7978845608028654f * (value + 0.044715f * value * value * value)));
+    case kRelu:
+      return fmaxf(value, 0.0f);
+    default:
+      return value;
+  }
+}
+
+__device__ __forceinline__ float sum_warp(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(kFull, value, step);
+  return value;
+}
+
+// Every thread's share of a sum over the block, in a fixed order. `scratch` holds one float per warp; the caller's next
+// __syncthreads separates uses.
+__device__ __forceinline__ float sum_block(float value, float* scratch) {
+  value = sum_warp(value);
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (int warp = 0; warp < (blockDim.x >> 5); ++warp) total += scratch[warp];
+  return total;
+}
+
+// Appends this round's kept elements in thread order. Returns where this thread's element goes and raises `total`.
+// `counts` holds two rounds of one int per warp, so one barrier a round is enough.
+__device__ __forceinline__ int compact_round(bool keep, int round, int& total, int* counts) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  int* mine = counts + (round & 1) * 32;
+  const unsigned kept = __ballot_sync(kFull, keep);
+  if (lane == 0) mine[warp] = __popc(kept);
+  __syncthreads();
+  const int count = lane < warps ? mine[lane] : 0;
+  int before = count;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int left = __shfl_up_sync(kFull, before, step);
+    if (lane >= step) before += left;
+  }
+  const int sum = __shfl_sync(kFull, before, 31);
+  const int start = total + __shfl_sync(kFull, before - count, warp);
+  total += sum;
+  return start + __popc(kept & ((1u << lane) - 1));
+}
+
+// Launches with dependent start and, when `cluster` > 1, in clusters of that many blocks.
+template <typename Kernel, typename Args>
+inline int launch(Kernel kernel, const Args& args, int blocks, int threads, size_t shared, int cluster, bool dependent,
+                  cudaStream_t stream) {
+  // All kernels ask for the same split of L1 and shared memory: a multiprocessor has to run empty to change it, and then
+  // no kernel could start beside its predecessor.
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess && cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  int used = 0;
+  if (dependent) {
+    attributes[used].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[used++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[used].id = cudaLaunchAttributeClusterDimension;
+    attributes[used].val.clusterDim.x = cluster;
+    attributes[used].val.clusterDim.y = 1;
+    attributes[used++].val.clusterDim.z = 1;
+  }
+  config.attrs = attributes;
+  config.numAttrs = used;
+  error = cudaLaunchKernelEx(&config, kernel, args);
+  if (error == cudaSuccess) error = cudaGetLastError();
+  return error;
+}
+
+}  // namespace actsparse

@@ -1,0 +1,380 @@
+"""The compiled operators on tensors: each fills buffers that already exist, so that a CUDA graph can replay it.
+
+Vectors are float32 and contiguous, one token's activations; matrices are bfloat16 or float16.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from actsparse.engine.cuda import native
+
+TILE = 256  # outputs that a block of the input-major kernel owns
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "identity": 3}
+
+
+class RowsMode(IntEnum):
+    """What a product with output rows does with its results; mirrors kernels/rows.cu."""
+
+    STORE = 0
+    RESIDUAL = 1
+    GATED = 2
+    THRESHOLD = 3
+    KEPT = 4
+    BEST = 5
+
+
+class Epilogue(IntEnum):
+    """What a product with input rows does with its results; mirrors kernels/columns.cu."""
+
+    WRITE = 0
+    ADD = 1
+    ATOMIC_ADD = 2
+    PARTS = 3
+
+
+class Norm(NamedTuple):
+    """RMSNorm applied to a product's input: weight [width], float32."""
+
+    weight: Tensor
+    epsilon: float
+
+
+class Best(NamedTuple):
+    """Every block's largest logit: value [blocks] float32, row [blocks] int32."""
+
+    value: Tensor
+    row: Tensor
+
+
+class Angles(NamedTuple):
+    """Rotary tables: cosine, sine [positions, head_dim / 2], float32."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Launch shapes, measured on H100: blocks that fill a multiprocessor's registers or shared memory, no more.
+
+    The next kernel's blocks then start, and fill their rings, as the current ones leave.
+    """
+
+    rows_threads: int = 512
+    rows_blocks_per_sm: int = 2
+    columns_threads: int = 256
+    columns_blocks_per_sm: int = 4
+    max_slices: int = 16
+
+
+class Operators:
+    """The kernels with their launch shapes for one device; `blocks` is how many candidates `head` leaves."""
+
+    def __init__(self, device: torch.device, tuning: Tuning | None = None) -> None:
+        self._library = native.library()
+        self._tuning = tuning or Tuning()
+        self._sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.blocks = self._sms * self._tuning.rows_blocks_per_sm
+        self._chained = False
+        self._dependent = False
+
+    @contextmanager
+    def chain(self) -> Iterator[None]:
+        """Launches inside start while their predecessor ends and read weights and cache before waiting for it.
+
+        The first waits for all work before it. Nothing else may launch inside, and no kernel inside may change the
+        weights, the position or the cache below it before the last one.
+        """
+        self._chained, self._dependent = True, False
+        try:
+            yield
+        finally:
+            self._chained = self._dependent = False
+
+    def _starts_early(self) -> bool:
+        early, self._dependent = self._dependent, self._chained
+        return early
+
+    def _rows(
+        self,
+        mode: RowsMode,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        rows: int | None = None,
+        norm: Norm | None = None,
+        bias: Tensor | None = None,
+        factor: Tensor | None = None,
+        threshold: Tensor | None = None,
+        index: Tensor | None = None,
+        count: Tensor | None = None,
+        second: int = 0,
+        activation: str = "identity",
+        best: Best | None = None,
+    ) -> None:
+        args = native.RowsArgs(
+            weight=native.address(weight),
+            x=native.address(x),
+            norm=native.address(norm.weight) if norm else None,
+            bias=native.address(bias),
+            factor=native.address(factor),
+            threshold=native.address(threshold),
+            index=native.address(index),
+            count=native.address(count),
+            out=native.address(out),
+            best_value=native.address(best.value) if best else None,
+            best_row=native.address(best.row) if best else None,
+            stride=weight.stride(0),
+            second=second,
+            epsilon=norm.epsilon if norm else 0.0,
+            rows=weight.shape[0] if rows is None else rows,
+            width=x.numel(),
+            activation=ACTIVATIONS[activation],
+            threshold_step=0 if threshold is None or threshold.numel() == 1 else 1,
+        )
+        self._library.rows(
+            args,
+            weight.dtype,
+            mode,
+            blocks=self.blocks,
+            threads=self._tuning.rows_threads,
+            dependent=self._starts_early(),
+        )
+
+    def project(
+        self, out: Tensor, x: Tensor, weight: Tensor, *, norm: Norm | None = None, bias: Tensor | None = None
+    ) -> None:
+        """out [rows] = weight [rows, width] times norm(x) [width], plus bias [rows]."""
+        self._rows(RowsMode.STORE, out, x, weight, norm=norm, bias=bias)
+
+    def add(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """out [rows] += weight [rows, width] times x [width]."""
+        self._rows(RowsMode.RESIDUAL, out, x, weight)
+
+    def gated(
+        self,
+        out: Tensor,
+        x: Tensor,
+        gate_up: Tensor,
+        *,
+        norm: Norm | None,
+        activation: str,
+        index: Tensor | None = None,
+        count: Tensor | None = None,
+    ) -> None:
+        """out [neurons] = act(gate x) * (up x); gate_up [2 * neurons, width], gate rows first.
+
+        With `index` [capacity], out_i is neuron index_i; with `count` [1], only the first `count` are read and written.
+        """
+        neurons = gate_up.shape[0] // 2
+        live = neurons if index is None else index.numel()
+        self._rows(
+            RowsMode.GATED,
+            out,
+            x,
+            gate_up,
+            rows=live,
+            norm=norm,
+            index=index,
+            count=count,
+            second=neurons,
+            activation=activation,
+        )
+
+    def threshold(
+        self, out: Tensor, x: Tensor, weight: Tensor, threshold: Tensor, *, norm: Norm | None, activation: str
+    ) -> None:
+        """out [rows] = v where |v| >= threshold, else 0; v = act(weight x); one threshold or one per row."""
+        self._rows(RowsMode.THRESHOLD, out, x, weight, norm=norm, threshold=threshold, activation=activation)
+
+    def kept(
+        self, out: Tensor, x: Tensor, weight: Tensor, factor: Tensor, *, norm: Norm | None, activation: str
+    ) -> None:
+        """out [rows] = factor * act(weight x) where factor [rows] is not zero, else 0; other rows are not read."""
+        self._rows(RowsMode.KEPT, out, x, weight, norm=norm, factor=factor, activation=activation)
+
+    def head(self, logits: Tensor, best: Best, x: Tensor, weight: Tensor, *, norm: Norm) -> None:
+        """logits [vocab] = weight times norm(x), and every block's largest of them in `best`."""
+        self._rows(RowsMode.BEST, logits, x, weight, norm=norm, best=best)
+
+    def columns(
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight_rows: Tensor,
+        *,
+        epilogue: Epilogue = Epilogue.WRITE,
+        skip_zeros: bool = False,
+        threshold: Tensor | None = None,
+        segments: tuple[int, ...] | None = None,
+        score: Tensor | None = None,
+        up: Tensor | None = None,
+        activation: str = "identity",
+        norm: Norm | None = None,
+        squares: Tensor | None = None,
+        squares_out: Tensor | None = None,
+        bias: Tensor | None = None,
+        index: Tensor | None = None,
+        count: Tensor | None = None,
+    ) -> None:
+        """out [outputs] = sum of x_i * weight_rows[i] over the inputs kept; weight_rows [inputs, outputs].
+
+        Without `threshold` and `skip_zeros` every input is read. `threshold` [segments] applies per segment of outputs
+        (`segments` are their lengths), to |x_i| times `score` [segments, inputs] where given. `up`: x_i stands for
+        act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs. ATOMIC_ADD adds in no fixed order.
+        `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block;
+        `squares_out` [column_blocks]: such parts of the output. PARTS leaves the slices' sums, [slices, outputs], for
+        the reader to add up, which `x` and `up` [slices, inputs] do here, and spares blocks from meeting.
+        """
+        lengths = (weight_rows.shape[1],) if segments is None else segments
+        tiles = [math.ceil(length / TILE) for length in lengths]
+        inputs = x.shape[-1]
+        slices, threads = self.split(sum(tiles), inputs)
+        if epilogue is Epilogue.PARTS and out.shape != (slices, weight_rows.shape[1]):
+            raise ValueError(f"out is {tuple(out.shape)}, for parts it has to be {(slices, weight_rows.shape[1])}")
+        parts = (native.Segment * 3)(
+            *(native.Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))
+        )
+        args = native.ColumnsArgs(
+            weight=native.address(weight_rows),
+            x=native.address(x),
+            up=native.address(up),
+            norm=native.address(norm.weight) if norm else None,
+            squares=native.address(squares),
+            score=native.address(score),
+            threshold=native.address(threshold),
+            index=native.address(index),
+            count=native.address(count),
+            bias=native.address(bias),
+            out=native.address(out),
+            squares_out=native.address(squares_out),
+            stride=weight_rows.stride(0),
+            x_stride=x.stride(0) if x.dim() == 2 else 0,
+            epsilon=norm.epsilon if norm else 0.0,
+            inputs=inputs,
+            outputs=weight_rows.shape[1],
+            slices=slices,
+            segments=len(lengths),
+            activation=ACTIVATIONS[activation],
+            epilogue=epilogue,
+            squares_count=0 if squares is None else squares.numel(),
+            x_parts=x.shape[0] if x.dim() == 2 else 1,
+            segment=parts,
+        )
+        selects = threshold is not None or skip_zeros
+        # With two blocks on a multiprocessor there is room for longer rings, and need of them.
+        deep = sum(tiles) * slices <= 2 * self._sms and threads <= 256
+        self._library.columns(
+            args, weight_rows.dtype, int(selects), threads=threads, deep=deep, dependent=self._starts_early()
+        )
+
+    def split(self, tiles: int, inputs: int) -> tuple[int, int]:
+        """How many blocks share a tile of `columns`, and their threads: enough to fill the chip."""
+        tuning = self._tuning
+        wanted = self._sms * tuning.columns_blocks_per_sm // tiles
+        return max(1, min(wanted, tuning.max_slices, inputs // 32)), tuning.columns_threads
+
+    def slices(self, segments: tuple[int, ...], inputs: int) -> int:
+        """How many parts `columns` leaves for outputs in these segments."""
+        return self.split(sum(math.ceil(length / TILE) for length in segments), inputs)[0]
+
+    def column_blocks(self, outputs: int, inputs: int) -> int:
+        """How many blocks `columns` runs for one segment of `outputs`: the parts that it leaves in `squares_out`."""
+        tiles = math.ceil(outputs / TILE)
+        return tiles * self.split(tiles, inputs)[0]
+
+    def attend(
+        self,
+        out: Tensor,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        position: Tensor,
+        angles: Angles,
+    ) -> None:
+        """out [heads * head_dim] = attention over the live cache and the token of `qkv`, which the cache gains.
+
+        qkv: [(heads + 2 * kv_heads) * head_dim], or parts of it, [slices, the same], to be added up; keys, values:
+        [kv_heads, positions, head_dim]; position: [1] int32.
+        """
+        kv_heads, positions, head_dim = keys.shape
+        heads = out.numel() // head_dim
+        splits = 1
+        while splits < 8 and heads * splits * 2 <= self._sms:
+            splits *= 2
+        args = native.AttendArgs(
+            qkv=native.address(qkv),
+            cosine=native.address(angles.cosine),
+            sine=native.address(angles.sine),
+            keys=native.address(keys),
+            values=native.address(values),
+            position=native.address(position),
+            out=native.address(out),
+            qkv_stride=qkv.stride(0) if qkv.dim() == 2 else 0,
+            scale=head_dim**-0.5 * math.log2(math.e),
+            heads=heads,
+            kv_heads=kv_heads,
+            positions=positions,
+            splits=splits,
+            parts=qkv.shape[0] if qkv.dim() == 2 else 1,
+        )
+        self._library.attend(args, keys.dtype, head_dim, dependent=self._starts_early())
+
+    def token(
+        self,
+        hidden: Tensor,
+        best: Best,
+        embedding: Tensor,
+        *,
+        squares: Tensor,
+        forced: Tensor,
+        tokens: Tensor,
+        position: Tensor,
+    ) -> None:
+        """Writes the next token (the forced one, if any), its embedding into `hidden`, and advances `position`.
+
+        squares[0] becomes the sum of hidden * hidden.
+        """
+        args = native.TokenArgs(
+            best_value=native.address(best.value),
+            best_row=native.address(best.row),
+            forced=native.address(forced),
+            tokens=native.address(tokens),
+            position=native.address(position),
+            embedding=native.address(embedding),
+            hidden=native.address(hidden),
+            squares=native.address(squares),
+            stride=embedding.stride(0),
+            embed_scale=1.0,
+            candidates=best.value.numel(),
+            positions=tokens.numel(),
+            width=hidden.numel(),
+        )
+        self._library.token(args, embedding.dtype, dependent=self._starts_early())
+
+    def gather(self, target: Tensor, source: Tensor, index: Tensor, count: Tensor) -> None:
+        """target [layers, parts, capacity, width] = the rows of source [layers, parts, rows, width] at `index`.
+
+        index: [layers, capacity]; rows from `count` [layers] on become zero.
+        """
+        layers, parts, capacity, width = target.shape
+        args = native.GatherArgs(
+            source=native.address(source),
+            target=native.address(target),
+            index=native.address(index),
+            count=native.address(count),
+            rows=source.shape[2],
+            capacity=capacity,
+            parts=parts,
+            quads=width * source.element_size() // 16,
+        )
+        self._library.gather(args, layers)

@@ -1,0 +1,51 @@
+"""`sparsify`: a loaded model decodes sparsely, whoever drives it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from transformers import PreTrainedModel
+
+from actsparse.engine.generation import sparse_generation
+from actsparse.errors import PlanError
+from actsparse.methods.base import Gate
+from actsparse.methods.plan import check_layers, from_record
+from actsparse.methods.short import parse
+from actsparse.models.sites import ModelSites, resolve
+from actsparse.pipelines.calibration import TextCalibration
+from actsparse.store import tensors
+from actsparse.store.runs import PlanRun
+
+
+@contextmanager
+def sparsify(model: PreTrainedModel, plan: str | Path, *, sink_tokens: int = 4) -> Iterator[PreTrainedModel]:
+    """The model under a plan: `with sparsify(model, "griffin@0.5"): model.generate(...)`.
+
+    `plan` is a directory that `threshold` wrote, or a short form that needs no calibration text (griffin). Prompts run
+    dense; decoded tokens run sparse. Leaving the block restores the model bit for bit. Raises PlanError where the plan
+    does not fit the model, or needs text to be fitted on.
+    """
+    sites = resolve(model)
+    with sparse_generation(sites, _gates(sites, plan), sink_tokens=sink_tokens):
+        yield model
+
+
+def _gates(sites: ModelSites, plan: str | Path) -> list[Gate]:
+    widths = tuple(layer.mlp_weights().down.shape[1] for layer in sites.layers)
+    path = Path(plan).expanduser()
+    if path.is_dir():
+        run = PlanRun.open(path)
+        read = from_record(run.plan, tensors.read(run.path / "plan.safetensors"), str(plan))
+        check_layers(read, widths)
+        return read.gates()
+    short = parse(str(plan))
+    short.method.check(sites.gated)
+    fit = short.method.fit(TextCalibration(widths, _needs_text, _needs_text), short.budget)
+    return [short.method.gate(layer, fit) for layer in range(len(widths))]
+
+
+def _needs_text() -> NoReturn:
+    raise PlanError(
+        "this plan must be fitted on text first", "make it with `actsparse threshold`, and give its directory"
+    )
