@@ -47,6 +47,8 @@ def param(**values: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
+    """A place where activations are read: one kind in one layer."""
+
     layer: int
     kind: SiteKind
 

@@ -148,8 +148,8 @@ class NeuronSums:
     @classmethod
     def of_tensors(cls, state: dict[str, Tensor]) -> "NeuronSums":
         """The accumulator whose `tensors()` these are."""
-        counts = {name: int(state[name]) for name in ("tokens", "rows")}
-        return cls(**counts, **{part.name: state[part.name] for part in fields(cls) if part.name not in counts})
+        sums = {name: tensor for name, tensor in state.items() if name not in ("tokens", "rows")}
+        return cls(int(state["tokens"]), int(state["rows"]), **sums)
 
 
 @dataclass

@@ -1,0 +1,339 @@
+"""The contract of every method in the registry, on a tiny model and a calibration text."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from math import floor, sqrt
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FFN, LAYERS, make_tokenizer, token_ids, words
+from torch import Tensor
+
+from actsparse.core.masks import kept_count
+from actsparse.data.sequences import Sequences, blocks_of
+from actsparse.engine.masked import MaskedPlan, masked, probed
+from actsparse.errors import PlanError
+from actsparse.methods import registry
+from actsparse.methods.base import Decides, FixedGate
+from actsparse.methods.griffin import Griffin
+from actsparse.methods.plan import Plan, check_layers, fit_plan, from_record, to_record
+from actsparse.methods.registry import all_methods, method_class
+from actsparse.methods.short import parse
+from actsparse.methods.tda import over, threshold_for_share
+from actsparse.models.load import LoadedModel
+from actsparse.pipelines.calibration import TextCalibration, of_blocks
+from actsparse.pipelines.progress import Silent
+from actsparse.results import SiteKind, ThresholdPlan
+from actsparse.store import tensors
+from actsparse.store.codec import decode, encode
+
+PROMPT, BLOCK, SINK = 16, 40, 4
+every_method = pytest.mark.parametrize("name", list(all_methods()))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_loaded: Callable) -> LoadedModel:
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def blocks() -> Sequences:
+    return blocks_of(
+        words(400, seed=3), make_tokenizer(), block_length=BLOCK, prompt_length=PROMPT, source="t", role="calibration"
+    )
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded: LoadedModel, blocks: Sequences) -> TextCalibration:
+    return of_blocks(loaded, blocks, PROMPT, Silent())
+
+
+def fitted(text: str, loaded: LoadedModel, calibration: TextCalibration) -> list[Plan]:
+    return fit_plan(parse(text), calibration, loaded.record.step, gated=True)
+
+
+def kept_on(plan: Plan, loaded: LoadedModel, ids: Tensor, prompt: int = PROMPT) -> list[float]:
+    """The share kept by layer at dense inputs, block by block."""
+    kept = torch.zeros(LAYERS, dtype=torch.float64)
+    for block in ids:
+        probe = MaskedPlan(plan.gates(), prompt_length=prompt, sink_tokens=SINK)
+        with probed(loaded.sites, [probe]), torch.no_grad():
+            loaded.model(input_ids=block[None], use_cache=False)
+        kept += torch.tensor(probe.kept_frac([FFN] * LAYERS), dtype=torch.float64)
+    return (kept / len(ids)).tolist()
+
+
+def counted_from(plan: Plan) -> int:
+    """Per-token methods are fitted on every position after the sink tokens."""
+    return SINK if plan.method.decides is Decides.TOKEN else PROMPT
+
+
+@every_method
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_target_0_keeps_all_and_equals_dense(
+    name: str, seed: int, loaded: LoadedModel, calibration: TextCalibration
+) -> None:
+    ids = token_ids(2, BLOCK, seed=100 + seed)
+    with torch.no_grad():
+        dense = loaded.model(input_ids=ids, use_cache=False).logits
+        for plan in fitted(f"{name}@0", loaded, calibration):
+            run = MaskedPlan(plan.gates(), prompt_length=PROMPT, sink_tokens=SINK)
+            with masked(loaded.sites, run):
+                sparse = loaded.model(input_ids=ids, use_cache=False).logits
+            assert run.kept_frac([FFN] * LAYERS) == [1.0] * LAYERS
+            assert torch.equal(sparse, dense)
+            assert plan.predicted.neuron_frac == 0
+
+
+@every_method
+@pytest.mark.parametrize("drop", [0.25, 0.5, 0.8])
+def test_realised_density_is_the_target_on_the_fitting_text(
+    name: str, drop: float, loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
+) -> None:
+    for plan in fitted(f"{name}@{drop}", loaded, calibration):
+        kept = kept_on(plan, loaded, blocks.stack(), counted_from(plan))
+        assert kept == pytest.approx([1 - drop] * LAYERS, abs=0.5 / FFN + 1e-3)
+        assert plan.predicted.neuron_frac == pytest.approx(drop, abs=0.5 / FFN)
+        assert plan.realised is not None
+        assert plan.realised.neuron_frac == pytest.approx(1 - sum(kept) / LAYERS, abs=2e-3)
+
+
+@every_method
+def test_more_dropped_never_keeps_more(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
+) -> None:
+    ids = blocks.stack()[:2]
+    kept = [kept_on(fitted(f"{name}@{drop}", loaded, calibration)[0], loaded, ids) for drop in (0, 0.1, 0.3, 0.6, 0.9)]
+    for layer in range(LAYERS):
+        shares = [one[layer] for one in kept]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[0] > shares[-1] > 0
+
+
+@every_method
+def test_bytes_follow_the_matrices_that_a_method_saves(
+    name: str, loaded: LoadedModel, calibration: TextCalibration
+) -> None:
+    plan = fitted(f"{name}@0.5", loaded, calibration)[0]
+    share = len(plan.method.saves) / 3
+    assert plan.predicted.mlp_bytes_frac == pytest.approx(plan.predicted.neuron_frac * share)
+    step = loaded.record.step
+    naive = plan.predicted.mlp_bytes_frac * step.mlp_total / step.total
+    assert plan.predicted.model_bytes_frac == pytest.approx(naive)
+
+
+@every_method
+def test_fits_are_deterministic(name: str, loaded: LoadedModel, blocks: Sequences) -> None:
+    first, second = (fitted(f"{name}@0.4", loaded, of_blocks(loaded, blocks, PROMPT, Silent())) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.fit.layers == other.fit.layers
+        assert one.fit.tensors.keys() == other.fit.tensors.keys()
+        assert all(torch.equal(value, other.fit.tensors[key]) for key, value in one.fit.tensors.items())
+
+
+@every_method
+def test_a_plan_goes_through_its_record_and_tensors(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences, tmp_path: Path
+) -> None:
+    for plan in fitted(f"{name}@0.4", loaded, calibration):
+        tensors.write(tmp_path / "plan.safetensors", plan.fit.tensors)
+        record = decode(encode(to_record(plan, loaded.record, blocks.record)), ThresholdPlan, "plan.json")
+        again = from_record(record, tensors.read(tmp_path / "plan.safetensors"), "runs/p", loaded.record)
+        assert again.method == plan.method
+        assert (again.amount, again.target, again.predicted) == (plan.amount, plan.target, plan.predicted)
+        ids = token_ids(2, BLOCK, seed=5)
+        assert kept_on(again, loaded, ids) == kept_on(plan, loaded, ids)
+        with torch.no_grad():
+            outputs = []
+            for one in (plan, again):
+                with masked(loaded.sites, MaskedPlan(one.gates(), prompt_length=PROMPT, sink_tokens=SINK)):
+                    outputs.append(loaded.model(input_ids=ids, use_cache=False).logits)
+        assert torch.equal(*outputs)
+
+
+@every_method
+def test_a_plan_of_another_model_is_refused(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, tiny_loaded: Callable
+) -> None:
+    plan = fitted(f"{name}@0.4", loaded, calibration)[0]
+    record = to_record(plan, loaded.record, None)
+    with pytest.raises(PlanError) as caught:
+        from_record(record, plan.fit.tensors, "runs/p", tiny_loaded("qwen3").record)
+    assert "runs/p was fitted to tiny-llama, not to tiny-qwen3" in caught.value.what
+    assert "actsparse threshold" in caught.value.hint
+
+
+def test_a_plan_of_other_layers_is_refused(loaded: LoadedModel, calibration: TextCalibration) -> None:
+    plan = fitted("griffin@0.4", loaded, calibration)[0]
+    check_layers(plan, [FFN] * LAYERS)
+    with pytest.raises(PlanError, match="the model has 3"):
+        check_layers(plan, [FFN] * 3)
+
+
+def test_a_plan_with_unknown_options_is_refused(loaded: LoadedModel, calibration: TextCalibration) -> None:
+    plan = fitted("griffin@0.4", loaded, calibration)[0]
+    record = replace(to_record(plan, loaded.record, None), options={"first": 3})
+    with pytest.raises(PlanError, match="options that griffin lacks"):
+        from_record(record, {}, "runs/p", loaded.record)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("grifin@0.5", "'grifin'", "'griffin'"),
+        ("@0.5", "no method ''", "known:"),
+        ("griffin", "does not say how much", "griffin@0.5"),
+        ("griffin@", "not a number: ''", "0.5"),
+        ("griffin@half", "'half'", "50%"),
+        ("griffin@1", "below 1", "0.5"),
+        ("griffin@-0.1", "at least 0", "0.5"),
+        ("griffin@120%", "120%", "0.5"),
+        ("griffin@nan", "nan", "0.5"),
+        ("griffin@0.5@0.6", "0.5@0.6", "0.5"),
+        ("griffin:target_error=0.2", "griffin takes no error target", "griffin@0.5"),
+        ("tda:target_error=0.2@0.5", "both a share and an error target", "one of the two"),
+        ("tda:target_error=2", "target_error", "0.5"),
+        ("static:stta=griffin@0.5", "no option 'stta'", "'stat'"),
+        ("static:stat=mean@0.5", "stat cannot be 'mean'", "mean_n, griffin"),
+        ("random:seed=x@0.5", "seed must be a int, not 'x'", "value"),
+        ("random:seed@0.5", "'seed' is not key=value", "key=value"),
+        ("random:seed=@0.5", "is not key=value", "key=value"),
+        ("griffin:k=3@0.5", "no option 'k'", "it has: none"),
+    ],
+)
+def test_a_short_form_that_does_not_fit(text: str, what: str, hint: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse(text)
+    assert what in caught.value.what
+    assert hint in caught.value.hint
+
+
+def test_short_forms_that_fit() -> None:
+    assert parse("griffin@50%").budget.drop == 0.5
+    assert parse("static:stat=griffin@0.25").method.options == {"stat": "griffin"}
+    assert parse("random:seed=4@0.5").method.options == {"seed": 4}
+    assert parse("tda:target=20%").budget.target_error == pytest.approx(0.2)
+    assert (parse("tda").budget.drop, parse("tda").budget.target_error) == (None, None)
+    assert parse("griffin@0.5").text == "griffin@0.5"
+
+
+def test_a_gated_method_is_refused_on_a_plain_ffn() -> None:
+    class GatedOnly(Griffin):
+        name = "gated-only"
+        gated_only = True
+
+    with pytest.raises(PlanError, match="gated-only needs a gated FFN"):
+        GatedOnly().check(gated=False)
+    GatedOnly().check(gated=True)
+
+
+def test_random_is_three_seeds_of_the_definition(loaded: LoadedModel, calibration: TextCalibration) -> None:
+    plans = fitted("random@0.3", loaded, calibration)
+    assert len(plans) == 3
+    k = max(1, floor(0.7 * FFN + 0.5))
+    for seed, plan in enumerate(plans):
+        g = torch.Generator().manual_seed(seed)
+        for gate in plan.gates():
+            naive = sorted(torch.randperm(FFN, generator=g)[:k].tolist())
+            assert isinstance(gate, FixedGate)
+            assert gate.mask.nonzero().squeeze(1).tolist() == naive
+    alone = fitted("random:seed=1@0.3", loaded, calibration)
+    assert len(alone) == 1
+    assert torch.equal(alone[0].gates()[1].mask, plans[1].gates()[1].mask)
+
+
+def test_static_masks_are_the_top_of_their_statistic(
+    loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
+) -> None:
+    from actsparse.models.taps import tapped
+
+    rows: list[list[Tensor]] = [[] for _ in range(LAYERS)]
+    with tapped(loaded.sites, {SiteKind.NEURON: lambda s, a: rows[s.layer].append(a[0, SINK:].double())}):
+        for block in blocks.stack():
+            loaded.model(input_ids=block[None], use_cache=False)
+    for name, stat in (("mean_n", 0), ("griffin", 1)):
+        plan = fitted(f"static:stat={name}@0.5", loaded, calibration)[0]
+        for layer, gate in enumerate(plan.gates()):
+            a = torch.cat(rows[layer]).detach()
+            norms = loaded.sites.layers[layer].down.weight.double().norm(dim=0)
+            scores = ((a / a.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt() if stat else a.abs().mean(0) * norms
+            naive = sorted(scores.topk(kept_count(0.5, FFN)).indices.tolist())
+            assert gate.mask.nonzero().squeeze(1).tolist() == naive
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.999, 1.0])
+def test_threshold_for_share_against_a_sort(density: float) -> None:
+    scores = torch.rand(3, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    ordered = sorted(scores.flatten().tolist(), reverse=True)
+    naive = ordered[max(1, floor(density * len(ordered) + 0.5)) - 1]
+    assert threshold_for_share(scores, density) == naive
+    assert int((scores >= naive).sum()) == max(1, floor(density * len(ordered) + 0.5))
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3])
+def test_tda_reaches_its_error_target_on_calibration(
+    target: float, loaded: LoadedModel, calibration: TextCalibration
+) -> None:
+    plan = fitted(f"tda:target_error={target}", loaded, calibration)[0]
+    replay = calibration.prompts()
+    for layer in plan.fit.layers:
+        scores = replay.statistics(layer.layer) * sqrt(FFN)
+        assert replay.mask_error(layer.layer, over(scores, layer.threshold)) <= target
+        larger = layer.threshold + float(scores.max()) * 2.0**-19
+        assert replay.mask_error(layer.layer, over(scores, larger)) > target
+        kept = float(over(scores, layer.threshold).double().mean())
+        assert plan.fit.predicted_drop[layer.layer] == pytest.approx(1 - kept)
+
+
+def test_an_error_target_of_zero_is_not_the_default(loaded: LoadedModel, calibration: TextCalibration) -> None:
+    plan = fitted("tda:target_error=0", loaded, calibration)[0]
+    assert plan.predicted.neuron_frac == 0
+    assert (
+        fitted("tda", loaded, calibration)[0].fit.layers
+        == fitted("tda:target_error=0.2", loaded, calibration)[0].fit.layers
+    )
+
+
+def test_mask_error_against_a_loop(loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences) -> None:
+    replay = calibration.prompts()
+    masks = torch.rand(len(blocks), FFN, generator=torch.Generator().manual_seed(9)) < 0.5
+    down = loaded.sites.layers[1].down.weight.detach().double()
+    ratios = []
+    for block, mask in zip(replay.continuations[1].double(), masks, strict=True):
+        for a in block:
+            ratios.append(float((down @ (a * ~mask)).norm() / (down @ a).norm()))
+    assert len(ratios) == len(blocks) * (BLOCK - PROMPT)
+    assert replay.mask_error(1, masks) == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Pretend that a package adds an entry point."""
+
+    def add(name: str, value: str) -> None:
+        point = EntryPoint(name=name, value=value, group="actsparse.methods")
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "actsparse.methods" else [])
+        all_methods.cache_clear()
+
+    yield add
+    all_methods.cache_clear()
+
+
+def test_other_packages_add_methods(installed: Callable) -> None:
+    installed("our-griffin", "actsparse.methods.griffin:Griffin")
+    assert method_class("our-griffin") is Griffin
+    assert parse("our-griffin@0.5").method == Griffin()
+
+
+def test_a_name_that_is_taken_is_refused(installed: Callable) -> None:
+    installed("tda", "actsparse.methods.griffin:Griffin")
+    with pytest.raises(PlanError, match="'tda', a name that is taken"):
+        all_methods()
+
+
+def test_a_package_that_cannot_be_imported_is_named(installed: Callable) -> None:
+    installed("broken", "no_such_package_at_all:Method")
+    with pytest.raises(PlanError, match="no_such_package_at_all"):
+        all_methods()

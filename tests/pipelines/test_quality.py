@@ -1,0 +1,210 @@
+"""Quality numbers against a loop that shares no code with the pipeline, and evaluations that were interrupted."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import exp
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from tiny import FFN, LAYERS
+from torch import Tensor
+from transformers import DynamicCache
+
+from actsparse.data.texts import TextReader
+from actsparse.models.load import LoadedModel
+from actsparse.pipelines import quality
+from actsparse.pipelines.evaluate import evaluate
+from actsparse.pipelines.progress import Advance, Silent
+from actsparse.specs import DataSpec, EvalSpec, ModelSpec
+from actsparse.store.runs import EvalRun
+
+BLOCK, PROMPT, SINK, N = 40, 16, 4, 3
+
+
+class Interrupting(Silent):
+    """Ctrl-C at the n-th step of a task."""
+
+    def __init__(self, what: str, after: int) -> None:
+        self.what, self.left = what, after
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
+        def advance(_units: int) -> None:
+            if what == self.what:
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+
+def spec_of(folder: Path, corpus: Path, output: Path, *plans: str, **options: object) -> EvalSpec:
+    data = DataSpec(corpus=str(corpus), limit=N, block_length=BLOCK, prompt_length=PROMPT)
+    settings = {"timing_pairs": 0, "generations": 1, "max_new_tokens": 4, "controls": False} | options
+    return EvalSpec(model=ModelSpec(name=str(folder), device="cpu"), data=data, plans=plans, output=output, **settings)
+
+
+def blocks_of_eval(loaded: LoadedModel, corpus: Path) -> Tensor:
+    data = DataSpec(corpus=str(corpus), limit=N, block_length=BLOCK, prompt_length=PROMPT)
+    return TextReader(data, loaded.tokenizer, None, lambda _line: None).eval_texts().quality.stack()
+
+
+def neuron_inputs(model: torch.nn.Module, run: Callable[[], object]) -> list[Tensor]:
+    """a [seq, neurons] of every layer in one pass, by hooks of the test's own."""
+    found: list[Tensor] = []
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _m, args: found.append(args[0][0].clone()))
+        for layer in model.model.layers
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def naive_block(loaded: LoadedModel, block: Tensor, masks: list[Tensor] | None) -> dict[str, Tensor | list[float]]:
+    """One block in the decode regime; `masks` None: GRIFFIN's own at density 0.5."""
+    model = loaded.model
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        acts = neuron_inputs(model, lambda: model(input_ids=block[None], use_cache=False))
+        dense = model(input_ids=block[None], use_cache=False).logits[0].log_softmax(-1)
+        if masks is None:
+            masks = []
+            for a in acts:
+                rows = a[SINK:PROMPT].double()
+                s = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt()
+                masks.append(torch.zeros(FFN, dtype=torch.bool).index_fill_(0, s.topk(FFN // 2).indices, True))
+        pruned = copy.deepcopy(model)
+        for layer, mask in zip(pruned.model.layers, masks, strict=True):
+            layer.mlp.down_proj.weight.data[:, ~mask] = 0
+        first = model(input_ids=block[None, :PROMPT], past_key_values=cache, use_cache=True).logits[0, -1:]
+        rest: list[Tensor] = []
+        positions = torch.arange(PROMPT, BLOCK - 1)[None]
+        sparse_acts = neuron_inputs(
+            pruned,
+            lambda: rest.append(
+                pruned(
+                    input_ids=block[None, PROMPT:-1], position_ids=positions, past_key_values=cache, use_cache=True
+                ).logits[0]
+            ),
+        )
+        sparse = torch.cat([first, rest[0]]).log_softmax(-1)
+    reference, targets = dense[PROMPT - 1 : BLOCK - 1], block[PROMPT:]
+
+    def error(rows: Tensor, layer: int) -> float:
+        down = model.model.layers[layer].mlp.down_proj.weight.detach()
+        return float(((rows * ~masks[layer]) @ down.T).norm(dim=1).div((rows @ down.T).norm(dim=1)).mean())
+
+    return {
+        "nll": -sparse.gather(1, targets[:, None])[:, 0].double(),
+        "dense_nll": -reference.gather(1, targets[:, None])[:, 0].double(),
+        "kl": (reference.exp() * (reference - sparse)).sum(1).double(),
+        "top1": (reference.argmax(1) == sparse.argmax(1)).double(),
+        "kept_frac": [float(mask.float().mean()) for mask in masks],
+        "rel_err": [error(a[PROMPT : BLOCK - 1], i) for i, a in enumerate(acts)],
+        "rel_err_path": [error(a, i) for i, a in enumerate(sparse_acts)],
+    }
+
+
+def value(run: EvalRun, plan: str, metric: str, param: str = "") -> float:
+    rows = run.results.filter((pl.col("plan") == plan) & (pl.col("metric") == metric) & (pl.col("param") == param))
+    assert rows.height == 1
+    return rows["value"][0]
+
+
+def test_numbers_equal_a_naive_loop(tiny_loaded: Callable, tiny_folder: Callable, corpus_file: Path,
+                                    tmp_path: Path) -> None:  # fmt: skip
+    loaded = tiny_loaded("llama")
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5", "random:seed=1@0.25"))
+    ids = blocks_of_eval(loaded, corpus_file)
+    assert ids[:, 0].tolist() == [1] * N
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randperm(FFN, generator=generator)[:36] for _ in range(LAYERS)]
+    random_masks = [torch.zeros(FFN, dtype=torch.bool).index_fill_(0, chosen, True) for chosen in drawn]
+    for plan, masks in (("griffin@0.5", None), ("random:seed=1@0.25", random_masks)):
+        naive = [naive_block(loaded, block, masks) for block in ids]
+        nll = torch.cat([one["nll"] for one in naive])
+        dense = torch.cat([one["dense_nll"] for one in naive])
+        assert len(nll) == N * (BLOCK - PROMPT)
+        assert value(run, "dense", "ppl") == pytest.approx(exp(float(dense.mean())), rel=1e-5)
+        assert value(run, plan, "ppl") == pytest.approx(exp(float(nll.mean())), rel=1e-4)
+        assert value(run, plan, "kl") == pytest.approx(float(torch.cat([one["kl"] for one in naive]).mean()), rel=1e-3)
+        assert value(run, plan, "top1") == pytest.approx(float(torch.cat([one["top1"] for one in naive]).mean()))
+        difference = float((nll - dense).mean())
+        assert value(run, plan, "delta_nll", "reference=dense") == pytest.approx(difference, abs=1e-4)
+        for layer in range(LAYERS):
+            for metric in ("kept_frac", "rel_err", "rel_err_path"):
+                expected = sum(one[metric][layer] for one in naive) / N
+                assert value(run, plan, metric, f"layer={layer}") == pytest.approx(expected, rel=1e-3), metric
+        dropped = 1 - sum(naive[0]["kept_frac"]) / LAYERS
+        assert value(run, plan, "neuron_frac", "basis=realised") == pytest.approx(dropped)
+    tokens = run.tokens.filter(pl.col("plan") == "dense").sort("block", "position")
+    assert tokens["position"].unique().sort().to_list() == list(range(PROMPT, BLOCK))
+    assert tokens["token"].to_list() == ids[:, PROMPT:].flatten().tolist()
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "phi3", "mpt"])
+def test_other_families_evaluate_with_engine_and_masks_agreeing(
+    family: str, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(tiny_folder(family), corpus_file, tmp_path / "e", "griffin@0.5", "cats@0.5", timing_pairs=2,
+                   timing_tokens=3)  # fmt: skip
+    run = evaluate(spec)
+    found = {plan["plan"]: plan for plan in run.summary["plans"]}
+    assert value(run, "griffin@0.5", "path_check") < 1e-3
+    assert found["griffin@0.5"]["speed"]["speedup"]["value"] > 0
+    assert found["cats@0.5"]["speed"] is None
+    assert "no engine" in found["cats@0.5"]["speed_reason"]
+    assert found["cats@0.5"]["quality"]["kl"]["value"] > 0
+    assert found["griffin@0.5"]["sparsity"]["realised"]["mlp_bytes_frac"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_controls_stand_beside_a_method_and_random_is_three_seeds(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5", controls=True))
+    plans = {plan["plan"]: plan for plan in run.summary["plans"]}
+    assert set(plans) == {"griffin@0.5", "static:stat=griffin@0.5", "static@0.5", "random@0.5"}
+    assert plans["random@0.5"]["replicas"] == 3
+    rows = run.tokens.filter(pl.col("plan") == "random@0.5")
+    assert rows["replica"].unique().sort().to_list() == [0, 1, 2]
+    assert value(run, "random@0.5", "ppl") == pytest.approx(exp(rows["nll"].mean()), rel=1e-9)
+    assert plans["random@0.5"]["speed"] is None
+    assert plans["random@0.5"]["speed_reason"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_block(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plans = tiny_folder("llama"), ("griffin@0.5", "cats@0.5")
+    whole = evaluate(spec_of(folder, corpus_file, tmp_path / "whole", *plans))
+    spec = spec_of(folder, corpus_file, tmp_path / "cut", *plans)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(spec, Interrupting("scoring", 5))
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    scored: list[int] = []
+    original = quality._score_block
+
+    def score(loaded: object, groups: object, block: object, index: int, *rest: object) -> object:
+        scored.append(index)
+        return original(loaded, groups, block, index, *rest)
+
+    monkeypatch.setattr(quality, "_score_block", score)
+    again = evaluate(spec)
+    assert scored == [1, 2]
+    assert again.tokens.equals(whole.tokens)
+    assert again.results.equals(whole.results)
+    assert again.generations == whole.generations
+
+
+def test_evaluate_twice_is_up_to_date(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5")
+    first = evaluate(spec)
+    monkeypatch.setattr(quality, "_score_block", lambda *_: pytest.fail("scored again"))
+    assert evaluate(spec).manifest == first.manifest

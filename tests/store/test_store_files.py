@@ -1,0 +1,170 @@
+import errno
+import os
+import resource
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from actsparse.errors import RunError
+from actsparse.results import EvalRow, HeadRow, Measure, NeuronRow, TimingRow, TokenRow
+from actsparse.store import arrays, files, tables, tensors
+
+ROW_CLASSES = [Measure, NeuronRow, HeadRow, EvalRow, TokenRow, TimingRow]
+WRITERS = {
+    "bytes": lambda path: files.write_bytes(path, b"new" * 10_000),
+    "table": lambda path: tables.write(path, pl.DataFrame({"x": range(10_000)})),
+    "tensors": lambda path: tensors.write(path, {"x": torch.arange(10_000)}),
+}
+
+
+def example(record: type, *, empty: bool = False):
+    """A row of a record class; with `empty`, None wherever it may stand."""
+    schema = tables.schema_of(record)
+    of_type = {pl.Int64: 3, pl.Float64: 0.25, pl.String: "a=b,c", pl.Boolean: True}
+    values = {name: of_type[kind] for name, kind in schema.items()}
+    return record(**values | ({name: None for name in ("value", "stderr", "layer") if name in schema} if empty else {}))
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "no disk space"), (errno.EROFS, "cannot be written")])
+def test_a_refused_write_is_said_and_leaves_the_old_file_whole(tmp_path, monkeypatch, writer, call, code, said):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def failing(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(RunError, match=said) as refused:
+        writer(path)
+    assert str(path) in refused.value.what
+    assert refused.value.hint
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize("name", ["bytes", "table"])
+def test_a_disk_that_is_really_full_is_said(tmp_path, name):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    (tmp_path / "file.tmp").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="no disk space"):
+        WRITERS[name](path)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_system_that_stops_a_write_half_way_is_said(tmp_path, writer):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RunError, match="cannot be written"):
+            writer(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, writer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        writer(tmp_path / "file" / "below")
+
+
+def test_an_interrupted_write_leaves_no_trace(tmp_path):
+    def interrupted(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomic(tmp_path / "file", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_synced_before_it_is_moved_into_place(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    files.write_bytes(tmp_path / "file", b"x")
+    assert calls == ["fsync", "replace"]
+
+
+# Tables
+
+
+@pytest.mark.parametrize("record", ROW_CLASSES, ids=lambda record: record.__name__)
+def test_rows_come_back_as_they_were_written(tmp_path, record):
+    rows = [example(record), example(record, empty=True)]
+    tables.write(tmp_path / "t.parquet", tables.frame(rows, record))
+    found = tables.read(tmp_path / "t.parquet", record)
+    assert [record(**row) for row in found.rows(named=True)] == rows
+
+
+@pytest.mark.parametrize("record", ROW_CLASSES, ids=lambda record: record.__name__)
+def test_a_table_without_rows_has_its_columns(tmp_path, record):
+    tables.write(tmp_path / "t.parquet", tables.frame([], record))
+    assert dict(tables.read(tmp_path / "t.parquet", record).schema) == tables.schema_of(record)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "retyped"])
+def test_a_table_of_another_schema_is_refused(tmp_path, change):
+    table = tables.frame([example(HeadRow)], HeadRow)
+    changed = {
+        "missing": lambda: table.drop("share"),
+        "extra": lambda: table.with_columns(pl.lit(1).alias("more")),
+        "renamed": lambda: table.rename({"share": "part"}),
+        "retyped": lambda: table.with_columns(pl.col("index").cast(pl.Float64)),
+    }
+    tables.write(tmp_path / "t.parquet", changed[change]())
+    with pytest.raises(RunError, match=r"t\.parquet has columns") as refused:
+        tables.read(tmp_path / "t.parquet", HeadRow)
+    assert "--force" in refused.value.hint
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -1])
+def test_a_truncated_table_is_damaged(tmp_path, keep):
+    path = tmp_path / "t.parquet"
+    tables.write(path, tables.frame([example(Measure)] * 50, Measure))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RunError, match="damaged"):
+        tables.read(path, Measure)
+
+
+def test_a_missing_table_is_said(tmp_path):
+    with pytest.raises(RunError, match="missing"):
+        tables.read(tmp_path / "t.parquet", Measure)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("reader", [tensors.read, arrays.read])
+def test_tensors_come_back_bit_by_bit(tmp_path, reader):
+    named = {"a.b": torch.randn(3, 4).T, "n": torch.arange(5), "none": torch.zeros(0, 2)}
+    tensors.write(tmp_path / "t.safetensors", named)
+    found = reader(tmp_path / "t.safetensors")
+    assert set(found) == set(named)
+    for name, tensor in named.items():
+        assert torch.equal(torch.as_tensor(found[name]), tensor)
+
+
+@pytest.mark.parametrize("reader", [tensors.read, arrays.read])
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_truncated_tensors_are_damaged_and_missing_ones_missing(tmp_path, reader, keep):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(RunError, match="missing"):
+        reader(path)
+    tensors.write(path, {"x": torch.randn(20)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RunError, match="damaged"):
+        reader(path)
