@@ -54,7 +54,8 @@ class ProfileSpec:
     """Record activations of `model` on `data`.
 
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
-    `reservoir_mb` bound the sample of token positions that is kept for replays.
+    `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured beside
+    (`uncertainty`, `inertia`, `union`).
     """
 
     model: ModelSpec
@@ -63,6 +64,7 @@ class ProfileSpec:
     cett_targets: tuple[float, ...] = (0.1, 0.2, 0.3)
     reservoir_tokens: int = 4096
     reservoir_mb: int = 512
+    probes: tuple[str, ...] = ()
     batch_size: int | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
     root: Path = field(default=Path("runs"), metadata=RUNTIME)

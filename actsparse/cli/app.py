@@ -17,7 +17,7 @@ from actsparse.cli.output import Output
 from actsparse.errors import ActsparseError
 
 INTERRUPTED = 130
-COMMANDS = ("profile", "threshold", "evaluate", "report", "run")
+COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods")
 
 app = typer.Typer(
     name="actsparse",

@@ -49,7 +49,11 @@ def command(
     ] = None,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
-    for name, value in (("--max-new-tokens", max_new_tokens), ("--timing-tokens", timing_tokens)):
+    for name, value in (
+        ("--max-new-tokens", max_new_tokens),
+        ("--timing-tokens", timing_tokens),
+        ("--timing-prompts", timing_prompts),
+    ):
         if value < 1:
             raise ActsparseError(f"{name} must be at least 1, not {value}", "correct the value")
     for name, value in (("--generations", generations), ("--timing-pairs", timing_pairs)):

@@ -15,6 +15,7 @@ from actsparse.cli.options import (
 )
 from actsparse.cli.output import Output
 from actsparse.errors import ActsparseError
+from actsparse.pipelines.probes.names import left_out, probe_names
 from actsparse.specs import ProfileSpec
 
 HELP = "Record a model's neuron and head activations on your text."
@@ -39,6 +40,9 @@ def command(
         int | None, option("--batch-size", "-b", help="Sequences in one forward pass. [by tokens]", panel=RUN)
     ] = None,
     reservoir_mb: Annotated[int, option("--reservoir-mb", help="Megabytes they may take.", panel=RUN)] = 512,
+    probes: Annotated[
+        str, option("--probes", help="Mechanisms to measure: uncertainty,inertia,union. [none]", panel=RUN)
+    ] = "",
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
     bounds = {"--reservoir-tokens": reservoir_tokens, "--reservoir-mb": reservoir_mb, "--batch-size": batch_size}
@@ -53,6 +57,7 @@ def command(
         reservoir_tokens=reservoir_tokens,
         reservoir_mb=reservoir_mb,
         batch_size=batch_size,
+        probes=probe_names(probes.split(",")),
         output=run.output,
         force=run.force,
         resume=run.resume,
@@ -61,3 +66,4 @@ def command(
     from actsparse.pipelines.profile import profile
 
     show_profile(profile(spec, output), output)
+    output.note(left_out(spec.probes))

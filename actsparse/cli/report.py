@@ -23,6 +23,9 @@ def command(
     title: Annotated[str | None, option("--title", help="Title of the page.", panel=RUN)] = None,
     force: Annotated[bool, option("--force", help="Overwrite an existing file.", panel=RUN)] = False,
     text: Annotated[bool, option("--text", help="Print the summary instead of writing a file.", panel=RUN)] = False,
+    figures: Annotated[
+        Path | None, option("--figures", help="Also write every figure as HTML and CSV into this folder.", panel=RUN)
+    ] = None,
     open_it: Annotated[bool, option("--open", help="Open the file in a browser.", panel=RUN)] = False,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
@@ -36,5 +39,11 @@ def command(
 
     written = report(spec)
     output.line(str(written))
+    if figures is not None:
+        from actsparse.report.export import export_figures
+        from actsparse.report.view import build_view
+
+        files = export_figures(build_view(spec), figures, force=force)
+        output.line(f"{len(files)} figures and tables in {figures}")
     if open_it:
         webbrowser.open(written.resolve().as_uri())

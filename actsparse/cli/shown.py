@@ -91,12 +91,13 @@ def show_run(found: Any, report: Any, output: Output) -> None:
 
 def show_report(spec: ReportSpec, output: Output) -> None:
     """The report in the terminal, or its view model as JSON."""
+    from actsparse.report.document import document
     from actsparse.report.text import summary
     from actsparse.report.view import build_view
 
     view = build_view(spec)
     if output.json:
-        output.document(pretty(view))
+        output.document(pretty(document(view)))
     else:
         output.out.print(summary(view))
 

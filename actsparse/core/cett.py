@@ -35,7 +35,7 @@ class CettPoint:
 class CettLayer:
     """The neuron activations of one layer, ready for CETT at any threshold.
 
-    a: [tokens, neurons]; down: [hidden, neurons]. Tokens whose output is zero are left out.
+    a: [tokens, neurons]; down: [hidden, neurons]. Tokens whose output is zero or not finite are left out.
     """
 
     a: Float[Tensor, "tokens neurons"]
@@ -48,7 +48,7 @@ class CettLayer:
         """Prepare activations; in float32."""
         a, down = a.float(), down.float()
         outputs = torch.cat([(part @ down.T).norm(dim=1) for part in _chunks(a)]) if len(a) else a.new_zeros(0)
-        used = outputs > 0
+        used = (outputs > 0) & outputs.isfinite() & a.isfinite().all(dim=1)
         return cls(a[used], down, down.norm(dim=0), outputs[used])
 
     @property
@@ -117,7 +117,7 @@ class CettLayer:
         for step in range(SOLVE_STEPS):
             if above.eps - below.eps <= 1e-5 * above.eps:
                 break
-            weight = high_error / (high_error - low_error) if step % 3 < 2 else 0.5
+            weight = high_error / (high_error - low_error) if low_error and step % 3 < 2 else 0.5
             middle = self.at(above.eps + weight * (below.eps - above.eps))
             if middle.cett <= target:
                 below, low_error = middle, middle.cett - target

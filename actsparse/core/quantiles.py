@@ -61,8 +61,10 @@ class LogHistogram:
         counts = torch.cat([torch.tensor([self.zeros + self.below]), self.counts[first:stop]])
         edges = torch.cat([torch.zeros(1, dtype=torch.float64), bin_edges(first, stop + 1)])
         if self.above:
-            counts = torch.cat([counts, torch.tensor([self.above])])
-            edges = torch.cat([edges, torch.tensor([float("inf")], dtype=torch.float64)])
+            top = torch.tensor([2.0**HIGHEST_EXPONENT, float("inf")], dtype=torch.float64)
+            gap = stop < BINS or not len(used)
+            counts = torch.cat([counts, torch.tensor([0, self.above] if gap else [self.above])])
+            edges = torch.cat([edges if gap else edges[:-1], top])
         return counts, edges
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,4 +121,5 @@ def share_below(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], th
     """The share of counted magnitudes in bins whose middle is under the threshold."""
     total = int(counts.sum())
     middles = (edges[:-1] + edges[1:]) / 2
+    middles[:1] = 0.0
     return float(counts[middles < threshold].sum()) / total if total else float("nan")

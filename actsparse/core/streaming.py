@@ -106,6 +106,8 @@ class NeuronSums:
         self, a: Float[Tensor, "tokens neurons"], down_norms: Float[Tensor, " neurons"], first_position: int
     ) -> None:
         """Add the neuron activations of one sequence, whose first row stands at `first_position`."""
+        if not len(a):
+            return
         a = a.detach().float().nan_to_num(0.0, 0.0, 0.0)
         magnitude = a.abs()
         scores = magnitude * down_norms

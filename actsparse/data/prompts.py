@@ -6,6 +6,7 @@ A `.txt` file holds prompts separated by blank lines; a `.jsonl` file holds one 
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,9 @@ def _files(path: Path) -> list[Path]:
 def _read(file: Path) -> list[Prompt]:
     text = read_text(file)
     if file.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(text.split("\n"), 1)
         return [_parse_line(line, f"{file.name}:{number}") for number, line in lines if line.strip()]
-    paragraphs = text.replace("\r\n", "\n").split("\n\n")
+    paragraphs = re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))
     return [Prompt(source=file.name, text=part.strip("\n")) for part in paragraphs if part.strip()]
 
 
@@ -118,7 +119,12 @@ def _parse_line(line: str, where: str) -> Prompt:
         raise DataError(f"{where} is not JSON: {error}", "write one JSON object a line") from None
     if not isinstance(fields, dict):
         raise DataError(f"{where} is not a JSON object", 'write one object a line: {"text": "..."}')
-    return _prompt(fields, where)
+    prompt = _prompt(fields, where)
+    try:
+        prompt.content.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half of a surrogate pair, which is no text", "correct the escape") from None
+    return prompt
 
 
 def _prompt(fields: dict[str, Any], where: str) -> Prompt:

@@ -57,6 +57,9 @@ def from_prompts(
     ids: list[Tensor] = []
     for prompt in prompts:
         tokens = _tokens(prompt, tokenizer)
+        if not tokens:
+            notify(f"{prompt.source}: no tokens; left out")
+            continue
         limit = max_length or len(tokens)
         if len(tokens) > limit:
             pieces = -(-len(tokens) // limit)

@@ -37,6 +37,10 @@ class TextReader:
     max_positions: int | None
     notify: Notify
 
+    def __post_init__(self) -> None:
+        if self.spec.limit is not None and self.spec.limit < 1:
+            raise DataError(f"the number of sequences must be at least 1, not {self.spec.limit}", "correct --limit")
+
     def profile_sequences(self) -> Sequences:
         """The sequences of a profile: blocks of the corpus, or prompts."""
         if self.spec.corpus is not None:
@@ -63,7 +67,8 @@ class TextReader:
     @property
     def block_length(self) -> int:
         joined = self.spec.corpus is None
-        length = self.spec.block_length or (JOINED_BLOCK if joined else CORPUS_BLOCK)
+        default = JOINED_BLOCK if joined else CORPUS_BLOCK
+        length = self.spec.block_length or min(default, self.max_positions or default)
         if self.max_positions is not None and length > self.max_positions:
             raise DataError(
                 f"blocks of {length} tokens do not fit the model's context of {self.max_positions}",
@@ -181,4 +186,9 @@ def _part(count: int, part: str) -> list[int]:
 
 def _limited(blocks: Sequences, places: list[int], limit: int | None) -> Sequences:
     chosen = places[: limit or len(places)]
+    if not chosen:
+        raise DataError(
+            f"{blocks.record.source} has {len(blocks)} blocks, too few to share out",
+            "give more text, or shorter blocks",
+        )
     return blocks.take(chosen, (min(chosen), max(chosen) + 1))

@@ -5,15 +5,19 @@ A gate says what to keep; it never touches activations. One place (`engine.maske
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import ClassVar, Protocol
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from actsparse.core.cett import CettPoint
+from actsparse.core.quantiles import LogHistogram, share_below
 from actsparse.errors import PlanError
+from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.results import LayerPlan, SiteKind
 
 ALL_MATRICES = frozenset({"gate", "up", "down"})
@@ -102,6 +106,14 @@ class Calibration(Protocol):
         """The share of |x| at a site under a threshold."""
         ...
 
+    def down_norms(self, layer: int) -> Float[Tensor, " neurons"]:
+        """||w_i|| of every column of the down projection, in float32."""
+        ...
+
+    def magnitudes(self, kind: SiteKind, weights: Sequence[Float[Tensor, " neurons"]]) -> Sequence[LogHistogram]:
+        """Histograms of |x_i| * weights_i at a site, one a layer, from one more pass over the calibration text."""
+        ...
+
     def prompts(self) -> "PromptReplay":
         """The calibration blocks again, as prompts and their continuations."""
         ...
@@ -110,12 +122,29 @@ class Calibration(Protocol):
 class PromptReplay(Protocol):
     """Calibration blocks replayed dense: what the prompt says, and what the continuation does."""
 
-    def statistics(self, layer: int) -> Float[Tensor, "blocks neurons"]:
-        """The prompt statistic of every block."""
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt after the sink tokens."""
+        ...
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block after the sink tokens."""
+        ...
+
+    def statistics(
+        self, layer: int, reading: PromptReading = ..., tokens: int | None = None
+    ) -> Float[Tensor, "blocks neurons"]:
+        """The prompt statistic of every block, over its first `tokens` tokens after the sink tokens (None: its
+        prompt)."""
         ...
 
     def mask_error(self, layer: int, masks: Bool[Tensor, "blocks neurons"]) -> float:
         """Mean over continuation tokens of ||FFN(x) - FFN_mask(x)|| / ||FFN(x)||, dense inputs."""
+        ...
+
+    def cett(self, layer: int, target: float) -> CettPoint:
+        """The largest threshold on |a|*||w|| whose mean CETT over calibration tokens is at most `target`."""
         ...
 
 
@@ -132,19 +161,28 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A method is its parameters. Subclasses are frozen dataclasses whose fields are the options that users may set."""
+    """A method is its parameters. Subclasses are frozen dataclasses whose fields are the options that users may set.
+
+    `ideal`: its masks need what they save, so its bytes are those of a mask known beforehand, and it makes no speed
+    claim.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    source: ClassVar[str]
+    paper: ClassVar[str]
     decides: ClassVar[Decides]
     needs: ClassVar[tuple[SiteKind, ...]] = (SiteKind.NEURON,)
     saves: ClassVar[frozenset[str]] = ALL_MATRICES
     gated_only: ClassVar[bool] = False
     has_engine: ClassVar[bool] = True
+    ideal: ClassVar[bool] = False
     takes_error_target: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
-    needs_replay: ClassVar[bool] = False
+
+    @property
+    def needs_replay(self) -> bool:
+        """Whether a fit asks for the model and the text again, and not for a profile's tables alone."""
+        return False
 
     @abstractmethod
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
@@ -185,3 +223,47 @@ def counted_fit(layers: list[LayerPlan], tensors: dict[str, Tensor] | None = Non
     """The fit of a method that keeps a known number of neurons in each layer."""
     drops = tuple(1 - (one.kept or 0) / one.width for one in layers)
     return Fit(layers=tuple(layers), predicted_drop=drops, realised_drop=drops, tensors=tensors or {})
+
+
+def threshold_fit(
+    thresholds: Sequence[float],
+    widths: Sequence[int],
+    *,
+    predicted: Sequence[float],
+    realised: Sequence[float],
+    tensors: dict[str, Tensor] | None = None,
+) -> Fit:
+    """The fit of a method that keeps what reaches a threshold of each layer."""
+    pairs = zip(thresholds, widths, strict=True)
+    return Fit(
+        layers=tuple(LayerPlan(layer=i, width=width, threshold=found) for i, (found, width) in enumerate(pairs)),
+        predicted_drop=tuple(predicted),
+        realised_drop=tuple(realised),
+        tensors={"thresholds": torch.tensor(list(thresholds), dtype=torch.float64)} | (tensors or {}),
+    )
+
+
+def quantile_fit(calibration: Calibration, kind: SiteKind, drop: float) -> Fit:
+    """Thresholds at the quantile `drop` of |x| at a site, pooled over tokens and neurons of each layer."""
+    widths = calibration.widths
+    thresholds = [calibration.quantile(i, kind, drop) if drop > 0 else 0.0 for i in range(len(widths))]
+    realised = [calibration.share_below(i, kind, found) for i, found in enumerate(thresholds)]
+    return threshold_fit(thresholds, widths, predicted=[drop] * len(widths), realised=realised)
+
+
+def histogram_fit(
+    scores: Sequence[LogHistogram], calibration: Calibration, drop: float, tensors: dict[str, Tensor] | None = None
+) -> Fit:
+    """Thresholds at the quantile `drop` of each layer's scores, counted in histograms."""
+    thresholds = [one.quantile(drop) if drop > 0 else 0.0 for one in scores]
+    realised = [share_below(*one.trimmed(), found) for one, found in zip(scores, thresholds, strict=True)]
+    return threshold_fit(
+        thresholds, calibration.widths, predicted=[drop] * len(scores), realised=realised, tensors=tensors
+    )
+
+
+def threshold_of(layer: int, fit: Fit) -> float:
+    """The threshold that a fit found for a layer."""
+    threshold = fit.layers[layer].threshold
+    assert threshold is not None
+    return threshold

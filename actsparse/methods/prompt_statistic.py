@@ -5,21 +5,36 @@
 Dividing by P_eff is ours: without it s grows with the length of the prompt.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Source = Literal["a", "n"]
+
 
 class PromptStatistic:
-    """s of the prompt tokens added so far; float32 within a call, float64 across calls."""
+    """s of the prompt tokens added so far; float32 within a call, float64 across calls.
 
-    def __init__(self) -> None:
+    `norms` [neurons]: rows are a_tj * ||w_j|| instead of a_tj. `first`: only this many tokens count (0: all).
+    """
+
+    def __init__(self, norms: Float[Tensor, " neurons"] | None = None, first: int = 0) -> None:
+        self._norms = norms
+        self._first = first
         self._squares: Tensor | None = None
         self._rows = 0
+        self.tokens = 0
 
     def add(self, rows: Float[Tensor, "tokens neurons"]) -> None:
         """Add prompt tokens (sink tokens left out)."""
-        squares = rows.float().square()
+        if self._first:
+            rows = rows[: max(0, self._first - self.tokens)]
+        self.tokens += len(rows)
+        values = rows.float() if self._norms is None else rows.float() * self._norms.to(rows.device)
+        squares = values.square()
         norms = squares.sum(dim=1)
         inverse = torch.where(norms > 0, 1.0 / norms, torch.zeros_like(norms))
         total = (inverse @ squares).double()
@@ -31,3 +46,17 @@ class PromptStatistic:
         if self._squares is None:
             raise ValueError("the prompt has no token after the sink tokens")
         return (self._squares / max(1, self._rows)).sqrt()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReading:
+    """What the statistic reads of a prompt: neuron activations (`a`) or neuron outputs (`n`: a_j * ||w_j||), of the
+    `first` tokens after the sink tokens only (0: of all)."""
+
+    source: Source = "a"
+    first: int = 0
+
+    def statistic(self, norms: Float[Tensor, " neurons"] | None) -> PromptStatistic:
+        """A statistic that has seen nothing yet; `norms` are needed by the source `n`."""
+        assert self.source == "a" or norms is not None
+        return PromptStatistic(norms if self.source == "n" else None, self.first)

@@ -19,7 +19,7 @@ class Random(Method):
 
     name = "random"
     summary = "neurons drawn at random, mean of three seeds (control)"
-    source = "control"
+    paper = "control"
     decides = Decides.OFFLINE
 
     def replicas(self) -> tuple[Method, ...]:

@@ -11,9 +11,17 @@ from actsparse.methods.base import Method
 OURS = {
     "random": "random:Random",
     "static": "static:Static",
-    "griffin": "griffin:Griffin",
+    "oracle-a": "oracles:OracleA",
+    "oracle-n": "oracles:OracleN",
+    "oracle-gate": "oracles:OracleGate",
+    "oracle-up": "oracles:OracleUp",
+    "cett": "cett:Cett",
     "tda": "tda:Tda",
+    "griffin": "griffin:Griffin",
+    "coreinfer": "coreinfer:CoreInfer",
     "cats": "cats:Cats",
+    "chess": "chess:Chess",
+    "countdown": "countdown:Countdown",
 }
 GROUP = "actsparse.methods"
 
@@ -30,7 +38,13 @@ def all_methods() -> dict[str, type[Method]]:
             raise PlanError(
                 f"the package {point.value} adds a method '{point.name}', a name that is taken", "rename it"
             )
-        found[point.name] = point.load()
+        try:
+            found[point.name] = point.load()
+        except (ImportError, AttributeError) as error:
+            raise PlanError(
+                f"the method '{point.name}' cannot be loaded from {point.value}: {error}",
+                "repair or remove its package",
+            ) from None
     return found
 
 

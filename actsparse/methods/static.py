@@ -16,7 +16,7 @@ class Static(Method):
 
     name = "static"
     summary = "top neurons of the calibration text, one mask for everything (control)"
-    source = "control"
+    paper = "control"
     decides = Decides.OFFLINE
     needs_statistics = True
 

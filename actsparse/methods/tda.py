@@ -7,51 +7,91 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Gate, Method, PrefillGate, PromptReplay
-from actsparse.methods.prompt_statistic import PromptStatistic
-from actsparse.results import LayerPlan
+from actsparse.methods.base import (
+    Budget,
+    Calibration,
+    Decides,
+    Fit,
+    Gate,
+    PrefillGate,
+    PromptReplay,
+    threshold_fit,
+    threshold_of,
+)
+from actsparse.methods.length_aware import Margin, fitting_lengths
+from actsparse.methods.prompt_method import PromptMethod
 
 DEFAULT_ERROR = 0.2
 BISECTION_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tda(Method):
+class Tda(PromptMethod):
     """Neurons with s_j * sqrt(f) >= thr_l, chosen at the end of prefill; thr_l is found offline, layer by layer.
 
     The threshold meets either a mean relative error of the FFN output on calibration continuations (default 0.2), or
-    a sparsity budget pooled over calibration prompts; the second is our definition.
+    a sparsity budget pooled over calibration prompts; the second is our definition. With `length_aware` it is found
+    for several prompt lengths.
     """
+
+    length_aware: bool = False
 
     name = "tda"
     summary = "neurons of the prompt over an offline threshold, one mask a sequence"
-    source = "arXiv 2408.11393"
+    paper = "arXiv 2408.11393"
     decides = Decides.PREFILL
     takes_error_target = True
-    needs_replay = True
+
+    @property
+    def needs_replay(self) -> bool:
+        return True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        replay = calibration.prompts()
-        layers, drops = [], []
-        for layer, width in enumerate(calibration.widths):
-            scores = replay.statistics(layer) * sqrt(width)
-            if budget.drop is not None:
-                threshold = threshold_for_share(scores, 1 - budget.drop)
-            else:
-                threshold = _threshold_for_error(replay, layer, scores, budget.target_error or DEFAULT_ERROR)
-            layers.append(LayerPlan(layer=layer, width=width, threshold=threshold))
+        replay, widths = calibration.prompts(), calibration.widths
+        thresholds, drops = [], []
+        for layer in range(len(widths)):
+            scores, threshold = self._fit_at(None, replay, layer, budget)
+            thresholds.append(threshold)
             drops.append(1 - float(over(scores, threshold).double().mean()))
-        return Fit(
-            layers=tuple(layers),
-            predicted_drop=tuple(drops) if budget.drop is None else (budget.drop,) * len(drops),
-            realised_drop=tuple(drops),
-            tensors={"thresholds": torch.tensor([one.threshold for one in layers], dtype=torch.float64)},
+        return threshold_fit(
+            thresholds,
+            widths,
+            predicted=drops if budget.drop is None else [budget.drop] * len(drops),
+            realised=drops,
+            tensors=self.norm_tensors(calibration) | self._by_length(replay, len(widths), budget),
         )
 
     def gate(self, layer: int, fit: Fit) -> Gate:
-        threshold, root = fit.layers[layer].threshold, sqrt(fit.layers[layer].width)
-        assert threshold is not None
-        return PrefillGate(PromptStatistic, lambda statistic: over(statistic * root, threshold))
+        statistic = self.statistic(layer, fit)
+        if self.length_aware:
+            lengths, thresholds = fit.tensors["lengths"].tolist(), fit.tensors["length_thresholds"][layer].tolist()
+            return PrefillGate(lambda: Margin(statistic(), lengths, thresholds), lambda margin: over(margin, 0.0))
+        threshold, root = threshold_of(layer, fit), sqrt(fit.layers[layer].width)
+        return PrefillGate(statistic, lambda value: over(value * root, threshold))
+
+    def _fit_at(
+        self, tokens: int | None, replay: PromptReplay, layer: int, budget: Budget
+    ) -> tuple[Float[Tensor, "prompts neurons"], float]:
+        """Scores and threshold of a layer for prompts of a length (None: the usual one)."""
+        scores = replay.statistics(layer, self.reading, tokens)
+        scores = scores * sqrt(scores.shape[1])
+        if budget.drop == 0:
+            return scores, 0.0
+        if budget.drop is not None:
+            return scores, threshold_for_share(scores, 1 - budget.drop) if budget.drop > 0 else 0.0
+        target = DEFAULT_ERROR if budget.target_error is None else budget.target_error
+        return scores, _threshold_for_error(replay, layer, scores, target)
+
+    def _by_length(self, replay: PromptReplay, layers: int, budget: Budget) -> dict[str, Tensor]:
+        """The prompt lengths and [layers, lengths] their thresholds, by name; an error is measured after the prompt,
+        so no length that is fitted to one is longer."""
+        if not self.length_aware:
+            return {}
+        lengths = fitting_lengths(
+            replay.prompt_tokens, replay.prompt_tokens if budget.drop is None else replay.block_tokens
+        )
+        found = [[self._fit_at(tokens, replay, layer, budget)[1] for tokens in lengths] for layer in range(layers)]
+        return {"lengths": torch.tensor(lengths), "length_thresholds": torch.tensor(found, dtype=torch.float64)}
 
 
 def over(scores: Float[Tensor, "*prompts neurons"], threshold: float) -> Bool[Tensor, "*prompts neurons"]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -93,24 +94,31 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
     quiet = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source.directory,
             config=config,
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
             **({"quantization_config": _dequantizing(config)} if spec.dequantize and _quantized(config) else {}),
         )
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
         ) from None
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
         raise _unreadable(source, config, error) from None
     finally:
         if quiet:
             logging.enable_progress_bar()
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise ModelError(
+            f"the weights of {source.resolved} lack {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
+            "check that the directory holds every *.safetensors file of its index",
+        )
     return _move(model, device, source).eval()
 
 

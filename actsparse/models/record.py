@@ -31,7 +31,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         hidden_size=hidden,
         intermediate_size=_intermediate_size(sites),
         heads=heads,
-        kv_heads=_optional(config, "num_key_value_heads", "num_kv_heads") or heads,
+        kv_heads=_kv_heads(config, heads),
         head_dim=_optional(config, "head_dim") or hidden // heads,
         vocab_size=config.vocab_size,
         parameters=parameters,
@@ -102,3 +102,10 @@ def _combined(files: list[Path]) -> str:
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _kv_heads(config: object, heads: int) -> int:
+    """Key-value heads; Falcon's multi-query models have one, whatever `num_kv_heads` says."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    return _optional(config, "num_key_value_heads", "num_kv_heads") or heads

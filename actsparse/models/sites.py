@@ -100,7 +100,7 @@ class LayerSites:
     def _matrix(self, linear: nn.Module, width: int) -> Tensor:
         if is_plain(linear):
             return dense_weight(linear, self.family.transposed, "")[0].detach()
-        return materialise(linear, width, next(self.block.parameters()))
+        return materialise(linear, width, next(p for p in self.block.parameters() if p.is_floating_point()))
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def materialise(linear: nn.Module, width: int, like: Tensor) -> Float[Tensor, "o
 
     `width` input channels; `like` gives device and dtype of the inputs.
     """
-    zero = linear(torch.zeros(1, width, device=like.device, dtype=like.dtype))
+    zero = linear.forward(torch.zeros(1, width, device=like.device, dtype=like.dtype))
     columns = []
     for start in range(0, width, 512):
         stop = min(width, start + 512)
         units = torch.zeros(stop - start, width, device=like.device, dtype=like.dtype)
         units[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        columns.append((linear(units) - zero).float())
+        columns.append((linear.forward(units) - zero).float())
     return torch.cat(columns).t()
 
 
@@ -188,10 +188,16 @@ def _part(parent: nn.Module, path: str, layer: int) -> nn.Module:
 
 
 def _check_coverage(layer: LayerSites) -> None:
-    total = sum(parameter.numel() for parameter in layer.block.parameters())
-    covered = sum(parameter.numel() for linear in layer.linears for parameter in linear.parameters())
+    covered = sum(_stored(linear) for linear in layer.linears)
+    behind = {id(parameter) for linear in layer.linears for parameter in linear.parameters()}
+    total = covered + sum(p.numel() for p in layer.block.parameters() if id(p) not in behind)
     if total and covered < COVERAGE * total:
         raise ModelError(
             f"layer {layer.index}: only {covered / total:.0%} of its parameters lie behind a known site",
             f"the row of family '{layer.family.model_type}' misses a projection",
         )
+
+
+def _stored(module: nn.Module) -> int:
+    """Numbers that a module stores: a quantised projection keeps its weights in buffers."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))

@@ -27,7 +27,7 @@ def tapped(
     handles: list[RemovableHandle] = []
     shape = _TokenShape()
     try:
-        handles.append(sites.model.base_model.register_forward_pre_hook(shape.note, with_kwargs=True))
+        handles.append(_trunk(sites).register_forward_pre_hook(shape.note, with_kwargs=True))
         for layer in sites.layers:
             if layers is None or layer.index in layers:
                 for kind, callback in callbacks.items():
@@ -64,18 +64,22 @@ def watched(sites: ModelSites, callback: Callable[[ForwardPass], None]) -> Itera
         past = 0 if cache is None else int(cache.get_seq_length())
         callback(ForwardPass(batch=ids.shape[0], tokens=ids.shape[1], past=past, padding=padding))
 
-    handle = sites.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = _trunk(sites).register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
+def _trunk(sites: ModelSites) -> nn.Module:
+    """The module that runs the layers; OPT's causal model calls it directly, past its own base model."""
+    return sites.model.get_submodule(sites.family.layers.rpartition(".")[0])
+
+
 def _tokens_of(args: tuple, kwargs: dict) -> Tensor:
     """input_ids [batch, seq] or inputs_embeds [batch, seq, hidden] of a forward pass."""
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((one for one in given if one is not None), None)
     if tokens is None:
         raise ModelError("the forward pass got no tokens", "pass input_ids or inputs_embeds")
     return tokens
@@ -103,7 +107,8 @@ def _attach(layer: LayerSites, kind: SiteKind, callback: Callback, shape: _Token
     module = {
         SiteKind.ATTN_IN: layer.qkv[0],
         SiteKind.ATTN_OUT: layer.output,
-        SiteKind.MLP_IN: layer.up,
+        # a gated MLP reads its input twice, so an edit must reach both projections
+        SiteKind.MLP_IN: layer.up if layer.gate is None else layer.mlp,
         SiteKind.NEURON: layer.down,
     }[kind]
     return module.register_forward_pre_hook(partial(_replace_input, at))

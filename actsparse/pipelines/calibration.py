@@ -1,6 +1,6 @@
 """What methods are fitted from: statistics of calibration text, and its blocks replayed dense."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -8,12 +8,13 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from actsparse.core.quantiles import quantile_of, share_below
+from actsparse.core.cett import CettLayer, CettPoint
+from actsparse.core.quantiles import LogHistogram, quantile_of, share_below
 from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import relative_errors
 from actsparse.errors import PlanError
 from actsparse.methods.base import NeuronMeans
-from actsparse.methods.prompt_statistic import PromptStatistic
+from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines.profile import record_sequences
@@ -23,6 +24,7 @@ from actsparse.results import ModelRecord, Site, SiteKind
 from actsparse.store.runs import ProfileRun
 
 REPLAY_BYTES = 512 * 2**20
+WHOLE_PROMPT = PromptReading()
 
 
 @dataclass(frozen=True)
@@ -77,55 +79,107 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Replay:
-    """Calibration blocks replayed dense: [layers] prompt statistics [blocks, neurons] and continuations.
-
-    `continuations` [layers] of [blocks, positions, neurons] at positions P..S-1, every one or every n-th, so that all
-    layers stay within 512 MB.
-    """
+    """Calibration blocks run dense again. Every question runs them once, when it is first asked."""
 
     loaded: LoadedModel
-    prompt_statistics: tuple[Tensor, ...]
-    continuations: tuple[Tensor, ...]
+    blocks: Sequences
+    prompt_length: int
+    progress: Progress
 
     @classmethod
     def of(cls, loaded: LoadedModel, blocks: Sequences, prompt_length: int, progress: Progress) -> "Replay":
-        """One dense pass over the blocks."""
-        ids = blocks.stack()
-        shape = loaded.record
-        sink = blocks.record.sink_tokens
-        per_position = len(ids) * shape.intermediate_size * shape.layers * loaded.model.dtype.itemsize
-        room = max(1, REPLAY_BYTES // per_position)
-        stride = -(-(ids.shape[1] - prompt_length) // room)
-        statistics: list[list[Tensor]] = [[] for _ in range(shape.layers)]
-        continuations: list[list[Tensor]] = [[] for _ in range(shape.layers)]
+        """Blocks of equal length, of which the first `prompt_length` positions are the prompt."""
+        return cls(loaded, blocks, prompt_length, progress)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a prompt after the sink tokens."""
+        return self.prompt_length - self._sink
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block after the sink tokens."""
+        return len(self.blocks.ids[0]) - self._sink
+
+    def statistics(self, layer: int, reading: PromptReading = WHOLE_PROMPT, tokens: int | None = None) -> Tensor:
+        """The prompt statistic of every block [blocks, neurons], over its first `tokens` tokens after the sink tokens
+        (None: its prompt)."""
+        stop = self._sink + (self.prompt_tokens if tokens is None else tokens)
+        if (reading, stop) not in self._statistics:
+            self._statistics[reading, stop] = self._read_prompts(reading, stop)
+        return self._statistics[reading, stop][layer]
+
+    def _read_prompts(self, reading: PromptReading, stop: int) -> list[Tensor]:
+        norms = [self.down_norms(i) if reading.source == "n" else None for i in range(self.loaded.record.layers)]
+        found: list[list[Tensor]] = [[] for _ in norms]
 
         def on_value(site: Site, a: Tensor) -> None:
-            statistic = PromptStatistic()
-            statistic.add(a[0, sink:prompt_length])
-            statistics[site.layer].append(statistic.value().cpu())
-            continuations[site.layer].append(a[0, prompt_length::stride].cpu())
+            statistic = reading.statistic(norms[site.layer])
+            statistic.add(a[0, self._sink :])
+            found[site.layer].append(statistic.value().cpu())
 
+        self._run("reading calibration prompts", SiteKind.NEURON, on_value, stop)
+        return [torch.stack(rows) for rows in found]
+
+    @cached_property
+    def continuations(self) -> tuple[Tensor, ...]:
+        """[layers] of [blocks, positions, neurons] at positions P..S-1, see `_sampled`."""
+        return self._sampled(self.prompt_length)
+
+    @cached_property
+    def tokens(self) -> tuple[Tensor, ...]:
+        """[layers] of [blocks, positions, neurons] at every position after the sink tokens, see `_sampled`."""
+        return self._sampled(self._sink)
+
+    def _sampled(self, first: int) -> tuple[Tensor, ...]:
+        """Neuron activations from position `first` on, at every position or every n-th, so that all layers stay within
+        512 MB."""
+        shape = self.loaded.record
+        block_length = len(self.blocks.ids[0])
+        per_position = len(self.blocks) * shape.intermediate_size * shape.layers * self.loaded.model.dtype.itemsize
+        stride = -(-(block_length - first) // max(1, REPLAY_BYTES // per_position))
+        found: list[list[Tensor]] = [[] for _ in range(shape.layers)]
+
+        def on_value(site: Site, a: Tensor) -> None:
+            found[site.layer].append(a[0, first::stride].cpu())
+
+        self._run("replaying calibration blocks", SiteKind.NEURON, on_value, block_length)
+        return tuple(torch.stack(rows) for rows in found)
+
+    def magnitudes(self, kind: SiteKind, weights: Sequence[Tensor]) -> list[LogHistogram]:
+        """[layers] histograms of |x_i| * weights_i over every position after the sink tokens."""
+        found = [LogHistogram() for _ in weights]
+
+        def on_value(site: Site, x: Tensor) -> None:
+            found[site.layer].add(x[0, self._sink :].float() * weights[site.layer].to(x.device))
+
+        self._run("weighing calibration activations", kind, on_value, len(self.blocks.ids[0]))
+        return found
+
+    def _run(self, what: str, kind: SiteKind, on_value: Callable[[Site, Tensor], None], stop: int) -> None:
+        """One dense pass over the first `stop` positions of every block."""
+        ids = self.blocks.stack()[:, :stop]
         with (
-            progress.task("replaying calibration blocks", ids.numel(), "tokens") as advance,
-            tapped(loaded.sites, {SiteKind.NEURON: on_value}),
+            self.progress.task(what, ids.numel(), "tokens") as advance,
+            tapped(self.loaded.sites, {kind: on_value}),
             torch.no_grad(),
         ):
             for block in ids:
-                loaded.model.base_model(input_ids=block[None].to(loaded.device), use_cache=False)
+                self.loaded.model.base_model(input_ids=block[None].to(self.loaded.device), use_cache=False)
                 advance(len(block))
-        return cls(
-            loaded,
-            tuple(torch.stack(rows) for rows in statistics),
-            tuple(torch.stack(rows) for rows in continuations),
-        )
 
-    def statistics(self, layer: int) -> Tensor:
-        """The prompt statistic of every block."""
-        return self.prompt_statistics[layer]
+    def down_norms(self, layer: int) -> Tensor:
+        """||w_i|| of every column of the down projection [neurons], in float32."""
+        return self._down(layer).float().norm(dim=0).cpu()
+
+    def cett(self, layer: int, target: float) -> CettPoint:
+        """The largest threshold on |a|*||w|| whose mean CETT is at most `target`, over the positions of `tokens`."""
+        down = self._down(layer)
+        return CettLayer.of(self.tokens[layer].flatten(0, 1).to(down.device), down).solve(target)
 
     def mask_error(self, layer: int, masks: Tensor) -> float:
         """Mean over continuation tokens of the relative error of the FFN output, on dense inputs."""
-        down = self.loaded.sites.layers[layer].down_matrix(self.loaded.record.intermediate_size)
+        down = self._down(layer)
         a = self.continuations[layer].to(down.device)
         mask = masks[:, None].expand_as(a).to(down.device)
         return float(relative_errors(a, mask, down, self._output_norms(layer, a, down)).double().mean())
@@ -136,8 +190,19 @@ class Replay:
             self._norms[layer] = (a.float() @ down.T.float()).norm(dim=-1)
         return self._norms[layer]
 
+    def _down(self, layer: int) -> Tensor:
+        return self.loaded.sites.layers[layer].down_matrix(self.loaded.record.intermediate_size)
+
+    @property
+    def _sink(self) -> int:
+        return self.blocks.record.sink_tokens
+
     @cached_property
     def _norms(self) -> dict[int, Tensor]:
+        return {}
+
+    @cached_property
+    def _statistics(self) -> dict[tuple[PromptReading, int], list[Tensor]]:
         return {}
 
 
@@ -166,6 +231,12 @@ class TextCalibration:
     def share_below(self, layer: int, kind: SiteKind, threshold: float) -> float:
         return share_below(*self._statistics.histograms[Site(layer=layer, kind=kind)], threshold)
 
+    def down_norms(self, layer: int) -> Tensor:
+        return self._replay.down_norms(layer)
+
+    def magnitudes(self, kind: SiteKind, weights: Sequence[Tensor]) -> list[LogHistogram]:
+        return self._replay.magnitudes(kind, weights)
+
     def prompts(self) -> Replay:
         return self._replay
 
@@ -183,7 +254,7 @@ def of_blocks(loaded: LoadedModel, blocks: Sequences, prompt_length: int, progre
             loaded,
             blocks,
             layers=tuple(range(loaded.record.layers)),
-            kinds=(SiteKind.GATE, SiteKind.NEURON),
+            kinds=(SiteKind.GATE, SiteKind.UP, SiteKind.NEURON),
             slots=1,
             seed=0,
             batch_size=None,

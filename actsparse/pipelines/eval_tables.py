@@ -26,7 +26,9 @@ def result_rows(
     for group in groups:
         kept = layers.filter(pl.col("plan") == group.name)
         realised = _realised(group, kept, cost)
-        rows += quality_rows(group.name, tokens) + _difference_rows(group.name, tokens)
+        rows += quality_rows(group.name, tokens)
+        for reference in (DENSE, *(other.name for other in groups if other is not group)):
+            rows += _difference_rows(group.name, reference, tokens)
         rows += _sparsity_rows(group.name, group.plan.predicted, "predicted")
         rows += _sparsity_rows(group.name, realised, "realised")
         rows += _byte_rows(group.name, cost, realised) + _layer_rows(group.name, kept)
@@ -72,7 +74,7 @@ def summary(
     }
 
 
-QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1")
+QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1", "delta_nll", "delta_nll_low", "delta_nll_high")
 SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
          "break_even_tokens", "path_check")  # fmt: skip
 
@@ -92,7 +94,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
             for basis in ("predicted", "realised", "useful")
         }
         | {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis="realised")},
-        "quality": _pick(rows, group.name, (*QUALITY, "delta_nll", "delta_nll_low", "delta_nll_high")),
+        "quality": _pick([row for row in rows if row.param in ("", param(reference=DENSE))], group.name, QUALITY),
         "speed": speed,
         "speed_reason": found.reason,
     }
@@ -115,13 +117,15 @@ def _interval(name: str, tokens: pl.DataFrame, column: str) -> tuple[Interval, i
     return found, mine.filter(pl.col("replica") == 0).height
 
 
-def _difference_rows(name: str, tokens: pl.DataFrame) -> list[EvalRow]:
-    """The paired difference in NLL to dense, token by token."""
-    dense = tokens.filter(pl.col("plan") == DENSE).select("block", "position", pl.col("nll").alias("dense"))
-    mine = tokens.filter(pl.col("plan") == name).join(dense, on=["block", "position"])
-    sums, counts = _by_block(mine, pl.col("nll") - pl.col("dense"))
+def _difference_rows(name: str, reference: str, tokens: pl.DataFrame) -> list[EvalRow]:
+    """The paired difference in NLL to dense or to another plan, token by token (means over the seeds of a control)."""
+    mean = pl.col("nll").mean()
+    places = ["block", "position"]
+    other = tokens.filter(pl.col("plan") == reference).group_by(places).agg(mean.alias("other"))
+    mine = tokens.filter(pl.col("plan") == name).group_by(places).agg(mean).join(other, on=places)
+    sums, counts = _by_block(mine, pl.col("nll") - pl.col("other"))
     found = bootstrap_ratio(sums, counts)
-    where, n = param(reference=DENSE), mine.height
+    where, n = param(reference=reference), mine.height
     return [
         EvalRow(plan=name, metric="delta_nll", param=where, value=found.value, unit="nats", n=n, stderr=found.stderr),
         EvalRow(plan=name, metric="delta_nll_low", param=where, value=found.low, unit="nats", n=n),
@@ -184,6 +188,7 @@ def _dense_speed_rows(speeds: Speeds) -> list[EvalRow]:
         for metric, values in (
             ("ms_per_token", [one.dense_ms for one in timed]),
             ("prefill_ms", [one.dense_prefill_ms for one in timed]),
+            ("ttft_ms", [one.dense_prefill_ms for one in timed]),
         ):
             rows.append(EvalRow(plan=DENSE, metric=metric, value=_median(values), unit="ms", n=n))
     own = [lap.seconds / lap.tokens * 1e3 for lap in speeds.dense.laps]

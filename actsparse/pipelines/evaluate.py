@@ -94,6 +94,7 @@ def _write(
     tables.write(path / "tokens.parquet", tokens)
     tables.write(path / "timing.parquet", tables.frame(laps, TimingRow))
     write_bytes(path / "generations.jsonl", b"".join(encode(one) + b"\n" for one in generations))
+    write_bytes(path / "vocabulary.json", pretty(_vocabulary(session, tokens)).encode())
     summary = eval_tables.summary(
         model=builtins(session.loaded.record),
         data=builtins(_without_windows(session)),
@@ -106,6 +107,12 @@ def _write(
     )
     write_bytes(path / "summary.json", pretty(summary).encode())
     session.writer.finish()
+
+
+def _vocabulary(session: Session, tokens: pl.DataFrame) -> dict[str, str]:
+    """The text of every token id that `tokens.parquet` names."""
+    tokenizer = session.loaded.tokenizer
+    return {str(token): str(tokenizer.decode([token])) for token in tokens["token"].unique().sort().to_list()}
 
 
 def _without_windows(session: Session) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`profile`: record a model's activations on texts and write what was found."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.identity import data_identity, model_identity
+from actsparse.pipelines.probes.names import probe_names
+from actsparse.pipelines.probes.run import run_probes
+from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
 from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState, Recorder, batches
@@ -34,14 +38,20 @@ def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
     Raises ActsparseError where model, text or output cannot be used as asked.
     """
     progress = progress or Silent()
+    spec = replace(spec, probes=probe_names(spec.probes))
     loaded = load(spec.model, progress.note)
-    sequences = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note).profile_sequences()
+    reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
+    sequences = reader.profile_sequences()
     layers = chosen_layers(spec.layers, loaded)
-    with open_run(_request(spec, loaded, sequences)) as writer:
+    sink = spec.data.sink_tokens
+    if not any(len(ids) > sink for ids in sequences.ids):
+        raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
+    probed = probe_texts(reader, spec.probes, loaded.record.vocab_size) if spec.probes else None
+    with open_run(_request(spec, loaded, sequences, probed)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
-            _record_and_write(spec, loaded, sequences, layers, writer, progress)
+            _record_and_write(spec, loaded, sequences, probed, layers, writer, progress)
     return ProfileRun.open(writer.path)
 
 
@@ -73,12 +83,11 @@ def record_sequences(
         state.load(tensors.read(shard))
         progress.note(f"resuming: {state.sequences} of {len(sequences)} sequences were finished before")
     recorder = Recorder(loaded, state, sink_tokens=sequences.record.sink_tokens, seed=seed)
-    done, since = 0, time.monotonic()
+    finished, since = sequences.ids[: state.sequences], time.monotonic()
     with progress.task(what, sequences.tokens, "tokens") as advance:
-        for batch in batches(sequences.ids, batch_size):
-            done += len(batch.sequences)
-            if done > state.sequences:
-                recorder.record(batch)
+        advance(sum(len(ids) for ids in finished))
+        for batch in batches(sequences.ids[len(finished) :], batch_size):
+            recorder.record(batch)
             advance(batch.tokens)
             if shard is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
                 tensors.write(shard, state.tensors())
@@ -101,13 +110,14 @@ def solve_cett(
     return found
 
 
-def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences) -> RunRequest:
+def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences, probed: ProbeTexts | None) -> RunRequest:
     return RunRequest(
         kind=RunKind.PROFILE,
         identity={
             "asked": {**asked(spec), "model": None, "data": data_identity(spec.data)},
             "model": model_identity(loaded),
             "text": sequences.record.sha256,
+            **({} if probed is None else {"probe_calibration": probed.calibration_sha256}),
         },
         spec=spec,
         model=loaded.record,
@@ -125,6 +135,7 @@ def _record_and_write(
     spec: ProfileSpec,
     loaded: LoadedModel,
     sequences: Sequences,
+    probed: ProbeTexts | None,
     layers: tuple[int, ...],
     writer: RunWriter,
     progress: Progress,
@@ -141,15 +152,15 @@ def _record_and_write(
         progress=progress,
         shard=writer.shard(STATE),
     )
-    if state.tokens == 0:
-        sink = spec.data.sink_tokens
-        raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
     for site, moments in state.moments.items():
         if moments.not_finite:
             text = f"layer {site.layer}, {site.kind}: {moments.not_finite} activations are NaN or infinite"
             writer.warn(text)
             progress.warn(text)
-    _write(loaded, state, measure_rows(state, solve_cett(loaded, state, spec.cett_targets, progress)), writer)
+    measures = measure_rows(state, solve_cett(loaded, state, spec.cett_targets, progress))
+    if probed is not None:
+        measures += run_probes(spec.probes, loaded, layers, probed, writer, progress)
+    _write(loaded, state, measures, writer)
 
 
 def _write(loaded: LoadedModel, state: ProfileState, measures: list[Measure], writer: RunWriter) -> None:

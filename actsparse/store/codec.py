@@ -4,6 +4,7 @@
 against the record's types and reports the path of the first one that does not fit.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +29,21 @@ def builtins(record: Any) -> Any:
 
 
 def encode(record: Any) -> bytes:
-    """Canonical JSON: sorted keys, one line, UTF-8."""
-    return msgspec.json.encode(builtins(record), order="sorted")
+    """Canonical JSON: sorted keys, one line, UTF-8. Raises ValueError on NaN and infinity, which JSON cannot hold."""
+    plain = builtins(record)
+    _check_finite(plain)
+    return msgspec.json.encode(plain, order="sorted")
+
+
+def _check_finite(tree: Any) -> None:
+    if isinstance(tree, float) and not isfinite(tree):
+        raise ValueError(f"JSON cannot hold {tree}")
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        _check_finite(part)
 
 
 def pretty(record: Any) -> str:
-    """Indented JSON in the order of the record's fields, for people."""
+    """Indented JSON in the order of the record's fields, for people; NaN and infinity become null."""
     return msgspec.json.format(msgspec.json.encode(builtins(record)), indent=2).decode()
 
 
@@ -47,6 +57,6 @@ def decode(data: bytes, kind: type[T], where: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.ValidationError, msgspec.DecodeError, RecursionError, ValueError) as error:
         raise RunError(
-            f"{where} is not a valid {kind.__name__}: {error}",
+            f"{where} is not a valid {getattr(kind, '__name__', kind)}: {error}",
             "it was damaged or written by another version; repeat the command that made it with --force",
         ) from None

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from actsparse.errors import RunError
-from actsparse.results import FileRecord, Manifest, ModelRecord, Provenance, RunKind, TextRecord
+from actsparse.errors import ActsparseError, RunError
+from actsparse.results import SCHEMA_VERSION, FileRecord, Manifest, ModelRecord, Provenance, RunKind, TextRecord
 from actsparse.store import provenance
 from actsparse.store.codec import builtins, decode, pretty
 from actsparse.store.files import disk_error, sha256_of, write_bytes
@@ -23,6 +23,26 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 SHARDS = "shards"
 LOCK = ".lock"
+SHARD_SUFFIXES = ("", ".parquet", ".safetensors", ".json", ".tmp")
+FILES = {
+    RunKind.PROFILE: (
+        "measures.parquet",
+        "neurons.parquet",
+        "heads.parquet",
+        "histograms.safetensors",
+        "reservoir.safetensors",
+        "summary.json",
+    ),
+    RunKind.PLAN: ("plan.json", "plan.safetensors", "summary.json"),
+    RunKind.EVAL: (
+        "results.parquet",
+        "tokens.parquet",
+        "timing.parquet",
+        "generations.jsonl",
+        "vocabulary.json",
+        "summary.json",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +95,10 @@ class RunWriter:
     def finish(self) -> Manifest:
         """Write the manifest over every file of the run, and drop the shards."""
         files = tuple(
-            FileRecord(path=str(path.relative_to(self.path)), bytes=path.stat().st_size, sha256=sha256_of(path))
-            for path in sorted(self.path.iterdir())
-            if path.is_file() and path.name not in (MANIFEST, UNFINISHED, LOCK) and path.suffix != ".tmp"
+            FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+            for name in sorted(FILES[self.manifest.kind])
+            for path in [self.path / name]
+            if path.is_file()
         )
         self.manifest = replace(
             self.manifest,
@@ -112,7 +133,14 @@ def open_run(request: RunRequest) -> Iterator[RunWriter]:
     except OSError as error:
         raise disk_error(path, error) from None
     try:
-        yield _enter(path, request)
+        writer = _enter(path, request)
+        try:
+            yield writer
+        except ActsparseError:
+            # nothing was finished, so nothing is claimed: the next attempt may be another run
+            if not writer.complete and not (path / SHARDS).is_dir():
+                (path / UNFINISHED).unlink(missing_ok=True)
+            raise
     finally:
         lock.release()
 
@@ -128,12 +156,12 @@ def read_manifest(path: Path) -> Manifest:
             command = " ".join(read_draft(path).provenance.command)
             raise RunError(f"the run at {path} is incomplete: it was interrupted", f"resume it with: {command}")
         raise RunError(f"{path} is not a run directory: it has no manifest.json", "give a directory under runs/")
-    return decode((path / MANIFEST).read_bytes(), Manifest, str(path / MANIFEST))
+    return _read(path / MANIFEST)
 
 
 def read_draft(path: Path) -> Manifest:
     """The manifest of a run that is still at work or was interrupted."""
-    return decode((path / UNFINISHED).read_bytes(), Manifest, str(path / UNFINISHED))
+    return _read(path / UNFINISHED)
 
 
 def remove_shards(path: Path) -> None:
@@ -141,8 +169,10 @@ def remove_shards(path: Path) -> None:
     folder = path / SHARDS
     if folder.is_dir() and not folder.is_symlink():
         for shard in folder.iterdir():
-            shard.unlink()
-        folder.rmdir()
+            if shard.is_file() and shard.suffix in SHARD_SUFFIXES:
+                shard.unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _make_directory(path: Path) -> None:
@@ -165,7 +195,7 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         texts=request.texts,
         provenance=provenance.gather(device=request.device, threads=request.threads),
     )
-    found = _existing(path)
+    found = _existing(path, request.force)
     if found is None and not request.force:
         _refuse_foreign_files(path)
     if found is not None and found.fingerprint != request.fingerprint and not request.force:
@@ -175,17 +205,31 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         return RunWriter(path=path, manifest=found, complete=True, warnings=list(found.warnings))
     resumed = bool(same and request.resume and (path / SHARDS).is_dir())
     if not resumed:
-        _remove_run(path, found)
+        _remove_run(path, {request.kind, *((found.kind,) if found else ())})
     write_bytes(path / UNFINISHED, pretty(draft).encode())
     return RunWriter(path=path, manifest=draft, resumed=resumed)
 
 
-def _existing(path: Path) -> Manifest | None:
-    if (path / MANIFEST).exists():
-        return decode((path / MANIFEST).read_bytes(), Manifest, str(path / MANIFEST))
-    if (path / UNFINISHED).exists():
-        return read_draft(path)
+def _existing(path: Path, force: bool) -> Manifest | None:
+    """The manifest that is there; with `force`, one that cannot be read counts as none."""
+    for name in (MANIFEST, UNFINISHED):
+        if (path / name).exists():
+            try:
+                return _read(path / name)
+            except RunError:
+                if not force:
+                    raise
     return None
+
+
+def _read(file: Path) -> Manifest:
+    found = decode(file.read_bytes(), Manifest, str(file))
+    if found.schema_version != SCHEMA_VERSION:
+        raise RunError(
+            f"{file} has schema {found.schema_version}, this version of actsparse writes {SCHEMA_VERSION}",
+            "repeat the command that made the run with --force, or use the version that wrote it",
+        )
+    return found
 
 
 def _refuse_foreign_files(path: Path) -> None:
@@ -202,10 +246,9 @@ def _other_run(path: Path, found: Manifest, draft: Manifest) -> str:
     return "\n  ".join([f"{path} holds another run:", *lines[:12], *(["..."] if len(lines) > 12 else [])])
 
 
-def _remove_run(path: Path, found: Manifest | None) -> None:
-    """Remove what an earlier run wrote here, and nothing else."""
-    ours = [file.path for file in found.files if "/" not in file.path] if found else []
-    for name in (MANIFEST, UNFINISHED, *ours):
+def _remove_run(path: Path, kinds: set[RunKind]) -> None:
+    """Remove what earlier runs of these kinds wrote here, and nothing else."""
+    for name in (MANIFEST, UNFINISHED, *(name for kind in kinds for name in FILES[kind])):
         target = path / name
         if target.is_file() and not target.is_symlink():
             target.unlink()

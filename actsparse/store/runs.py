@@ -1,6 +1,5 @@
 """Complete runs as they are read back: one class a kind, tables as polars frames."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +46,14 @@ class Run:
             _check(path, file.path, file.bytes, file.sha256)
         return cls(path, manifest)
 
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            raise RunError(
+                f"{self.path / name} is missing", "repeat the command that made the run with --force"
+            ) from None
+
     @property
     def warnings(self) -> tuple[str, ...]:
         return self.manifest.warnings
@@ -54,7 +61,7 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The document that `--json` printed when the run was made."""
-        return json.loads((self.path / "summary.json").read_bytes())
+        return decode(self._bytes("summary.json"), dict[str, Any], str(self.path / "summary.json"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class PlanRun(Run):
 
     @cached_property
     def plan(self) -> ThresholdPlan:
-        return decode((self.path / "plan.json").read_bytes(), ThresholdPlan, str(self.path / "plan.json"))
+        return decode(self._bytes("plan.json"), ThresholdPlan, str(self.path / "plan.json"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class EvalRun(Run):
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:
-        lines = (self.path / "generations.jsonl").read_bytes().splitlines()
+        lines = self._bytes("generations.jsonl").splitlines()
         return tuple(decode(line, Generation, str(self.path / "generations.jsonl")) for line in lines)
 
 
@@ -124,7 +131,7 @@ def open_any(path: Path) -> ProfileRun | PlanRun | EvalRun:
 
 def _check(run: Path, name: str, size: int, sha256: str) -> None:
     path = run / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+    if Path(name).name != name or path.is_symlink():
         raise RunError(f"the manifest of {run} names a file outside it: {name}", "do not use this run")
     if not path.exists() or path.stat().st_size != size or sha256_of(path) != sha256:
         raise RunError(f"{path} is missing or damaged", "repeat the command that made the run with --force")

@@ -146,16 +146,16 @@ def test_every_field_of_the_data_counts(change):
     assert print_of(dataclasses.replace(PROFILE, data=data)) != print_of(PROFILE)
 
 
-def test_an_evaluation_keeps_its_batch_size_and_not_its_gate():
+def test_an_evaluation_keeps_its_timing_and_not_its_gate():
     spec = EvalSpec(model=ModelSpec(name="m"), plans=("griffin@0.5",))
-    assert print_of(dataclasses.replace(spec, batch_size=2)) != print_of(spec)
+    assert print_of(dataclasses.replace(spec, timing_tokens=2)) != print_of(spec)
     assert print_of(dataclasses.replace(spec, max_ppl_increase=0.05, min_top1=0.5, force=True)) == print_of(spec)
 
 
 def test_a_threshold_keeps_its_plan_and_not_its_device():
     spec = ThresholdSpec(run=Path("r"), plan="griffin@0.5")
     assert print_of(dataclasses.replace(spec, plan="griffin@0.4")) != print_of(spec)
-    assert print_of(dataclasses.replace(spec, device="cuda", batch_size=3, offline=True)) == print_of(spec)
+    assert print_of(dataclasses.replace(spec, device="cuda", offline=True)) == print_of(spec)
 
 
 def test_kind_and_schema_version_are_in_the_fingerprint(monkeypatch):

@@ -148,7 +148,7 @@ class Decoder:
         """Captures `step` and undoes what its warm-ups did; the cache beyond the position is free to change."""
         state = self.state
         before = _Snapshot(position=state.position.clone(), hidden=state.hidden.clone(), tokens=state.tokens.clone())
-        captured = capture(step) if self.weights.gate_up.is_cuda else Captured(run=step, kind="eager")
+        captured = capture(step) if self.weights.gate_up.is_cuda else Captured(step=step, run=step, kind="eager")
         state.position.copy_(before.position)
         set_hidden(state, before.hidden)
         state.tokens.copy_(before.tokens)

@@ -8,8 +8,12 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """A step that can be run again by `run`; `kind` is "graph" or "eager", `warning` why it is not better."""
+    """A step that can be run again by `run`; `kind` is "graph" or "eager", `warning` why it is not better.
 
+    `step` is kept, with all that it owns, because a replay uses the same memory.
+    """
+
+    step: Callable[[], None]
     run: Callable[[], object]
     kind: str
     warning: str | None = None
@@ -21,7 +25,7 @@ def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
     `step` must read and write fixed buffers only; the caller restores whatever the warm-ups changed.
     """
     if not torch.cuda.is_available():
-        return Captured(run=step, kind="eager")
+        return Captured(step=step, run=step, kind="eager")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -35,5 +39,7 @@ def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return Captured(run=step, kind="eager", warning=f"the step could not be captured in a CUDA graph: {error}")
-    return Captured(run=graph.replay, kind="graph")
+        return Captured(
+            step=step, run=step, kind="eager", warning=f"the step could not be captured in a CUDA graph: {error}"
+        )
+    return Captured(step=step, run=graph.replay, kind="graph")

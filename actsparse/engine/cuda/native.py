@@ -47,10 +47,10 @@ class ColumnsArgs(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
         *((name, _POINTER) for name in ("count", "bias", "out", "squares_out")),
-        *((name, _LONG) for name in ("stride", "x_stride")),
+        ("stride", _LONG),
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
-        *((name, _INT) for name in ("squares_count", "x_parts")),
+        ("squares_count", _INT),
         ("segment", Segment * 3),
     )
 
@@ -60,9 +60,8 @@ class AttendArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "out")),
-        ("qkv_stride", _LONG),
         ("scale", _FLOAT),
-        *((name, _INT) for name in ("heads", "kv_heads", "positions", "splits", "parts")),
+        *((name, _INT) for name in ("heads", "kv_heads", "positions", "splits")),
     )
 
 
@@ -108,11 +107,9 @@ class Library:
         code = call(ctypes.byref(args), DTYPES[dtype], mode, blocks, threads, int(dependent), _stream())
         self._check(code, "rows")
 
-    def columns(
-        self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, threads: int, deep: bool, dependent: bool
-    ) -> None:
+    def columns(self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, deep: bool, dependent: bool) -> None:
         call = self._handle.actsparse_columns
-        code = call(ctypes.byref(args), DTYPES[dtype], selection, threads, int(deep), int(dependent), _stream())
+        code = call(ctypes.byref(args), DTYPES[dtype], selection, int(deep), int(dependent), _stream())
         self._check(code, "columns")
 
     def attend(self, args: AttendArgs, dtype: torch.dtype, head_dim: int, *, dependent: bool) -> None:

@@ -36,7 +36,6 @@ class Epilogue(IntEnum):
     WRITE = 0
     ADD = 1
     ATOMIC_ADD = 2
-    PARTS = 3
 
 
 class Norm(NamedTuple):
@@ -69,7 +68,6 @@ class Tuning:
 
     rows_threads: int = 512
     rows_blocks_per_sm: int = 2
-    columns_threads: int = 256
     columns_blocks_per_sm: int = 4
     max_slices: int = 16
 
@@ -231,15 +229,11 @@ class Operators:
         (`segments` are their lengths), to |x_i| times `score` [segments, inputs] where given. `up`: x_i stands for
         act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs. ATOMIC_ADD adds in no fixed order.
         `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block;
-        `squares_out` [column_blocks]: such parts of the output. PARTS leaves the slices' sums, [slices, outputs], for
-        the reader to add up, which `x` and `up` [slices, inputs] do here, and spares blocks from meeting.
+        `squares_out` [column_blocks]: such parts of the output.
         """
         lengths = (weight_rows.shape[1],) if segments is None else segments
         tiles = [math.ceil(length / TILE) for length in lengths]
-        inputs = x.shape[-1]
-        slices, threads = self.split(sum(tiles), inputs)
-        if epilogue is Epilogue.PARTS and out.shape != (slices, weight_rows.shape[1]):
-            raise ValueError(f"out is {tuple(out.shape)}, for parts it has to be {(slices, weight_rows.shape[1])}")
+        slices = self.slices(lengths, x.numel())
         parts = (native.Segment * 3)(
             *(native.Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))
         )
@@ -257,39 +251,30 @@ class Operators:
             out=native.address(out),
             squares_out=native.address(squares_out),
             stride=weight_rows.stride(0),
-            x_stride=x.stride(0) if x.dim() == 2 else 0,
             epsilon=norm.epsilon if norm else 0.0,
-            inputs=inputs,
+            inputs=x.numel(),
             outputs=weight_rows.shape[1],
             slices=slices,
             segments=len(lengths),
             activation=ACTIVATIONS[activation],
             epilogue=epilogue,
             squares_count=0 if squares is None else squares.numel(),
-            x_parts=x.shape[0] if x.dim() == 2 else 1,
             segment=parts,
         )
         selects = threshold is not None or skip_zeros
         # With two blocks on a multiprocessor there is room for longer rings, and need of them.
-        deep = sum(tiles) * slices <= 2 * self._sms and threads <= 256
-        self._library.columns(
-            args, weight_rows.dtype, int(selects), threads=threads, deep=deep, dependent=self._starts_early()
-        )
-
-    def split(self, tiles: int, inputs: int) -> tuple[int, int]:
-        """How many blocks share a tile of `columns`, and their threads: enough to fill the chip."""
-        tuning = self._tuning
-        wanted = self._sms * tuning.columns_blocks_per_sm // tiles
-        return max(1, min(wanted, tuning.max_slices, inputs // 32)), tuning.columns_threads
+        deep = sum(tiles) * slices <= 2 * self._sms
+        self._library.columns(args, weight_rows.dtype, int(selects), deep=deep, dependent=self._starts_early())
 
     def slices(self, segments: tuple[int, ...], inputs: int) -> int:
-        """How many parts `columns` leaves for outputs in these segments."""
-        return self.split(sum(math.ceil(length / TILE) for length in segments), inputs)[0]
+        """How many blocks share a tile of outputs in these segments: enough to fill the chip."""
+        tiles = sum(math.ceil(length / TILE) for length in segments)
+        wanted = self._sms * self._tuning.columns_blocks_per_sm // tiles
+        return max(1, min(wanted, self._tuning.max_slices, inputs // 32))
 
     def column_blocks(self, outputs: int, inputs: int) -> int:
         """How many blocks `columns` runs for one segment of `outputs`: the parts that it leaves in `squares_out`."""
-        tiles = math.ceil(outputs / TILE)
-        return tiles * self.split(tiles, inputs)[0]
+        return math.ceil(outputs / TILE) * self.slices((outputs,), inputs)
 
     def attend(
         self,
@@ -303,8 +288,7 @@ class Operators:
     ) -> None:
         """out [heads * head_dim] = attention over the live cache and the token of `qkv`, which the cache gains.
 
-        qkv: [(heads + 2 * kv_heads) * head_dim], or parts of it, [slices, the same], to be added up; keys, values:
-        [kv_heads, positions, head_dim]; position: [1] int32.
+        qkv: [(heads + 2 * kv_heads) * head_dim]; keys, values: [kv_heads, positions, head_dim]; position: [1] int32.
         """
         kv_heads, positions, head_dim = keys.shape
         heads = out.numel() // head_dim
@@ -319,13 +303,11 @@ class Operators:
             values=native.address(values),
             position=native.address(position),
             out=native.address(out),
-            qkv_stride=qkv.stride(0) if qkv.dim() == 2 else 0,
             scale=head_dim**-0.5 * math.log2(math.e),
             heads=heads,
             kv_heads=kv_heads,
             positions=positions,
             splits=splits,
-            parts=qkv.shape[0] if qkv.dim() == 2 else 1,
         )
         self._library.attend(args, keys.dtype, head_dim, dependent=self._starts_early())
 

@@ -33,35 +33,6 @@ class NativeStep:
         self._state = state
         self._plan = plan
         self._operators = operators
-        self._qkv = state.qkv
-        self._halves = state.halves
-        if isinstance(plan, InputPlan):
-            # Slices are added up where they are read, so the two widest products need no meeting of blocks.
-            shape = weights.shape
-            parts = (operators.slices(segments, shape.width) for segments in (self._qkv_segments, self._mlp_segments))
-            self._qkv, self._halves = (
-                buffer.new_zeros(count, buffer.numel())
-                for buffer, count in zip((state.qkv, state.halves), parts, strict=True)
-            )
-
-    @property
-    def _qkv_segments(self) -> tuple[int, ...]:
-        shape = self._weights.shape
-        return shape.query_width, shape.kv_width, shape.kv_width
-
-    @property
-    def _mlp_segments(self) -> tuple[int, ...]:
-        return self._weights.shape.neurons, self._weights.shape.neurons
-
-    @property
-    def qkv(self) -> Tensor:
-        """What the attention of the last layer run saw: [qkv_width]."""
-        return self._qkv.sum(0) if self._qkv.dim() == 2 else self._qkv
-
-    @property
-    def halves(self) -> Tensor:
-        """Gate and up before the activation, of the last layer run by an input-sparse plan: [2 * neurons]."""
-        return self._halves.sum(0) if self._halves.dim() == 2 else self._halves
 
     def __call__(self) -> None:
         with self._operators.chain():
@@ -81,12 +52,11 @@ class NativeStep:
         else:
             shape = weights.shape
             operators.columns(
-                self._qkv,
+                state.qkv,
                 state.hidden,
                 plan.weights.qkv[layer],
-                epilogue=Epilogue.PARTS,
                 threshold=plan.threshold[layer, :3],
-                segments=self._qkv_segments,
+                segments=(shape.query_width, shape.kv_width, shape.kv_width),
                 score=plan.scores.qkv[layer] if plan.scores else None,
                 norm=norm,
                 squares=self._squares(1 if layer == 0 else operators.column_blocks(shape.width, shape.neurons)),
@@ -94,7 +64,7 @@ class NativeStep:
             )
         operators.attend(
             state.mix,
-            self._qkv,
+            state.qkv,
             state.keys[layer],
             state.values[layer],
             position=state.position,
@@ -208,21 +178,20 @@ class NativeStep:
         weights, state, operators = self._weights, self._state, self._operators
         neurons = weights.shape.neurons
         operators.columns(
-            self._halves,
+            state.halves,
             state.hidden,
             plan.weights.gate_up[layer],
-            epilogue=Epilogue.PARTS,
             threshold=plan.threshold[layer, 4:6],
-            segments=self._mlp_segments,
+            segments=(neurons, neurons),
             score=plan.scores.gate_up[layer] if plan.scores else None,
             norm=self._norm(layer),
             squares=self._squares(operators.column_blocks(weights.shape.width, weights.shape.query_width)),
         )
         operators.columns(
             state.hidden,
-            self._halves[:, :neurons],
+            state.halves[:neurons],
             plan.weights.down[layer],
-            up=self._halves[:, neurons:],
+            up=state.halves[neurons:],
             activation=weights.shape.activation,
             epilogue=_residual(plan),
             threshold=plan.threshold[layer, 6:7],

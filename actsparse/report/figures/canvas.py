@@ -123,12 +123,12 @@ def _even_ticks(low: float, high: float) -> list[float]:
     return [round(place * step, 10) for place in range(first, last + 1)]
 
 
-def add_reference(figure: go.Figure, *, x: float | None = None, y: float | None = None, text: str = "") -> None:
-    """A thin line across the figure at `x` or `y` with a small label."""
+def add_reference(
+    figure: go.Figure, *, x: float | None = None, y: float | None = None, text: str = "", at: str = "end"
+) -> None:
+    """A thin line across the figure at `x` or `y` with a small label at its `start` or `end`."""
     line = {"color": MUTED, "width": 1}
-    label = (
-        {"text": text, "font": {"size": 11, "color": MUTED}, "textposition": "start", "padding": 2} if text else None
-    )
+    label = {"text": text, "font": {"size": 11, "color": MUTED}, "textposition": at, "padding": 2} if text else None
     if x is not None:
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line=line, layer="below")
     if y is not None:

@@ -113,7 +113,7 @@ def draw_curve(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             line={"color": INK, "width": 2.6},
             hovertemplate="%{x:.0%} dropped: CETT %{y:.3f}<extra>mean over layers</extra>",
         )
-    add_reference(figure, y=0.2, text="CETT 0.2")
+    add_reference(figure, y=0.2, text="CETT 0.2", at="start")
     return figure
 
 

@@ -100,15 +100,17 @@ def caption_medians(frame: pl.DataFrame) -> str:
     means = frame.group_by("kind").agg(pl.col("value").mean()).sort("value")
     kind, value = means.row(0)
     largest = frame["zeros"][0]
-    zero = (
-        ""
-        if largest is None or largest >= NO_ZEROS
-        else f" Exact zeros are rare or absent ({percent(largest, 2)} at most)."
-    )
+    zero = _zeros_said(largest)
     return (
         f"Most concentrated is {kind}: half of its values lie below {number(value, 2)} of the rms on average "
         f"over layers (a Gaussian: {GAUSSIAN_MEDIAN}){_tokens(frame)}.{zero}"
     )
+
+
+def _zeros_said(largest: float | None) -> str:
+    if largest is None or largest >= NO_ZEROS:
+        return ""
+    return f" Exact zeros are rare: {percent(largest, 2)} at most." if largest >= 5e-5 else " There are no exact zeros."
 
 
 def _tokens(frame: pl.DataFrame) -> str:

@@ -26,7 +26,7 @@ def neurons(panel: ProfilePanel) -> pl.DataFrame:
 
 
 def _histogram(panel: ProfilePanel, kind: str) -> pl.DataFrame:
-    """`layer, kind, magnitude, density, n, plan, threshold, below`: share of values by magnitude, for at most five layers.
+    """`layer, kind, magnitude, density, n, plan, threshold, below`: share of values by magnitude, at most five layers.
 
     `threshold` is the one of `plan` in that layer and `below` the share of values under it, null where no plan gates
     on this kind.

@@ -12,7 +12,7 @@ from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel
 from actsparse.report.plans import Role
 from actsparse.report.verdicts import SAME_SIZE, USABLE
-from actsparse.report.wording import listed, number, percent
+from actsparse.report.wording import count, listed, number, percent
 
 CAP = 30.0
 TITLES = {
@@ -135,9 +135,9 @@ def caption(frame: pl.DataFrame) -> str:
     text += _against_static(frame, basis)
     roles = set(frame["role"])
     missing = [role.value for role in (Role.RANDOM, Role.STATIC, Role.ORACLE) if role not in roles]
-    count = frame["n"].drop_nulls().max()
+    most = frame["n"].drop_nulls().max()
     text += f" No {listed(missing)} baseline in these runs." if missing else ""
-    return f"{text} n = {count} scored tokens a plan.".strip() if count else text.strip()
+    return f"{text} n = {count(int(as_float(most)))} scored tokens a plan.".strip() if most else text.strip()
 
 
 def _against_static(frame: pl.DataFrame, basis: str) -> str:

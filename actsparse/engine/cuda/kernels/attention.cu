@@ -16,20 +16,18 @@ constexpr int kStage = 64;          // 16-byte words of a warp's stage: keys, th
 constexpr float kLowest = -1e30f;   // a maximum that survives subtraction from itself
 
 struct AttendArgs {
-  const float* qkv;     // [parts, heads + 2 * kv_heads, head_dim], to be added up
+  const float* qkv;     // [heads + 2 * kv_heads, head_dim]
   const float* cosine;  // [positions, head_dim / 2]
   const float* sine;
   void* keys;           // [kv_heads, positions, head_dim]
   void* values;
   const int* position;
   float* out;           // [heads, head_dim]
-  int64_t qkv_stride;   // from one part to the next
   float scale;          // log2(e) / sqrt(head_dim): scores are kept in base 2
   int heads;
   int kv_heads;
   int positions;
   int splits;
-  int parts;
 };
 
 struct Running {
@@ -37,16 +35,11 @@ struct Running {
   float sum;
 };
 
-__device__ __forceinline__ void load_floats(const float* from, int64_t stride, int parts, float (&to)[kLane]) {
-#pragma unroll
-  for (int e = 0; e < kLane; ++e) to[e] = 0.0f;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    const float4 low = __ldcg(reinterpret_cast<const float4*>(from + part * stride));
-    const float4 high = __ldcg(reinterpret_cast<const float4*>(from + part * stride) + 1);
-    to[0] += low.x, to[1] += low.y, to[2] += low.z, to[3] += low.w;
-    to[4] += high.x, to[5] += high.y, to[6] += high.z, to[7] += high.w;
-  }
+__device__ __forceinline__ void load_floats(const float* from, float (&to)[kLane]) {
+  const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
+  const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+  to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+  to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
 }
 
 template <typename T, int HEAD_DIM>
@@ -90,19 +83,19 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   const float sign = dim < kHalf ? -1.0f : 1.0f;
   const int64_t angle = static_cast<int64_t>(position) * kHalf + dim % kHalf;
   float cosine[kLane], sine[kLane], query[kLane], query_partner[kLane];
-  load_floats(a.cosine + angle, 0, 1, cosine);
-  load_floats(a.sine + angle, 0, 1, sine);
+  load_floats(a.cosine + angle, cosine);
+  load_floats(a.sine + angle, sine);
   wait_for_previous();
 
   const bool appends = split == a.splits - 1 && warp == 0;
   float new_key[kLane], key_partner[kLane], new_value[kLane];
-  load_floats(a.qkv + head * HEAD_DIM + dim, a.qkv_stride, a.parts, query);
-  load_floats(a.qkv + head * HEAD_DIM + partner, a.qkv_stride, a.parts, query_partner);
+  load_floats(a.qkv + head * HEAD_DIM + dim, query);
+  load_floats(a.qkv + head * HEAD_DIM + partner, query_partner);
   if (appends) {
     const float* const from = a.qkv + (a.heads + kv_head) * HEAD_DIM;
-    load_floats(from + dim, a.qkv_stride, a.parts, new_key);
-    load_floats(from + partner, a.qkv_stride, a.parts, key_partner);
-    load_floats(from + a.kv_heads * HEAD_DIM + dim, a.qkv_stride, a.parts, new_value);
+    load_floats(from + dim, new_key);
+    load_floats(from + partner, key_partner);
+    load_floats(from + a.kv_heads * HEAD_DIM + dim, new_value);
   }
 #pragma unroll
   for (int e = 0; e < kLane; ++e) {

@@ -8,7 +8,8 @@
 
 namespace actsparse {
 
-constexpr int kMaxThreads = 512;
+constexpr int kThreads = kSpan;  // a thread per output of the tile
+constexpr int kWarps = kThreads / 32;
 constexpr int kMaxSegments = 3;
 constexpr int kMaxSlices = 16;  // of a cluster
 constexpr int kRounds = 4;      // inputs that a thread looks at between two barriers
@@ -17,12 +18,7 @@ enum Selection {
   kAll = 0,       // every live row
   kNonzero = 1,   // rows with x_i != 0, and |x_i| * score_i >= threshold where a threshold is given
 };
-enum Epilogue {
-  kWrite = 0,
-  kAdd = 1,
-  kAtomicAdd = 2,
-  kParts = 3,  // out[slice] = the slice's sum: whoever reads them adds them up, and no block waits for another
-};
+enum Epilogue { kWrite = 0, kAdd = 1, kAtomicAdd = 2 };
 
 // Outputs [begin, begin + length) share a threshold; a tile never crosses a segment.
 struct Segment {
@@ -45,7 +41,6 @@ struct ColumnsArgs {
   float* out;
   float* squares_out;      // one part of the sum of out * out per block, or null
   int64_t stride;
-  int64_t x_stride;        // from one part of x (and of up) to the next
   float epsilon;
   int inputs;
   int outputs;
@@ -54,18 +49,17 @@ struct ColumnsArgs {
   int activation;
   int epilogue;
   int squares_count;
-  int x_parts;             // x_i is the sum of so many
   Segment segment[kMaxSegments];
 };
 
 // DEPTH: rows that a warp has under way, 512 bytes of each.
 template <typename T, int SELECTION, int DEPTH>
-__global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_constant__ ColumnsArgs a) {
+__global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_constant__ ColumnsArgs a) {
   extern __shared__ float4 shared[];
   __shared__ float sums[32];
-  __shared__ int counts[kRounds][32];
+  __shared__ int counts[kRounds][kWarps];
   __shared__ float inbox[kSpan + kMaxSlices];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int tile = blockIdx.x / a.slices, slice = blockIdx.x % a.slices;
   int owner = 0;
   while (owner + 1 < a.segments && tile >= a.segment[owner + 1].first_tile) ++owner;
@@ -78,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   const T* const weight = static_cast<const T*>(a.weight) + column;
   let_next_start();
   cg::cluster_group cluster = cg::this_cluster();
-  const bool meets = a.slices > 1 && (a.epilogue == kWrite || a.epilogue == kAdd);
+  const bool meets = a.slices > 1 && a.epilogue != kAtomicAdd;
   if (meets) cluster.barrier_arrive();  // waited for before the first push: every block must have started
 
   const int live = a.count ? min(*a.count, a.inputs) : a.inputs;
@@ -86,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   const int length = static_cast<int>(static_cast<int64_t>(live) * (slice + 1) / a.slices) - begin;
   constexpr int kRing = DEPTH * 32;  // 16-byte words that a warp owns
   uint4* const ring = reinterpret_cast<uint4*>(shared) + warp * kRing;
-  float* const value = reinterpret_cast<float*>(shared + warps * kRing);       // [slice]
+  float* const value = reinterpret_cast<float*>(shared + kWarps * kRing);       // [slice]
   int* const row = reinterpret_cast<int*>(value + (a.inputs / a.slices + 1));  // [slice]
 
   int total = length;
@@ -99,31 +93,40 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   };
   if (SELECTION == kAll) {
     if (a.index) {
-      for (int item = threadIdx.x; item < length; item += blockDim.x) row[item] = a.index[begin + item];
+      for (int item = threadIdx.x; item < length; item += kThreads) row[item] = a.index[begin + item];
       __syncthreads();
     }
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * warps, stage);
+    for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * kWarps, stage);
   }
-  wait_for_previous();
-
-  auto sum_parts = [&](const float* from) {
-    float total = 0.0f;
-#pragma unroll 4
-    for (int part = 0; part < a.x_parts; ++part) total += __ldcg(from + part * a.x_stride);
-    return total;
-  };
-  float ahead[kRounds];  // all loads of a few rounds are under way before one is used
-  auto load_inputs = [&](int base) {
+  const float threshold = a.threshold ? a.threshold[owner] : 0.0f;
+  float gain[kRounds];
+  auto load_gains = [&](int base) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const int item = base + round * blockDim.x + threadIdx.x;
-      ahead[round] = 0.0f;
+      const int item = base + round * kThreads + threadIdx.x;
+      gain[round] = a.norm && item < length ? a.norm[begin + item] : 1.0f;
+    }
+  };
+  load_gains(0);
+  wait_for_previous();
+
+  float ahead[kRounds];  // all loads of a few rounds are under way before one is used
+  auto load_inputs = [&](int base) {
+    float up[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int item = base + round * kThreads + threadIdx.x;
+      ahead[round] = up[round] = 0.0f;
       if (item < length) {
-        float x = sum_parts(a.x + begin + item);
-        if (a.up) x = activate(x, a.activation) * sum_parts(a.up + begin + item);
-        ahead[round] = a.norm ? x * a.norm[begin + item] : x;
+        ahead[round] = __ldcg(a.x + begin + item);
+        if (a.up) up[round] = __ldcg(a.up + begin + item);
       }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (a.up) ahead[round] = activate(ahead[round], a.activation) * up[round];
+      ahead[round] *= gain[round];
     }
   };
   load_inputs(0);
@@ -131,32 +134,32 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   if (a.norm) {
     float squares = 0.0f;
     if (a.squares) {
-      for (int at = threadIdx.x; at < a.squares_count; at += blockDim.x) squares += __ldcg(a.squares + at);
+      for (int at = threadIdx.x; at < a.squares_count; at += kThreads) squares += __ldcg(a.squares + at);
     } else {
       const int quads = a.inputs / 4;
-      for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
+      for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
         const float4 x = __ldcg(reinterpret_cast<const float4*>(a.x) + quad);
         squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
       }
-      for (int at = quads * 4 + threadIdx.x; at < a.inputs; at += blockDim.x) {
+      for (int at = quads * 4 + threadIdx.x; at < a.inputs; at += kThreads) {
         const float x = __ldcg(a.x + at);
         squares += x * x;
       }
     }
     scale = rsqrtf(sum_block(squares, sums) / a.inputs + a.epsilon);
   }
-  const float threshold = a.threshold ? a.threshold[owner] : 0.0f;
   const float* const score = a.score ? a.score + static_cast<int64_t>(owner) * a.inputs + begin : nullptr;
   int listed = 0;
-  for (int base = 0; base < length; base += kRounds * blockDim.x) {
+  for (int base = 0; base < length; base += kRounds * kThreads) {
     if (base > 0) {
       __syncthreads();
+      load_gains(base);
       load_inputs(base);
     }
     unsigned kept[kRounds];
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const int item = base + round * blockDim.x + threadIdx.x;
+      const int item = base + round * kThreads + threadIdx.x;
       ahead[round] *= scale;
       if (SELECTION == kAll) {
         if (item < length) value[item] = ahead[round];
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
     __syncthreads();
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const int count = lane < warps ? counts[round][lane] : 0;
+      const int count = lane < kWarps ? counts[round][lane] : 0;
       int before = count;
 #pragma unroll
       for (int step = 1; step < 32; step <<= 1) {
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
       const int place = listed + __shfl_sync(kFull, before - count, warp) + __popc(kept[round] & ((1u << lane) - 1));
       listed += __shfl_sync(kFull, before, 31);
       if (kept[round] >> lane & 1) {
-        const int item = base + round * blockDim.x + threadIdx.x;
+        const int item = base + round * kThreads + threadIdx.x;
         value[place] = ahead[round];
         row[place] = a.index ? a.index[begin + item] : begin + item;
       }
@@ -191,20 +194,20 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   __syncthreads();
   if (SELECTION == kNonzero) {
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * warps, stage);
+    for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * kWarps, stage);
   }
 
   float sum[kLane] = {};
   int stage = 0;
 #pragma unroll 4
-  for (int item = warp; item < total; item += warps) {
+  for (int item = warp; item < total; item += kWarps) {
     const float x = value[item];
     wait_until_pending<DEPTH - 1>();
     float w[kLane];
     unpack<T>(ring[stage * 32 + lane], w);
 #pragma unroll
     for (int e = 0; e < kLane; ++e) sum[e] += x * w[e];
-    copy(item + DEPTH * warps, stage);
+    copy(item + DEPTH * kWarps, stage);
     stage = stage + 1 == DEPTH ? 0 : stage + 1;
   }
   __syncwarp();  // the ring of the whole warp has been read and now takes its sums
@@ -213,20 +216,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   mine[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   __syncthreads();
   float y = 0.0f;
-  if (threadIdx.x < kSpan) {
-#pragma unroll 4
-    for (int other = 0; other < warps; ++other)
-      y += reinterpret_cast<const float*>(shared + other * kRing)[threadIdx.x];
-  }
+#pragma unroll
+  for (int other = 0; other < kWarps; ++other)
+    y += reinterpret_cast<const float*>(shared + other * kRing)[threadIdx.x];
   int from = 0, to = kSpan;
   if (meets) {
     const int most = kSpan / a.slices + 1;
     cluster.barrier_wait();
-    if (threadIdx.x < kSpan) {
-      const int owner_slice = ((threadIdx.x + 1) * a.slices - 1) / kSpan;
-      const int at = threadIdx.x - kSpan * owner_slice / a.slices;
-      cluster.map_shared_rank(inbox, owner_slice)[slice * most + at] = y;
-    }
+    const int owner_slice = ((threadIdx.x + 1) * a.slices - 1) / kSpan;
+    const int place = threadIdx.x - kSpan * owner_slice / a.slices;
+    cluster.map_shared_rank(inbox, owner_slice)[slice * most + place] = y;
     cluster.sync();
     from = kSpan * slice / a.slices, to = kSpan * (slice + 1) / a.slices;
     y = 0.0f;
@@ -238,11 +237,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
   const int at = begin_column + from + threadIdx.x;
   const bool writes = threadIdx.x < to - from && at < end_column;
   if (writes) {
-    if (a.bias && (a.epilogue == kWrite || a.epilogue == kAdd || slice == 0)) y += a.bias[at];
+    if (a.bias && (a.epilogue != kAtomicAdd || slice == 0)) y += a.bias[at];
     if (a.epilogue == kAtomicAdd) {
       atomicAdd(a.out + at, y);
-    } else if (a.epilogue == kParts) {
-      a.out[static_cast<int64_t>(slice) * a.outputs + at] = y;
     } else {
       if (a.epilogue == kAdd) y += __ldcg(a.out + at);
       a.out[at] = y;
@@ -255,32 +252,31 @@ __global__ void __launch_bounds__(kMaxThreads, 2) columns_kernel(const __grid_co
 }
 
 template <typename T, int SELECTION, int DEPTH>
-int launch_depth(const ColumnsArgs& a, int threads, bool dependent, cudaStream_t stream) {
+int launch_depth(const ColumnsArgs& a, bool dependent, cudaStream_t stream) {
   int tiles = 0;
   for (int s = 0; s < a.segments; ++s) tiles += (a.segment[s].length + kSpan - 1) / kSpan;
   const size_t slice = a.inputs / a.slices + 1;
-  const size_t shared = threads / 32 * DEPTH * 32 * sizeof(uint4) + slice * (sizeof(float) + sizeof(int));
-  const int cluster = a.epilogue == kWrite || a.epilogue == kAdd ? a.slices : 1;
-  if (cluster > kMaxSlices || (a.squares_out && a.epilogue >= kAtomicAdd)) return cudaErrorInvalidValue;
-  return launch(columns_kernel<T, SELECTION, DEPTH>, a, tiles * a.slices, threads, shared, cluster, dependent, stream);
+  const size_t shared = kWarps * DEPTH * 32 * sizeof(uint4) + slice * (sizeof(float) + sizeof(int));
+  const int cluster = a.epilogue == kAtomicAdd ? 1 : a.slices;
+  if (cluster > kMaxSlices || (a.squares_out && a.epilogue == kAtomicAdd)) return cudaErrorInvalidValue;
+  return launch(columns_kernel<T, SELECTION, DEPTH>, a, tiles * a.slices, kThreads, shared, cluster, dependent, stream);
 }
 
 template <typename T>
-int launch_columns(const ColumnsArgs& a, int selection, int threads, bool deep, bool dependent, cudaStream_t stream) {
+int launch_columns(const ColumnsArgs& a, int selection, bool deep, bool dependent, cudaStream_t stream) {
   if (selection == kAll)
-    return deep ? launch_depth<T, kAll, 16>(a, threads, dependent, stream)
-                : launch_depth<T, kAll, 8>(a, threads, dependent, stream);
-  return deep ? launch_depth<T, kNonzero, 16>(a, threads, dependent, stream)
-              : launch_depth<T, kNonzero, 8>(a, threads, dependent, stream);
+    return deep ? launch_depth<T, kAll, 16>(a, dependent, stream)
+                : launch_depth<T, kAll, 8>(a, dependent, stream);
+  return deep ? launch_depth<T, kNonzero, 16>(a, dependent, stream)
+              : launch_depth<T, kNonzero, 8>(a, dependent, stream);
 }
 
 }  // namespace actsparse
 
-extern "C" int actsparse_columns(const actsparse::ColumnsArgs* args, int dtype, int selection, int threads, int deep,
-                                 int dependent, void* stream) {
+extern "C" int actsparse_columns(const actsparse::ColumnsArgs* args, int dtype, int selection, int deep, int dependent,
+                                 void* stream) {
   using namespace actsparse;
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (threads > kMaxThreads || threads < kSpan || threads % 32) return cudaErrorInvalidValue;
-  return dtype == kBfloat16 ? launch_columns<__nv_bfloat16>(*args, selection, threads, deep, dependent, queue)
-                            : launch_columns<__half>(*args, selection, threads, deep, dependent, queue);
+  return dtype == kBfloat16 ? launch_columns<__nv_bfloat16>(*args, selection, deep, dependent, queue)
+                            : launch_columns<__half>(*args, selection, deep, dependent, queue);
 }

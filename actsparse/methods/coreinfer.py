@@ -1,0 +1,68 @@
+"""CoreInfer: the neurons that are most often among a prompt token's strongest (arXiv 2410.18311)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsparse.core.masks import kept_count, top_mask
+from actsparse.core.overlap import topk_masks
+from actsparse.errors import PlanError
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Gate, Method, PrefillGate, counted_fit, drop_of
+from actsparse.results import LayerPlan
+
+
+class CoreShare:
+    """In which share of the prompt's tokens a neuron is in the top set: the `token_frac` largest of |a|, zeros never.
+
+    The authors' code ranks signed values; the neurons of a gated FFN write as much when a is negative.
+    """
+
+    def __init__(self, token_frac: float) -> None:
+        self._token_frac = token_frac
+        self._counts: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, rows: Float[Tensor, "tokens neurons"]) -> None:
+        """Add prompt tokens (sink tokens left out)."""
+        top = topk_masks(rows.abs().float(), self._token_frac) & (rows != 0)
+        counts = top.count_nonzero(dim=0)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._tokens += len(rows)
+
+    def value(self) -> Float[Tensor, " neurons"]:
+        """Shares [neurons], in float64. Raises ValueError before the first token."""
+        if self._counts is None:
+            raise ValueError("the prompt has no token after the sink tokens")
+        return self._counts.to(torch.float64) / self._tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreInfer(Method):
+    """The r*f neurons that are in the top set of most prompt tokens (ties: the lower index)."""
+
+    token_frac: float = 0.4
+
+    name = "coreinfer"
+    summary = "neurons most often strong in the prompt, one mask a sequence"
+    paper = "arXiv 2410.18311"
+    decides = Decides.PREFILL
+
+    def __post_init__(self) -> None:
+        if not 0 < self.token_frac <= 1:
+            raise PlanError(
+                f"coreinfer: token_frac must be above 0 and at most 1, not {self.token_frac:g}",
+                "it is the share of neurons in a token's top set; the paper's is 0.4",
+            )
+
+    def fit(self, calibration: Calibration, budget: Budget) -> Fit:
+        density = 1 - drop_of(budget, self.name)
+        layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
+        return counted_fit(layers)
+
+    def gate(self, layer: int, fit: Fit) -> Gate:
+        kept = fit.layers[layer].kept
+        assert kept is not None
+        return PrefillGate(partial(CoreShare, self.token_frac), lambda shares: top_mask(shares, kept))

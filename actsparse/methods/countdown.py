@@ -1,0 +1,39 @@
+"""COUNTDOWN (M variant): thresholding of the up projection, known before the gate is read (arXiv 2505.17701)."""
+
+from dataclasses import dataclass
+
+from actsparse.methods.base import (
+    Budget,
+    Calibration,
+    Decides,
+    Fit,
+    Gate,
+    Method,
+    TokenGate,
+    drop_of,
+    quantile_fit,
+    threshold_of,
+)
+from actsparse.results import SiteKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Countdown(Method):
+    """Neurons with |u_i| >= t_l, token by token; t_l is the quantile of |u| on calibration text."""
+
+    name = "countdown"
+    summary = "up activations over an offline threshold, token by token"
+    paper = "arXiv 2505.17701"
+    decides = Decides.TOKEN
+    needs = (SiteKind.UP,)
+    saves = frozenset({"gate", "down"})
+    gated_only = True
+    has_engine = False
+    needs_statistics = True
+
+    def fit(self, calibration: Calibration, budget: Budget) -> Fit:
+        return quantile_fit(calibration, SiteKind.UP, drop_of(budget, self.name))
+
+    def gate(self, layer: int, fit: Fit) -> Gate:
+        threshold = threshold_of(layer, fit)
+        return TokenGate(SiteKind.UP, lambda up: up.abs() >= threshold)

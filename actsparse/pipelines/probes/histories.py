@@ -1,0 +1,82 @@
+"""HU1: the same token after different histories, beside its controls (methods.md section 5)."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from actsparse.core.bootstrap import Interval, LayerIntervals
+from actsparse.core.uncertainty import HistoryContexts, control_contexts, history_share, hu1, hu1_control
+from actsparse.pipelines.probes.reading import DENSITIES, batched
+from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
+from actsparse.pipelines.progress import Advance
+
+# Masks of the last token of every context, by density.
+LastMasks = dict[float, Bool[Tensor, "layers contexts neurons"]]
+PAIRED_CONTROLS = ("identical", "shuffled", "random", "none")
+
+
+def add_hu1(setting: Setting, found: Found) -> None:
+    """Rows of `hu1`, its controls, the kappas of the history share and the share itself."""
+    contexts = setting.texts.contexts
+    masks, other_token = _collect(setting, contexts)
+    for density in DENSITIES:
+        natural = masks["natural"][density]
+        for pop, rates in setting.rates(density).items():
+            where = {"r": density, "pop": pop}
+            found.add_layers("hu1", hu1(natural, contexts.types, rates), **where)
+            for name in PAIRED_CONTROLS:
+                control = hu1_control(natural, masks[name][density], contexts.types, rates)
+                found.add_layers("hu1", control, **where, control=name)
+            share = history_share(natural, contexts, other_token[density], rates)
+            found.add_layers("hu1", _one_minus(share.history), **where, control="other-token")
+            kappa = "kappa_u" if pop is UNIFORM else "kappa_p"
+            found.add_layers(kappa, share.history, **where, pairs="same-history")
+            found.add_layers(kappa, share.token, **where, pairs="same-token")
+            found.add_layers(kappa, share.base, **where, pairs="unrelated")
+            if pop is not UNIFORM:
+                found.add_layers("history_share", share.share, **where)
+
+
+def _collect(setting: Setting, contexts: HistoryContexts) -> tuple[dict[str, LastMasks], LastMasks]:
+    """Masks of the contexts and of every control; of other tokens as [layers, types, histories, neurons]."""
+    controls = control_contexts(contexts, setting.texts.stream, seed=setting.texts.seed)
+    types, histories, fed = controls.other_token.shape
+    texts = {
+        "natural": contexts.tokens,
+        # the identical context is fed once more, not copied: it must give 0
+        "identical": contexts.tokens,
+        "shuffled": controls.shuffled,
+        "random": controls.random,
+        "none": controls.none,
+    }
+    after = controls.other_token.reshape(types * histories, fed)
+    total = after.numel() + sum(ids.numel() for ids in texts.values())
+    with setting.progress.task("probe uncertainty: histories", total, "tokens") as advance:
+        masks = {name: _last_masks(setting, ids, advance) for name, ids in texts.items()}
+        other = _last_masks(setting, after, advance)
+    return masks, {density: rows.unflatten(1, (types, histories)) for density, rows in other.items()}
+
+
+def _last_masks(setting: Setting, ids: Int[Tensor, "contexts fed"], advance: Advance) -> LastMasks:
+    reader = setting.reader
+    shape = (len(reader.layers), len(ids), reader.neurons)
+    masks = {density: torch.zeros(shape, dtype=torch.bool) for density in DENSITIES}
+    for rows, batch in batched(ids):
+
+        def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
+            for density, kept in masks.items():
+                kept[place, rows] = reader.masks(place, a[:, -1], density).cpu()
+
+        reader.read(batch, on_layer)
+        advance(batch.numel())
+    return masks
+
+
+def _one_minus(kappas: LayerIntervals) -> LayerIntervals:
+    """The same on the scale of HU1."""
+    return LayerIntervals(layers=tuple(_flipped(one) for one in kappas.layers), mean=_flipped(kappas.mean))
+
+
+def _flipped(kappa: Interval) -> Interval:
+    value, low, high = (None if end is None else 1 - end for end in (kappa.value, kappa.high, kappa.low))
+    return Interval(value=value, low=low, high=high, n=kappa.n, stderr=kappa.stderr)

@@ -1,0 +1,52 @@
+"""Reading the neurons of a model block by block: one layer at a time in a callback, nothing kept here."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from actsparse.core.overlap import topk_masks
+from actsparse.models.load import LoadedModel
+from actsparse.models.taps import tapped
+from actsparse.pipelines.recording import BATCH_TOKENS
+from actsparse.results import Site, SiteKind
+
+DENSITIES = (0.2, 0.5)
+
+# What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, neurons]).
+OnLayer = Callable[[int, Tensor], None]
+
+
+class NeuronReader:
+    """Runs token ids through a model and hands out the neuron activations of the recorded layers."""
+
+    def __init__(self, loaded: LoadedModel, layers: tuple[int, ...]) -> None:
+        self.loaded = loaded
+        self.layers = layers
+        self.neurons = loaded.record.intermediate_size
+        self._down_norms = [
+            loaded.sites.layers[layer].down_matrix(self.neurons).float().norm(dim=0) for layer in layers
+        ]
+
+    @torch.no_grad()
+    def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer) -> None:
+        """One forward pass over sequences of equal length."""
+
+        def on_value(site: Site, a: Tensor) -> None:
+            on_layer(self.layers.index(site.layer), a.detach().float())
+
+        with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, self.layers):
+            self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
+
+    def masks(self, place: int, a: Float[Tensor, "*batch neurons"], density: float) -> Bool[Tensor, "*batch neurons"]:
+        """Masks of the top |a| * ||w|| at a density; a neuron that is exactly 0 is not active (ReLU)."""
+        scores = a.abs() * self._down_norms[place]
+        return topk_masks(scores, density) & (scores > 0)
+
+
+def batched(ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
+    """The rows in batches of at most 2,048 tokens, with where they stand."""
+    step = max(1, BATCH_TOKENS // ids.shape[1])
+    for start in range(0, len(ids), step):
+        yield slice(start, start + step), ids[start : start + step]

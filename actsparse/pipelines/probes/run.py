@@ -1,0 +1,77 @@
+"""Running the probes of a profile; each finished one is a shard, so that a killed run goes on after it."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from actsparse.models.load import LoadedModel
+from actsparse.pipelines.probes.inertia import inertia
+from actsparse.pipelines.probes.popularity import Popularity, measure_popularity
+from actsparse.pipelines.probes.reading import NeuronReader
+from actsparse.pipelines.probes.setting import Found, Setting
+from actsparse.pipelines.probes.text import ProbeTexts
+from actsparse.pipelines.probes.uncertainty import uncertainty
+from actsparse.pipelines.probes.union import union
+from actsparse.pipelines.progress import Progress
+from actsparse.results import Measure
+from actsparse.store import tensors
+from actsparse.store.codec import decode, encode
+from actsparse.store.files import write_bytes
+from actsparse.store.run import RunWriter
+
+RUNNERS: dict[str, Callable[[Setting], Found]] = {"uncertainty": uncertainty, "inertia": inertia, "union": union}
+TENSORS = "probes.safetensors"
+
+
+def run_probes(
+    names: tuple[str, ...],
+    loaded: LoadedModel,
+    layers: tuple[int, ...],
+    texts: ProbeTexts,
+    writer: RunWriter,
+    progress: Progress,
+) -> list[Measure]:
+    """The rows of the probes `names`; their tensors are written beside the tables of the run."""
+    for text in texts.warnings(names):
+        writer.warn(text)
+        progress.warn(text)
+    reader = NeuronReader(loaded, layers)
+    setting = Setting(reader, texts, _popularity(reader, texts, writer, progress), progress)
+    rows: list[Measure] = []
+    arrays: dict[str, Tensor] = {}
+    for name in names:
+        found = _finished(name, layers, writer)
+        if found is None:
+            found = RUNNERS[name](setting)
+            _finish(name, found, writer)
+        else:
+            progress.note(f"resuming: the probe {name} was finished before")
+        rows += found.rows
+        arrays |= found.tensors
+    if arrays:
+        tensors.write(writer.path / TENSORS, arrays)
+    return rows
+
+
+def _popularity(reader: NeuronReader, texts: ProbeTexts, writer: RunWriter, progress: Progress) -> Popularity:
+    shard = writer.shard("probes-popularity.safetensors")
+    if shard.exists():
+        return Popularity.of_tensors(tensors.read(shard))
+    found = measure_popularity(reader, texts.calibration, texts.sink_tokens, progress)
+    tensors.write(shard, found.tensors())
+    return found
+
+
+def _finished(name: str, layers: tuple[int, ...], writer: RunWriter) -> Found | None:
+    rows, arrays = writer.shard(f"probe-{name}.json"), writer.shard(f"probe-{name}.safetensors")
+    if not rows.exists():
+        return None
+    found = decode(rows.read_bytes(), list[Measure], str(rows))
+    return Found(layers, found, tensors.read(arrays) if arrays.exists() else {})
+
+
+def _finish(name: str, found: Found, writer: RunWriter) -> None:
+    """Tensors first: the rows mark the probe as finished."""
+    if found.tensors:
+        tensors.write(writer.shard(f"probe-{name}.safetensors"), found.tensors)
+    write_bytes(writer.shard(f"probe-{name}.json"), encode(found.rows))

@@ -1,0 +1,68 @@
+"""Thresholds for random weights: quantiles of the activations that a decoder itself produces, a layer at a time."""
+
+import torch
+from torch import Tensor
+
+from actsparse.engine.cuda import reference
+from actsparse.engine.cuda.decoder import Decoder
+from actsparse.engine.cuda.input_sparse import InputPlan
+from actsparse.engine.cuda.neuron_sparse import NeuronPlan
+from actsparse.engine.cuda.step import NativeStep
+
+
+def fit_neurons(decoder: Decoder, plan: NeuronPlan, share: float) -> None:
+    """Sets the plan's thresholds so that `share` of the neurons is dropped on the token at hand."""
+    weights, state = decoder.weights, decoder.state
+    step = NativeStep(weights, state, plan, decoder.operators)
+    gate = weights.shape.neurons
+    for layer in range(weights.shape.layers):
+        step.attention(layer)
+        x = reference.rms_norm(state.hidden, weights.mlp_norm[layer], weights.shape.norm_epsilon)
+        first = reference.activate(weights.gate_up[layer, :gate].float() @ x, weights.shape.activation)
+        plan.threshold[layer] = first.abs().quantile(share)
+        step.mlp(layer)
+
+
+def realised_neurons(decoder: Decoder, plan: NeuronPlan) -> float:
+    """The share of neurons that the plan drops on the token at hand, over all layers."""
+    state, step = decoder.state, NativeStep(decoder.weights, decoder.state, plan, decoder.operators)
+    dropped = []
+    for layer in range(decoder.weights.shape.layers):
+        step.attention(layer)
+        step.mlp(layer)
+        dropped.append((state.halves[: decoder.weights.shape.neurons] == 0).float().mean())
+    return torch.stack(dropped).mean().item()
+
+
+def fit_inputs(decoder: Decoder, plan: InputPlan, share: float) -> None:
+    """Sets the plan's thresholds so that `share` of every projection's inputs is dropped on the token at hand."""
+    _walk(decoder, plan, lambda layer, where, x: plan.threshold[layer, where].fill_(x.abs().quantile(share).item()))
+
+
+def realised_inputs(decoder: Decoder, plan: InputPlan) -> float:
+    """The share of weights not read on the token at hand."""
+    shape = decoder.weights.shape
+    sizes = (shape.width * shape.qkv_width, shape.query_width * shape.width, 2 * shape.mlp_weights / 3)
+    weight = dict(zip((0, 3, 4, 6), (*sizes, shape.mlp_weights / 3), strict=True))
+    dropped = []
+
+    def count(layer: int, where: slice, x: Tensor) -> None:
+        share = (x.abs() < plan.threshold[layer, where.start]).float().mean().item()
+        dropped.append((share * weight[where.start], weight[where.start]))
+
+    _walk(decoder, plan, count)
+    return sum(one for one, _ in dropped) / sum(two for _, two in dropped)
+
+
+def _walk(decoder: Decoder, plan: InputPlan, visit) -> None:
+    """Runs the step a stage at a time and shows every product's input before or just after it is used."""
+    weights, state = decoder.weights, decoder.state
+    shape, step = weights.shape, NativeStep(weights, state, plan, decoder.operators)
+    for layer in range(shape.layers):
+        visit(layer, slice(0, 3), reference.rms_norm(state.hidden, weights.attn_norm[layer], shape.norm_epsilon))
+        step.attention(layer)
+        visit(layer, slice(3, 4), state.mix)
+        visit(layer, slice(4, 6), reference.rms_norm(state.hidden, weights.mlp_norm[layer], shape.norm_epsilon))
+        step.mlp(layer)
+        gate, up = state.halves.chunk(2)
+        visit(layer, slice(6, 7), reference.activate(gate, shape.activation) * up)

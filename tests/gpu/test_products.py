@@ -1,0 +1,157 @@
+"""The compiled products against float64, on fresh inputs and any shape."""
+
+import pytest
+import torch
+
+from actsparse.engine.cuda import reference
+from actsparse.engine.cuda.layout import padded
+from actsparse.engine.cuda.operators import Best, Epilogue, Norm
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Rows, width: a layer's, small, odd in either, fewer rows than blocks, wider than shared memory's default.
+SHAPES = ((4096, 4096), (1152, 896), (1001, 577), (67, 4096), (3, 8), (512, 14336))
+
+
+def norm_for(width, draw):
+    return Norm(1 + draw(width, scale=0.1), 1e-5)
+
+
+def normed(x, norm):
+    return reference.rms_norm(x.double(), norm.weight.double(), norm.epsilon)
+
+
+def split_value(values, share):
+    """A threshold that drops about `share` of |values| and lies in a wide gap, so that rounding decides nothing."""
+    ranked = values.abs().flatten().double().sort().values
+    at, near = int(share * (ranked.numel() - 2)), max(1, ranked.numel() // 100)
+    window = ranked[max(0, at - near) : at + near + 2]
+    widest = window.diff().argmax()
+    return ((window[widest] + window[widest + 1]) / 2).float().reshape(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_project_and_add(operators, draw, poisoned, assert_near, dtype, rows, width):
+    weight, x, bias = padded(draw(rows, width, dtype=dtype, scale=width**-0.5)), draw(width), draw(rows)
+    norm, out = norm_for(width, draw), poisoned(rows)
+    operators.project(out, x, weight, norm=norm, bias=bias)
+    assert_near(out, weight.double() @ normed(x, norm) + bias)
+    before = out.clone()
+    operators.add(out, x, weight)
+    assert_near(out, before.double() + weight.double() @ x.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("neurons", "width"), [(1376, 1024), (501, 577), (7, 4096)])
+def test_gated(operators, draw, poisoned, assert_near, dtype, activation, neurons, width):
+    gate_up, x = padded(draw(2 * neurons, width, dtype=dtype, scale=width**-0.5)), draw(width)
+    norm, out = norm_for(width, draw), poisoned(neurons)
+    operators.gated(out, x, gate_up, norm=norm, activation=activation)
+    want = reference.gated(gate_up.double(), normed(x, norm), activation)
+    assert_near(out, want)
+    index = torch.randperm(neurons, device="cuda")[: neurons // 2 + 1].int()
+    count = torch.tensor([neurons // 2], dtype=torch.int32, device="cuda")
+    some = poisoned(index.numel())
+    operators.gated(some, x, gate_up, norm=norm, activation=activation, index=index, count=count)
+    assert_near(some[: count.item()], want[index[: count.item()].long()])
+    assert some[count.item() :].isnan().all(), "rows past the count were written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize(("neurons", "width"), [(11008, 4096), (501, 577), (1536, 576)])
+def test_threshold_then_kept_rows(operators, draw, poisoned, assert_near, dtype, share, neurons, width):
+    gate_up, x = padded(draw(2 * neurons, width, dtype=dtype, scale=width**-0.5)), draw(width)
+    gate, up = gate_up.chunk(2)
+    norm, factor, out = norm_for(width, draw), poisoned(neurons), poisoned(neurons)
+    exact = reference.activate(gate.double() @ normed(x, norm), "silu")
+    threshold = split_value(exact, share)
+    operators.threshold(factor, x, gate, threshold, norm=norm, activation="silu")
+    want = reference.keep_large(exact, threshold)
+    assert torch.equal(factor != 0, want != 0)
+    assert_near(factor, want)
+    operators.kept(out, x, up, factor, norm=norm, activation="identity")
+    assert_near(out, factor.double() * (up.double() @ normed(x, norm)))
+    each = threshold * torch.rand(neurons, device="cuda").add(0.5)
+    each[(exact.abs() - each).abs() < 1e-4] += 1e-3
+    operators.threshold(factor, x, gate, each, norm=norm, activation="silu")
+    assert_near(factor, reference.keep_large(exact, each))
+
+
+def test_rows_not_kept_are_not_read(operators, draw, poisoned, assert_near):
+    weight, x = draw(1024, 512, dtype=torch.bfloat16), draw(512)
+    factor = draw(1024) * (torch.rand(1024, device="cuda") < 0.4)
+    want = factor.double() * (weight.double() @ x.double())
+    weight[factor == 0] = torch.nan
+    out = poisoned(1024)
+    operators.kept(out, x, weight, factor, norm=None, activation="identity")
+    assert_near(out, want)
+    some, rows = x * (torch.rand(512, device="cuda") < 0.4), draw(512, 1024, dtype=torch.bfloat16)
+    want = some.double() @ rows.double()
+    rows[some == 0] = torch.nan
+    out = poisoned(1024)
+    operators.columns(out, some, rows, skip_zeros=True)
+    assert_near(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 11008), (11008, 4096), (577, 1001), (896, 1152), (33, 8)])
+def test_columns(operators, draw, poisoned, assert_near, dtype, share, inputs, outputs):
+    weight, x = padded(draw(inputs, outputs, dtype=dtype, scale=inputs**-0.5)), draw(inputs)
+    bias, norm, out = draw(outputs), norm_for(inputs, draw), poisoned(outputs)
+    exact = normed(x, norm)
+    threshold = split_value(exact, share)
+    operators.columns(out, x, weight, threshold=threshold, norm=norm, bias=bias)
+    assert_near(out, reference.input_sparse(weight.double(), exact, threshold, bias=bias))
+    again = poisoned(outputs)
+    operators.columns(again, x, weight, threshold=threshold, norm=norm, bias=bias)
+    assert torch.equal(out, again), "two runs differ"
+    for epilogue in (Epilogue.ADD, Epilogue.ATOMIC_ADD):
+        residual = draw(outputs)
+        want = residual.double() + reference.input_sparse(weight.double(), exact, threshold)
+        operators.columns(residual, x, weight, threshold=threshold, norm=norm, epilogue=epilogue)
+        assert_near(residual, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_with_scores_segments_and_a_gate(operators, draw, poisoned, assert_near, dtype):
+    inputs, segments = 896, (896, 128, 128)
+    weight, x, up = draw(inputs, sum(segments), dtype=dtype, scale=inputs**-0.5), draw(inputs), draw(inputs)
+    score = draw(3, inputs).abs()
+    exact = reference.activate(x.double(), "silu") * up
+    thresholds = torch.cat([split_value(exact * one, share) for one, share in zip(score, (0.2, 0.5, 0.8), strict=True)])
+    out = poisoned(sum(segments))
+    operators.columns(out, x, weight, threshold=thresholds, segments=segments, score=score, up=up, activation="silu")
+    parts = zip(weight.double().split(segments, dim=1), thresholds, score, strict=True)
+    assert_near(out, torch.cat([reference.input_sparse(part, exact, t, one) for part, t, one in parts]))
+
+
+@pytest.mark.parametrize("live", [0, 1, 300, 640])
+def test_columns_read_only_the_live_rows(operators, draw, poisoned, assert_near, live):
+    weight, x = draw(640, 1024, dtype=torch.bfloat16), draw(640)
+    index = torch.randperm(640, device="cuda").int()
+    want = x[:live].double() @ weight[index[:live].long()].double()
+    weight[index[live:].long()] = torch.nan
+    count, out = torch.tensor([live], dtype=torch.int32, device="cuda"), poisoned(1024)
+    operators.columns(out, x, weight, index=index, count=count)
+    if live == 0:
+        assert (out == 0).all()
+    else:
+        assert_near(out, want)
+
+
+def test_the_best_row_is_the_first_of_the_largest(operators, draw, poisoned):
+    weight, x = draw(32001, 512, dtype=torch.bfloat16), draw(512)
+    norm = norm_for(512, draw)
+    best = Best(poisoned(operators.blocks), torch.zeros(operators.blocks, dtype=torch.int32, device="cuda"))
+    logits = poisoned(32001)
+    operators.head(logits, best, x, weight, norm=norm)
+    winner = best.row[best.value == best.value.max()].min()
+    assert winner == logits.argmax()
+    weight[31000] = weight[winner.item()]
+    operators.head(logits, best, x, weight, norm=norm)
+    assert best.row[best.value == best.value.max()].min() == winner

@@ -1,0 +1,238 @@
+"""Whole steps on the GPU: against the torch step stage by stage, against transformers, and against themselves."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from actsparse.engine.cuda import reference, sliced
+from actsparse.engine.cuda.decoder import Decoder
+from actsparse.engine.cuda.input_sparse import InputPlan, InputScores, column_norms
+from actsparse.engine.cuda.layout import Shape, input_rows, random_weights, transpose_rows
+from actsparse.engine.cuda.neuron_sparse import NeuronPlan
+from actsparse.engine.cuda.state import set_hidden
+from actsparse.engine.cuda.step import DensePlan, NativeStep
+from actsparse.engine.cuda.torch_step import TorchStep
+
+pytestmark = pytest.mark.gpu
+
+GROUPED = Shape(
+    name="grouped", layers=2, width=896, neurons=1400, heads=14, kv_heads=2, head_dim=64, vocab=1003, qkv_bias=True
+)
+FULL = Shape(name="full", layers=2, width=1024, neurons=2752, heads=8, kv_heads=8, head_dim=128, vocab=2000)
+PLANS = ("dense", "sliced", "indexed", "cats", "chess", "countdown", "teal", "wina", "teal atomics")
+
+
+def make_plan(kind, weights):
+    shape = weights.shape
+    down_rows = transpose_rows(weights.down)
+    scores = torch.rand(shape.layers, shape.neurons, device=weights.device)
+    match kind:
+        case "dense":
+            return DensePlan()
+        case "sliced":
+            plan = sliced.empty_plan(weights, sliced.capacity_for(shape.neurons // 2))
+            sliced.select_top(plan.selection, scores, shape.neurons // 2)
+            sliced.fill(plan, weights, down_rows, None)
+            return plan
+        case "indexed":
+            selection = sliced.empty_selection(weights, sliced.capacity_for(shape.neurons))
+            sliced.select_threshold(selection, scores, scores.quantile(0.5, dim=1))
+            return sliced.IndexedPlan(down_rows=down_rows, selection=selection)
+        case "cats":
+            return NeuronPlan(threshold=torch.full((shape.layers, 1), 0.2, device="cuda"), down_rows=down_rows)
+        case "chess":
+            return NeuronPlan(threshold=0.4 * scores, down_rows=down_rows)
+        case "countdown":
+            threshold = torch.full((shape.layers, 1), 0.6, device="cuda")
+            return NeuronPlan(threshold=threshold, down_rows=down_rows, first="up")
+        case _:
+            norms = None
+            if kind == "wina":
+                widths = (shape.query_width, shape.kv_width, shape.kv_width)
+                norms = InputScores(
+                    qkv=column_norms(weights.qkv, widths),
+                    out=column_norms(weights.out, (shape.width,)),
+                    gate_up=column_norms(weights.gate_up, (shape.neurons, shape.neurons)),
+                    down=column_norms(weights.down, (shape.width,)),
+                )
+            threshold = torch.tensor([0.5, 0.6, 0.7, 0.05, 0.5, 0.6, 0.1], device="cuda").expand(shape.layers, 7)
+            return InputPlan(
+                weights=input_rows(weights, down_rows),
+                threshold=threshold.contiguous(),
+                scores=norms,
+                fast_atomics=kind == "teal atomics",
+            )
+
+
+def assert_products(stage, operators, weights, state, plan, layer, hidden, assert_near):
+    """Every product of the stage on the inputs that it had, since rounding moves entries across thresholds."""
+    shape, scores = weights.shape, plan.scores
+
+    def product(rows, x, at, score):
+        return reference.input_sparse(rows.double(), x.double(), plan.threshold[layer, at], score)
+
+    def parts(rows, widths, x, at, score):
+        pieces = enumerate(rows.split(widths, dim=1))
+        return torch.cat([product(p, x, at + i, None if score is None else score[layer, i]) for i, p in pieces])
+
+    if stage == "attention":
+        x = reference.rms_norm(hidden, weights.attn_norm[layer], shape.norm_epsilon)
+        widths = (shape.query_width, shape.kv_width, shape.kv_width)
+        want = parts(plan.weights.qkv[layer], widths, x, 0, scores and scores.qkv)
+        assert_near(state.qkv, want if weights.qkv_bias is None else want + weights.qkv_bias[layer])
+        cache = state.keys[layer].clone(), state.values[layer].clone()
+        assert_near(state.mix, reference.attend(state.qkv, *cache, state.position, *state.angles))
+        want = product(plan.weights.out[layer], state.mix, 3, scores.out[layer, 0] if scores else None)
+    else:
+        x = reference.rms_norm(hidden, weights.mlp_norm[layer], shape.norm_epsilon)
+        widths = (shape.neurons, shape.neurons)
+        assert_near(state.halves, parts(plan.weights.gate_up[layer], widths, x, 4, scores and scores.gate_up))
+        gate, up = state.halves.chunk(2)
+        neurons = reference.activate(gate, shape.activation) * up
+        want = product(plan.weights.down[layer], neurons, 6, scores.down[layer, 0] if scores else None)
+    assert_near(state.hidden - hidden, want)
+    if not plan.fast_atomics:
+        parts = operators.column_blocks(shape.width, shape.query_width if stage == "attention" else shape.neurons)
+        assert_near(state.squares[:parts].sum(), state.hidden.square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [GROUPED, FULL], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_stage_equals_the_torch_step(operators, draw, assert_near, kind, shape, dtype):
+    weights = random_weights(shape, dtype=dtype, device="cuda")
+    decoder = Decoder(weights, max_length=96)
+    assert decoder.operators is not None, decoder.warnings
+    state, plan = decoder.state, make_plan(kind, weights)
+    native = NativeStep(weights, state, plan, operators)
+    plain = TorchStep(weights, state, plan, compiled=False)
+    state.keys.copy_(draw(*state.keys.shape))
+    state.values.copy_(draw(*state.values.shape))
+    state.position.fill_(70)
+    for layer in range(shape.layers):
+        for name in ("attention", "mlp"):
+            hidden = draw(shape.width)
+            for buffer in (state.qkv, state.mix, state.halves, state.neurons):
+                buffer.fill_(torch.nan)
+            want = getattr(plain, name)(layer, hidden.clone()) - hidden
+            set_hidden(state, hidden)
+            getattr(native, name)(layer)
+            if isinstance(plan, InputPlan):
+                assert_products(name, operators, weights, state, plan, layer, hidden, assert_near)
+            else:
+                assert_near(state.hidden - hidden, want)
+    hidden = draw(shape.width)
+
+    def finish(step):
+        set_hidden(state, hidden)
+        state.position.fill_(70)
+        state.logits.fill_(torch.nan)
+        step()
+        assert state.position.item() == 71
+        return state.logits.clone(), state.tokens[71].clone()
+
+    want_logits, want_token = finish(lambda: plain.next_token(hidden))
+    logits, token = finish(native.next_token)
+    assert_near(logits, want_logits)
+    assert token == want_token
+    assert torch.equal(state.hidden, weights.embedding[token].float())
+
+
+@pytest.mark.parametrize("kind", PLANS[:-1])
+def test_replays_equal_eager_bit_for_bit(kind):
+    weights = random_weights(GROUPED, dtype=torch.bfloat16, device="cuda")
+    decoder = Decoder(weights, max_length=96)
+    plan = make_plan(kind, weights)
+    decoder.set_plan(plan)
+    assert decoder.path == "graph", decoder.warnings
+    runs = []
+    for _ in range(2):
+        decoder.start(5, 0)
+        tokens = decoder.decode(40)
+        runs.append((tokens, decoder.state.logits.clone(), decoder.state.keys.clone()))
+    decoder.start(5, 0)
+    eager = NativeStep(weights, decoder.state, plan, decoder.operators)
+    for _ in range(40):
+        eager()
+    runs.append((decoder.state.tokens[1:41], decoder.state.logits, decoder.state.keys))
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+def test_a_refilled_buffer_is_seen_by_the_captured_step():
+    weights = random_weights(GROUPED, dtype=torch.bfloat16, device="cuda")
+    decoder = Decoder(weights, max_length=64)
+    down_rows = transpose_rows(weights.down)
+    plan = sliced.empty_plan(weights, sliced.capacity_for(700))
+    decoder.set_plan(plan)
+    eager = NativeStep(weights, decoder.state, plan, decoder.operators)
+    results = []
+    for keep in (700, 650, 333):
+        scores = torch.rand(2, GROUPED.neurons, device="cuda")
+        sliced.select_top(plan.selection, scores, keep)
+        sliced.fill(plan, weights, down_rows, decoder.operators)
+        copy = dataclasses.replace(plan, gate_up=plan.gate_up.clone(), down=plan.down.clone())
+        sliced.fill(copy, weights, down_rows, None)
+        assert torch.equal(copy.gate_up, plan.gate_up)
+        assert torch.equal(copy.down, plan.down)
+        assert (plan.down[:, keep:] == 0).all()
+        decoder.start(3, 0)
+        decoder.decode(20)
+        replayed = decoder.state.logits.clone()
+        decoder.start(3, 0)
+        for _ in range(20):
+            eager()
+        assert torch.equal(replayed, decoder.state.logits)
+        results.append(replayed)
+    assert not torch.equal(results[0], results[1])
+
+
+def hugging_face(kind):
+    sizes = {
+        "vocab_size": 1000,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    return model.eval().to("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_prefill_of_transformers_is_continued(kind, assert_near):
+    torch.manual_seed(0)
+    model = hugging_face(kind)
+    decoder = Decoder.from_model(model, max_length=128)
+    assert decoder.operators is not None, decoder.warnings
+    exact = model.float()
+    ids = torch.randint(0, 1000, (1, 50), device="cuda")
+    with torch.no_grad():
+        prefill = exact(ids[:, :40], use_cache=True)
+        layers = prefill.past_key_values.layers
+        decoder.load_cache([one.keys for one in layers], [one.values for one in layers], int(ids[0, 40]))
+        decoder.force(ids[0, 41:])
+        for position in range(40, 50):
+            decoder.decode(1)
+            want = exact(ids[:, : position + 1]).logits[0, -1]
+            # The decoder's cache is bfloat16, the reference's float32.
+            assert_near(decoder.state.logits, want, limit=1e-2)
+
+
+def test_greedy_text_equals_generate_in_float32():
+    torch.manual_seed(1)
+    model = hugging_face("qwen2").float()
+    decoder = Decoder.from_model(model, max_length=128)
+    assert any("torch.compile" in warning for warning in decoder.warnings)
+    ids = torch.randint(0, 1000, (1, 20), device="cuda")
+    with torch.no_grad():
+        prefill = model(ids, use_cache=True)
+        layers = prefill.past_key_values.layers
+        first = int(prefill.logits[0, -1].argmax())
+        decoder.load_cache([one.keys for one in layers], [one.values for one in layers], first)
+        want = model.generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 21:]
+    assert torch.equal(decoder.decode(24), want)

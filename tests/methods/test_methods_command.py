@@ -1,0 +1,50 @@
+"""`actsparse methods`."""
+
+import json
+
+import pytest
+
+from actsparse.cli.app import main
+from actsparse.methods.registry import all_methods
+
+
+def test_every_method_is_listed_with_what_it_needs_and_saves(capsys: pytest.CaptureFixture) -> None:
+    assert main(["methods", "--json"]) == 0
+    found = {one["method"]: one for one in json.loads(capsys.readouterr().out)}
+    assert list(found) == list(all_methods())
+    facts = {name: (one["decides"], one["reads"], one["saves"], one["fitted_on"]) for name, one in found.items()}
+    assert facts["chess"] == ("per token", ["gate", "up"], ["up", "down"], "text")
+    assert facts["countdown"] == ("per token", ["up"], ["gate", "down"], "profile")
+    assert facts["cett"] == ("per token", ["neuron"], ["down"], "text")
+    assert facts["griffin"] == ("end of prefill", ["neuron"], ["gate", "up", "down"], "nothing")
+    assert facts["oracle-a"] == ("per token", ["neuron"], [], "nothing")
+    assert {name for name, one in found.items() if one["gated_only"]} == {
+        "oracle-gate", "oracle-up", "chess", "countdown",
+    }  # fmt: skip
+    assert {name for name, one in found.items() if one["ideal"]} == {"oracle-a", "oracle-n", "oracle-gate", "oracle-up"}
+    assert found["tda"]["options"] == {
+        "source": {"type": "choice", "default": "a", "values": ["a", "n"]},
+        "first": {"type": "int", "default": 0, "values": []},
+        "length_aware": {"type": "bool", "default": False, "values": []},
+    }
+
+
+def test_the_table_says_what_has_an_engine(capsys: pytest.CaptureFixture) -> None:
+    assert main(["methods"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    for name, cls in all_methods().items():
+        assert lines[name].rstrip().endswith("engine" if cls.has_engine else "masked only")
+    assert "nothing (ruler)" in lines["oracle-n"]
+
+
+def test_one_method_shows_its_options(capsys: pytest.CaptureFixture) -> None:
+    assert main(["methods", "coreinfer"]) == 0
+    out = capsys.readouterr().out
+    assert "token_frac=0.4  (float)" in out
+    assert "arXiv 2410.18311" in out
+    assert "griffin" not in out
+
+
+def test_a_name_that_is_no_method_has_a_hint(capsys: pytest.CaptureFixture) -> None:
+    assert main(["methods", "chss"]) == 1
+    assert "did you mean 'chess'?" in capsys.readouterr().err

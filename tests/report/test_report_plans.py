@@ -1,0 +1,57 @@
+"""Short forms read, and one look a plan everywhere."""
+
+import pytest
+
+from actsparse.report.looks import DARK_TWIN, PAPER, PLAN_COLOURS, looks_of
+from actsparse.report.plans import Role, parse_plan
+
+
+@pytest.mark.parametrize(
+    ("plan", "method", "role", "amount", "title"),
+    [
+        ("dense", "dense", Role.DENSE, None, "Dense"),
+        ("griffin@0.5", "griffin", Role.METHOD, 0.5, "GRIFFIN, 50\u202f% of neurons dropped"),
+        ("tda:target_error=0.2", "tda", Role.METHOD, None, "TDA (target error 0.2)"),
+        ("static:stat=griffin@0.5", "static", Role.STATIC, 0.5,
+         "Static mask by GRIFFIN's statistic, 50\u202f% of neurons dropped"),
+        ("random@0.25", "random", Role.RANDOM, 0.25, "Random mask, 25\u202f% of neurons dropped"),
+        ("teal@0.4", "teal", Role.METHOD, 0.4, "TEAL, 40\u202f% of input channels dropped"),
+        ("oracle-a@0.5", "oracle-a", Role.ORACLE, 0.5, "Oracle by |a|, 50\u202f% of neurons dropped"),
+    ],
+)  # fmt: skip
+def test_short_forms(plan: str, method: str, role: Role, amount: float | None, title: str) -> None:
+    name = parse_plan(plan)
+    assert (name.method, name.role, name.amount, name.title) == (method, role, amount, title)
+
+
+def test_a_plan_directory_takes_its_method_from_the_summary() -> None:
+    name = parse_plan("runs/SmolLM2/plan-3f9c1e", "tda")
+    assert (name.method, name.role) == ("tda", Role.METHOD)
+    assert name.title == "TDA (runs/SmolLM2/plan-3f9c1e)"
+
+
+def test_looks_tell_plans_apart_and_keep_a_series_together() -> None:
+    plans = ["griffin@0.25", "griffin@0.5", "tda@0.5", "random@0.5", "static:stat=griffin@0.5"]
+    looks = looks_of([parse_plan(plan) for plan in plans])
+    assert looks["griffin@0.25"].colour == looks["griffin@0.5"].colour != looks["tda@0.5"].colour
+    assert looks["griffin@0.25"].dash != looks["griffin@0.5"].dash
+    assert looks["random@0.5"].colour not in PLAN_COLOURS
+    assert [looks[plan].baseline for plan in plans] == [False, False, False, True, True]
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("colour", PLAN_COLOURS)
+def test_plan_colours_stand_out_in_light_and_dark(colour: str) -> None:
+    """WCAG: graphics need 3:1 against the page."""
+    assert contrast(colour, PAPER) >= 3
+    assert contrast(DARK_TWIN[colour], DARK_TWIN[PAPER]) >= 3

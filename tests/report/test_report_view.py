@@ -1,0 +1,198 @@
+"""The view model: findings, notices and sections computed from runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import example_runs as example
+import pytest
+from example_evals import ExamplePlan
+
+from actsparse.report.registry import ROWS, SECTIONS
+from actsparse.report.samples import split_at_difference
+from actsparse.report.view import FigureView, ReportView, build_view
+from actsparse.results import EvalRow, Measure, RunKind
+from actsparse.specs import ReportSpec
+from actsparse.store import tables
+
+
+def figures(view: ReportView) -> dict[str, FigureView]:
+    return {figure.id: figure for section in view.sections for row in section.figures for figure in row}
+
+
+def caption(view: ReportView, name: str) -> str:
+    return figures(view)[name].caption.replace("\u202f", " ").replace("\u00a0", " ")
+
+
+def test_every_figure_of_the_registry_is_drawn_or_named_as_missing(view: ReportView) -> None:
+    drawn = {figure.row.id for figure in figures(view).values()}
+    missing = {row.what for row in view.unmeasured}
+    assert all(row.id in drawn or row.optional or row.title.lower() in missing for row in ROWS)
+    assert {row.section for row in ROWS} == set(SECTIONS)
+    assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+def test_captions_state_what_the_data_say(view: ReportView) -> None:
+    frame = figures(view)["cett-layers-0"].frame
+    at = frame.filter(target=0.2)["sparsity"]
+    assert f"{100 * at.mean():.1f} % at CETT 0.2" in caption(view, "cett-layers-0")
+    assert f"{100 * at.min():.1f} %" in caption(view, "cett-layers-0")
+    assert "static:stat=griffin@0.5 most, 1.27× of at most 1.42×" in caption(view, "speed-0")
+    assert "griffin@0.5 (88.5 against 73.2)" in caption(view, "quality-0")
+    assert "Beyond the axis: random@0.5" in caption(view, "frontier-0")
+    assert "n = 1 024 scored tokens" in caption(view, "kl-0")
+    assert "Dense reads 538 MB a token, 59 % of it mlp" in caption(view, "bytes-0")
+    assert "cats@0.5 (dashed) cuts off" in caption(view, "magnitudes-gate-0")
+    assert "There are no exact zeros." in caption(view, "kind-medians-0")
+
+
+def test_captions_follow_the_numbers(tmp_path: Path) -> None:
+    """The same figure of other runs says something else: nothing is canned."""
+    worse = ExamplePlan(plan="griffin@0.5", ppl=30.0, speed=0.9)
+    other = build_view(ReportSpec(runs=(example.eval_run(tmp_path / "eval", plans=(worse,)),)))
+    assert "0 of 1 timed plans are faster" in caption(other, "speed-0")
+    assert "No random, static and oracle baseline in these runs" in caption(other, "quality-0")
+
+
+def test_frontier_marks_only_timed_plans_that_none_beats(view: ReportView) -> None:
+    frame = figures(view)["frontier-0"].frame
+    best = frame.filter(frame["best"])["plan"].to_list()
+    assert best == ["dense", "tda:target_error=0.2", "static:stat=griffin@0.25", "static:stat=griffin@0.5"]
+    hollow = frame.filter(~frame["timed"])["plan"].to_list()
+    assert hollow == ["cats@0.25", "cats@0.5", "oracle-a@0.5"]
+
+
+def test_cards_are_at_most_six_and_show_dense_to_sparse(view: ReportView) -> None:
+    assert 1 <= len(view.cards) <= 6
+    speed = next(card for card in view.cards if card.title.startswith("Decode"))
+    assert (speed.before, speed.value) == ("24.1\u202fms", "23.0\u202fms")
+    assert speed.change == "1.05×, faster"
+    assert "ceiling 1.11×" in speed.note
+
+
+def test_warnings_of_the_runs_and_overlap_of_the_calibration_text(tmp_path: Path, view: ReportView) -> None:
+    assert [(notice.letter, notice.text) for notice in view.notices] == [("C", "byte figures count 4 bytes a weight")]
+    overlapping = replace(example.CALIBRATION, blocks=(3, 7))
+    run = example.eval_run(tmp_path / "eval", texts=(example.CORPUS, overlapping))
+    found = build_view(ReportSpec(runs=(run,))).notices
+    assert "about 25\u202f% of what was scored in wikitext2-test.txt was also used to fit" in found[0].text
+
+
+def test_a_plan_fitted_on_the_scored_text_is_warned_about(tmp_path: Path) -> None:
+    plan = example.plan_run(tmp_path / "plan", calibration=replace(example.CORPUS, role="calibration"))
+    run = example.eval_run(tmp_path / "eval", texts=(example.CORPUS,))
+    assert "was also used to fit" in build_view(ReportSpec(runs=(run, plan))).notices[0].text
+
+
+def test_windows_decide_over_block_numbers(tmp_path: Path) -> None:
+    scored = replace(example.CORPUS, window_hashes=("a", "b"))
+    fitted = replace(example.CALIBRATION, blocks=(0, 4), window_hashes=("c", "d"))
+    run = example.eval_run(tmp_path / "eval", texts=(scored, fitted))
+    assert build_view(ReportSpec(runs=(run,))).notices == ()
+
+
+def test_an_unfinished_run_is_drawn_with_a_banner(tmp_path: Path) -> None:
+    run = example.eval_run(tmp_path / "eval", finish=False, leave_out=("summary", "timing"))
+    view = build_view(ReportSpec(runs=(run,)))
+    assert "incomplete" in view.notices[0].text
+    assert "actsparse evaluate --model" in view.notices[0].text
+    assert "quality-0" in figures(view)
+    assert "phases-0" not in figures(view)
+    assert not view.origins[0].complete
+
+
+def test_a_damaged_table_of_an_unfinished_run_is_left_out_and_said(tmp_path: Path) -> None:
+    run = example.eval_run(tmp_path / "eval", finish=False)
+    (run / "tokens.parquet").write_bytes(b"not parquet")
+    view = build_view(ReportSpec(runs=(run,)))
+    assert any("tokens.parquet is damaged" in notice.text for notice in view.notices)
+    assert "drift-0" not in figures(view)
+
+
+def test_two_models_stand_side_by_side(pair: tuple[Path, ...]) -> None:
+    view = build_view(ReportSpec(runs=pair))
+    panels = {figure.panel for figure in figures(view).values()}
+    assert panels == {"SmolLM2-135M-Instruct", "relu"}
+    assert "kind-zeros-1" in figures(view)
+    assert "kind-zeros-0" not in figures(view)
+    assert sum("of another model (relu)" in notice.text for notice in view.notices) == 1
+    assert view.compare is not None
+    assert view.compare.rows[0][0].text == "CETT sparsity at 0.1, mean over layers"
+
+
+def test_two_evaluations_of_one_model_share_a_panel(tmp_path: Path) -> None:
+    first = example.eval_run(tmp_path / "a", plans=(ExamplePlan(plan="griffin@0.5", ppl=88.0),))
+    second = example.eval_run(
+        tmp_path / "b", plans=(ExamplePlan(plan="griffin@0.5", ppl=80.0), ExamplePlan(plan="cats@0.5", ppl=27.0))
+    )
+    view = build_view(ReportSpec(runs=(first, second)))
+    frame = figures(view)["quality-0"].frame
+    assert frame["plan"].to_list() == ["griffin@0.5", "griffin@0.5 (B)", "cats@0.5"]
+    assert view.looks["griffin@0.5 (B)"].colour == view.looks["griffin@0.5"].colour
+    assert view.looks["griffin@0.5 (B)"].symbol != view.looks["griffin@0.5"].symbol
+
+
+def test_the_same_run_twice_is_read_once(runs: tuple[Path, ...]) -> None:
+    assert len(build_view(ReportSpec(runs=(runs[2], runs[2]))).origins) == 1
+
+
+def test_runs_without_tables_still_make_a_report(tmp_path: Path) -> None:
+    profile = example.profile_run(tmp_path / "p", leave_out=("measures", "neurons", "heads", "histograms"))
+    run = example.eval_run(tmp_path / "e", leave_out=("results", "tokens", "timing", "generations", "summary"))
+    view = build_view(ReportSpec(runs=(profile, run)))
+    assert not figures(view)
+    assert {row.title.lower() for row in ROWS if not row.optional} <= {row.what for row in view.unmeasured}
+
+
+def test_a_later_measurement_leaves_the_list_once_it_is_there(tmp_path: Path) -> None:
+    def fill(_: object) -> None:
+        row = Measure(metric="hu1", layer=0, kind="neuron", value=0.4, unit="1", n=8)
+        tables.write(tmp_path / "p" / "measures.parquet", tables.frame([row], Measure))
+
+    run = example.write_run(tmp_path / "p", RunKind.PROFILE, fill)
+    what = [row.what for row in build_view(ReportSpec(runs=(run,))).unmeasured]
+    assert "batch union" in what
+    assert not any("HU1" in text for text in what)
+
+
+def test_samples_mark_where_they_leave_dense(view: ReportView) -> None:
+    first = view.samples[0].samples[0]
+    by_plan = {text.plan: text for text in first.continuations}
+    assert first.continuations[0].plan == "dense"
+    assert by_plan["cats@0.5"].different == ""
+    assert by_plan["cats@0.5"].note == "as dense for all 48 tokens"
+    assert by_plan["griffin@0.5"].same.endswith("lit the lamp and ")
+    assert by_plan["griffin@0.5"].note == "leaves dense at token 8; 41 % repeated"
+
+
+@pytest.mark.parametrize(
+    ("dense", "text", "parts"),
+    [
+        ("a b c", "a b c", ("a b c", "")),
+        ("a bat c", "a bad c", ("a ", "bad c")),
+        ("a b c", "x", ("", "x")),
+        ("a b c d", "a b", ("a b", "")),
+    ],
+)
+def test_split_at_difference(dense: str, text: str, parts: tuple[str, str]) -> None:
+    assert split_at_difference(dense, text) == parts
+
+
+def test_worst_tokens_are_text_where_the_run_kept_it(tmp_path: Path, view: ReportView) -> None:
+    assert "ids" in view.worst[0].note
+    words = {token: f" w{token}" for token in range(49152)}
+    run = example.eval_run(tmp_path / "eval", plans=example.PLANS[:1], vocabulary=words)
+    table = build_view(ReportSpec(runs=(run,))).worst[0]
+    losses = [row[1].sort for row in table.rows]
+    assert losses == sorted((loss for loss in losses if loss is not None), reverse=True)
+    assert table.rows[0][6].text.startswith(" w")
+
+
+def test_path_differences_are_warned_about_once(tmp_path: Path) -> None:
+    row = EvalRow(plan="cats@0.5", metric="path_check", value=0.2, unit="nats", n=1)
+    cats = (ExamplePlan(plan="cats@0.5", ppl=27.8),)
+    silent = example.eval_run(tmp_path / "a", plans=cats, extra=(row,))
+    said = "cats@0.5: engine and masked path differ by 0.2 nats on a token (tolerance 0.001)"
+    warned = example.eval_run(tmp_path / "b", plans=cats, extra=(row,), warnings=(said,))
+    for run in (silent, warned):
+        notices = build_view(ReportSpec(runs=(run,))).notices
+        assert sum("engine and masked path differ" in notice.text for notice in notices) == 1
