@@ -1,8 +1,8 @@
 """What was asked: the frozen inputs of the four verbs. No torch here.
 
-A field marked `RUNTIME` says how a run is carried out, not what it finds; it stays out of the fingerprint of profile
-and threshold runs (an evaluation keeps device, threads and torch version, since its timing depends on them). A run goes to
-`output`, else to `root`/MODEL/KIND-HASH.
+A field marked `RUNTIME` says how a run is carried out, not what it finds, and stays out of the fingerprint (that of an
+evaluation adds device, threads and torch version, since its timing depends on them). A run goes to `output`, else to
+`root`/MODEL/KIND-HASH.
 """
 
 from dataclasses import dataclass, field
@@ -54,8 +54,8 @@ class ProfileSpec:
     """Record activations of `model` on `data`.
 
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
-    `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured beside
-    (`uncertainty`, `inertia`, `union`).
+    `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured
+    beside (`uncertainty`, `inertia`, `union`).
     """
 
     model: ModelSpec

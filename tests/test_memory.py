@@ -25,7 +25,7 @@ def test_peak_memory_does_not_grow_with_ten_times_the_prompts(tmp_path: Path) ->
     measured = []
     for count in (100, 1000):
         prompts = tmp_path / f"{count}.jsonl"
-        words = "the river runs under the old bridge and over the grey stones of the valley".split()
+        words = ["the", "river", "runs", "under", "old", "bridge", "over", "grey", "stones"]
         texts = (" ".join(words[(i + j) % len(words)] for j in range(60)) for i in range(count))
         prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         command = [sys.executable, "-c", PROFILE, str(model), str(prompts), str(tmp_path / f"run{count}")]

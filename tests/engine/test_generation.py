@@ -1,0 +1,133 @@
+"""sparsify: whatever drives the model, prompts run dense and decoded tokens sparse."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, token_ids
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from actsparse import sparsify
+from actsparse.engine.decode import greedy, new_cache, prefill
+from actsparse.engine.generation import sparse_generation
+from actsparse.engine.sparse import sparse_decoder
+from actsparse.errors import PlanError
+from actsparse.methods.base import PrefillGate, TokenGate
+from actsparse.methods.prompt_statistic import PromptStatistic
+from actsparse.models.sites import resolve
+from actsparse.results import SiteKind
+
+SINK, NEW = 4, 8
+FAMILIES = ["llama", "phi3", "gpt2", "opt"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    found = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        do_sample=False,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        pad_token_id=0,
+    )
+    return found[:, ids.shape[1] :]
+
+
+def half_gates(model: PreTrainedModel) -> list[PrefillGate]:
+    """The stronger half of every layer's neurons on the prompt."""
+    count = len(resolve(model).layers)
+    return [PrefillGate(PromptStatistic, lambda s: s >= s.median()) for _ in range(count)]
+
+
+def test_nothing_dropped_is_the_dense_text(model: PreTrainedModel) -> None:
+    ids = token_ids(1, 20)
+    dense = generated(model, ids)
+    with sparsify(model, "griffin@0"):
+        assert torch.equal(generated(model, ids), dense)
+
+
+def test_the_text_is_that_of_the_sliced_decoder(model: PreTrainedModel) -> None:
+    ids = token_ids(1, 20)
+    sites, gates = resolve(model), half_gates(model)
+    with sparse_decoder(sites, gates, sink_tokens=SINK) as decoder:
+        cache = new_cache(model, 20 + NEW)
+        logits = decoder.prefill(ids, cache)
+        decoder.select()
+        expected = greedy(model, logits, cache, 20, NEW)
+    with sparse_generation(sites, gates, sink_tokens=SINK):
+        assert torch.equal(generated(model, ids), expected)
+        assert torch.equal(generated(model, ids), expected), "a mask leaked into the next sequence"
+
+
+def test_the_model_is_as_before_also_after_an_error(model: PreTrainedModel) -> None:
+    ids = token_ids(1, 20)
+    before, modules = model(input_ids=ids).logits, [id(module) for module in model.modules()]
+
+    def fail_inside() -> None:
+        with sparsify(model, "griffin@0.5"):
+            generated(model, ids)
+            raise KeyError("user's own")
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [id(module) for module in model.modules()] == modules
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_batch_of_two_with_left_padding_is_two_batches_of_one() -> None:
+    model = make_model("llama")
+    gates = half_gates(model)
+    long, short = token_ids(1, 22, seed=1), token_ids(1, 15, seed=2)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), short], dim=1)
+    mask = torch.ones(2, 22, dtype=torch.long)
+    mask[1, :7] = 0
+    with sparse_generation(resolve(model), gates, sink_tokens=SINK):
+        alone = [generated(model, long), generated(model, short)]
+        both = generated(model, torch.cat([long, padded]), mask)
+    assert torch.equal(both, torch.cat(alone))
+
+
+def test_a_prompt_in_chunks_chooses_the_mask_of_the_whole_prompt() -> None:
+    model = make_model("llama")
+    ids, token = token_ids(1, 24), torch.tensor([[5]])
+    found = []
+    for chunks in ((24,), (10, 14), (2, 3, 19)):
+        with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK), torch.no_grad():
+            cache, start = DynamicCache(config=model.config), 0
+            for length in chunks:
+                model(input_ids=ids[:, start : start + length], past_key_values=cache)
+                start += length
+            found.append(model(input_ids=token, past_key_values=cache).logits)
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_token_gates_mask_decoded_tokens_only() -> None:
+    model = make_model("llama")
+    sites = resolve(model)
+    nothing = [TokenGate(SiteKind.GATE, lambda g: torch.zeros_like(g, dtype=torch.bool)) for _ in sites.layers]
+    ids = token_ids(1, 20)
+    with torch.no_grad(), sparse_generation(sites, nothing, sink_tokens=SINK):
+        cache = new_cache(model, 30)
+        inside = prefill(model, ids, cache)
+        masked_step = model(input_ids=ids[:, :1], past_key_values=cache).logits
+    with torch.no_grad():
+        cache = new_cache(model, 30)
+        assert torch.equal(prefill(model, ids, cache), inside)
+        assert not torch.allclose(model(input_ids=ids[:, :1], past_key_values=cache).logits, masked_step)
+
+
+@pytest.mark.parametrize(
+    ("plan", "what"),
+    [("static@0.5", "must be fitted"), ("cats@0.5", "must be fitted"), ("grifin@0.5", "no method 'grifin'")],
+)
+def test_plans_that_need_text_are_refused(plan: str, what: str) -> None:
+    with pytest.raises(PlanError, match=what), sparsify(make_model("llama"), Path(plan)):
+        pass
