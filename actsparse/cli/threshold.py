@@ -21,7 +21,7 @@ def command(
     *,
     method: Annotated[
         str,
-        option("--method", help="static, random, griffin, tda, cats; or method:key=value@x.", panel=RUN),
+        option("--method", help="A method (see `actsparse methods`), or method:key=value@x.", panel=RUN),
     ],
     settings: Annotated[
         list[str] | None, option("--set", help="An option of the method, name=value. Repeatable.", panel=RUN)

@@ -33,8 +33,8 @@ def result_rows(
         rows += _sparsity_rows(group.name, realised, "realised")
         rows += _byte_rows(group.name, cost, realised) + _layer_rows(group.name, kept)
         found = speeds.plans[group.name]
-        if found.useful_kept:
-            useful = saved(cost, group.plan.method.saves, [1 - share for share in found.useful_kept])
+        useful = _useful(group, found, cost)
+        if useful is not None:
             rows += _sparsity_rows(group.name, useful, "useful")
         rows += _speed_rows(found, realised)
     return rows
@@ -87,6 +87,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         "plan": group.name,
         "method": group.plan.method.name,
         "control": group.plan.method.name in ("random", "static"),
+        "ideal": group.plan.method.ideal,
         "replicas": len(group.replicas),
         "sparsity": {
             basis: {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis=basis)}
@@ -144,6 +145,15 @@ def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity
     """Sparsity counted over the sparse positions of the scored blocks."""
     by_layer = kept.group_by("layer").agg(pl.col("kept_frac").mean()).sort("layer")["kept_frac"].to_list()
     return saved(cost, group.plan.method.saves, [1 - share for share in by_layer])
+
+
+def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | None:
+    """What the engine did not read; nothing for an oracle, whose masks are known too late; None without an engine."""
+    if group.plan.method.ideal:
+        return Sparsity(neuron_frac=0.0, mlp_bytes_frac=0.0, model_bytes_frac=0.0)
+    if not found.useful_kept:
+        return None
+    return saved(cost, group.plan.method.saves, [1 - share for share in found.useful_kept])
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:

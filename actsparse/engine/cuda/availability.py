@@ -8,6 +8,8 @@ import torch
 from actsparse.engine.cuda import native
 from actsparse.engine.cuda.layout import Weights
 
+MAX_INPUTS = 40960  # as float32 beside the rings, in the 227 KiB of a block
+
 
 def has_triton() -> bool:
     """Whether Triton kernels can be launched: the package is there and a CUDA device too."""
@@ -36,4 +38,6 @@ def native_refusal(weights: Weights) -> str | None:
     odd = [name for name in ("width", "neurons") if getattr(shape, name) % 8]
     if odd:
         return f"the compiled kernels read 16 bytes at a time and {' and '.join(odd)} is no multiple of 8"
+    if max(shape.width, shape.neurons, shape.query_width) > MAX_INPUTS:
+        return f"the compiled kernels hold up to {MAX_INPUTS} inputs of a product in shared memory"
     return native_failure()

@@ -2,13 +2,18 @@
 
 import importlib.util
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from actsparse.engine.cuda.availability import native_failure
+from actsparse.engine.cuda.operators import Operators
+
 BUFFERS = 4
 WARM_UPS = 8  # rounds over all buffers, some 20 ms: a chip that was idle takes a while to raise its clocks
 GIBIBYTE = 1 << 30
+WIDTH = 4096  # of the matrix as which the engine's own product reads a buffer
 
 
 def read_bandwidth(device: torch.device, *, buffer_bytes: int = 2 * GIBIBYTE, repeats: int = 12) -> float:
@@ -17,11 +22,16 @@ def read_bandwidth(device: torch.device, *, buffer_bytes: int = 2 * GIBIBYTE, re
     A copy would be slower than a step can be, since a step hardly writes.
     """
     buffers = [torch.ones(buffer_bytes // 4, dtype=torch.int32, device=device) for _ in range(BUFFERS)]
-    return max(_measure(reader, buffers, repeats) for reader in _readers(device))
+    return max(_measure(reader, buffers, repeats) for reader in _readers(device, buffer_bytes))
 
 
-def _readers(device: torch.device) -> list:
-    readers = [lambda buffer: buffer.view(torch.float32).sum()]
+def _readers(device: torch.device, buffer_bytes: int) -> list[Callable[[Tensor], object]]:
+    readers: list[Callable[[Tensor], object]] = [lambda buffer: buffer.view(torch.float32).sum()]
+    if native_failure() is None:
+        operators = Operators(device)
+        x = torch.ones(WIDTH, device=device)
+        out = torch.empty(buffer_bytes // (2 * WIDTH), device=device)
+        readers.append(lambda buffer: operators.project(out, x, buffer.view(torch.bfloat16).view(-1, WIDTH)))
     if importlib.util.find_spec("triton") is not None:
         from actsparse.engine.cuda import read_kernel
 
@@ -31,7 +41,7 @@ def _readers(device: torch.device) -> list:
     return readers
 
 
-def _measure(reader, buffers: list[Tensor], repeats: int) -> float:
+def _measure(reader: Callable[[Tensor], object], buffers: list[Tensor], repeats: int) -> float:
     for _ in range(WARM_UPS):
         for buffer in buffers:
             reader(buffer)

@@ -18,6 +18,9 @@ from actsparse.errors import DataError
 
 SPREAD = 8
 MIN_TYPE_COUNT = 50
+SENTENCES = 12
+SHORTEST, LONGEST = 10, 48
+STREAM_TOKENS = 512
 # Counts of HU2 are kept for so many types at most, since they take types x neurons x layers.
 MAX_TYPES = 128
 
@@ -77,6 +80,19 @@ class ProbeTexts:
         added = {token for token, text in self.tokenizer.added_tokens_decoder.items() if text.special}
         return ordinary_ids(self.vocabulary, [*added, *self.tokenizer.all_special_ids])
 
+    @cached_property
+    def sentences(self) -> tuple[Int[Tensor, " tokens"], ...]:
+        """The first sentences of the text with 10 to 48 tokens, as many as fit in one stream, at most 12."""
+        room = min(STREAM_TOKENS, self.max_positions or STREAM_TOKENS) - 1
+        cuts = (self.ends(self.stream).nonzero().flatten() + 1).tolist()
+        chosen: list[Tensor] = []
+        # what follows the last end is not a whole sentence
+        for sentence in self.stream.tensor_split(cuts)[:-1]:
+            if SHORTEST <= len(sentence) <= LONGEST and len(sentence) <= room and len(chosen) < SENTENCES:
+                chosen.append(sentence)
+                room -= len(sentence)
+        return tuple(chosen)
+
     def warnings(self, names: Sequence[str]) -> list[str]:
         """What makes the results of these probes weak."""
         found = []
@@ -84,6 +100,8 @@ class ProbeTexts:
             found.append("popularity is measured on the text that it corrects: give more text, or another with --calib")
         if "inertia" in names and len(self.pool) < SPREAD:
             found.append(f"inertia is measured on {len(self.pool)} sequences, fewer than {SPREAD}: intervals are wide")
+        if "inertia" in names and len(self.sentences) < 2:
+            found.append("no sentences of 10 to 48 tokens stand in the text: the 2x2 is left out")
         if "uncertainty" in names and len(self.labels.types) == 0:
             found.append(f"no token type occurs {MIN_TYPE_COUNT} times in the text: HU2 is undefined")
         return found
