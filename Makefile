@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_PROMPTS := stories encyclopaedia instructions reasoning
+MODEL ?= demo
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -18,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 install: $(VENV)/installed
 
 demo: install
-	$(BIN)/actsparse run --model demo \
+	$(BIN)/actsparse run --model $(MODEL) \
 	  $(foreach theme,$(DEMO_PROMPTS),--prompts sample_prompts/$(theme).jsonl) $(DEMO_OPTIONS)
 
 test: install

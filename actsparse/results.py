@@ -237,7 +237,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRecord:
-    """A text that was read: where from, how it was cut, and the hash of its content.
+    """A text that was read: where from, how it was cut, and the hash of the token ids that it became.
 
     `sequences` blocks or prompts of `tokens` tokens in all; for blocks `block_length`, `prompt_length` and the
     half-open range `blocks`. `window_hashes` are a sample of 16-token windows, by which two texts are seen to overlap.

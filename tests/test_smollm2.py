@@ -52,7 +52,6 @@ def profiled(kept_model: None, tmp_path_factory: pytest.TempPathFactory) -> Prof
     spec = ProfileSpec(
         model=ModelSpec(name="smollm2"),
         data=DataSpec(corpus=str(CORPUS), limit=4),
-        layers=(0, 7, 14, 22, 29),
         output=tmp_path_factory.mktemp("profile"),
     )
     return profile(spec)
@@ -95,6 +94,12 @@ def test_speed_is_measured_beside_its_ceiling(evaluated: EvalRun) -> None:
     cats = next(plan for plan in evaluated.summary["plans"] if plan["plan"] == "cats@0.5")
     assert cats["speed"] is None
     assert "no engine" in cats["speed_reason"]
+
+
+@pytest.mark.parametrize(("target", "mean"), [(0.1, 0.493), (0.2, 0.670), (0.3, 0.782)])
+def test_mean_cett_sparsity(profiled: ProfileRun, target: float, mean: float) -> None:
+    rows = profiled.measures.filter(pl.col("layer").is_null(), metric="cett_sparsity", param=param(target=target))
+    assert rows["value"].to_list() == [pytest.approx(mean, abs=2e-3)]
 
 
 def test_byte_model(evaluated: EvalRun) -> None:

@@ -2,10 +2,10 @@
 
 import functools
 import os
-import shlex
 import sys
 import tomllib
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from actsparse import __version__
 from actsparse.cli.output import Output
 from actsparse.errors import ActsparseError
+from actsparse.store.provenance import again
 
 INTERRUPTED = 130
 COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods")
@@ -49,21 +50,48 @@ def root(
     """Study and exploit activation sparsity in large language models."""
     del version
     if config is not None:
-        context.default_map = read_config(config)
+        context.default_map = read_config(config, _parameters(context))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Defaults of commands from a TOML file; raises ActsparseError where it cannot be read."""
+def _parameters(context: typer.Context) -> dict[str, dict[str, str]]:
+    """The parameter behind each long option of each command: {"profile": {"limit": "limit", ...}}."""
+    commands = context.command.commands  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        name: {
+            option.removeprefix("--").replace("-", "_"): parameter.name
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if option.startswith("--")
+        }
+        for name, command in commands.items()
+    }
+
+
+def read_config(path: Path, parameters: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Defaults of commands from a TOML file: a table a command, long option names as keys.
+
+    Raises ActsparseError where the file cannot be read, or names a command or option that does not exist.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ActsparseError(f"{path} cannot be read: {error}", "check the path given with --config") from None
     except tomllib.TOMLDecodeError as error:
-        raise ActsparseError(f"{path} is not TOML: {error}", "write for example: [profile]\\nlimit = 8") from None
+        raise ActsparseError(
+            f"{path} is not TOML: {error}", "write a table such as [profile], and under it limit = 8"
+        ) from None
     for name, table in tables.items():
-        if name not in COMMANDS or not isinstance(table, dict):
+        if name not in parameters or not isinstance(table, dict):
             raise ActsparseError(f"{path}: '{name}' is not a command", f"use tables named {', '.join(COMMANDS)}")
-    return {name: {key.replace("-", "_"): v for key, v in table.items()} for name, table in tables.items()}
+        for key in table:
+            if key.replace("-", "_") not in parameters[name]:
+                near = get_close_matches(key.replace("-", "_"), parameters[name], n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"see actsparse {name} --help"
+                raise ActsparseError(f"{path}: {name} has no option '{key}'", hint)
+    return {
+        name: {parameters[name][key.replace("-", "_")]: value for key, value in table.items()}
+        for name, table in tables.items()
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -95,8 +123,8 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            again = shlex.join(["actsparse", *sys.argv[1:]])
-            Output().err.print(f"\ninterrupted; finished work is kept. Resume with:\n  {again}", markup=False)
+            line = again(["actsparse", *sys.argv[1:]])
+            Output().err.print(f"\ninterrupted; finished work is kept. Resume with:\n  {line}", markup=False)
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded

@@ -23,7 +23,9 @@ def option(*names: str, help: str, panel: str) -> Any:
 class ModelOptions:
     """Which model, and where it runs."""
 
-    model: Annotated[str, option("--model", "-m", help="Hub id, directory, .gguf file, smollm2, or demo.", panel=MODEL)]
+    model: Annotated[
+        str, option("--model", "-m", help="Hub id, directory, .gguf file, smollm2, demo, demo:relu.", panel=MODEL)
+    ]
     revision: Annotated[str | None, option("--revision", help="Commit, tag or branch on the hub.", panel=MODEL)] = None
     dtype: Annotated[
         str, option("--dtype", help="auto, float32, bfloat16, float16. auto on a CPU: float32.", panel=MODEL)
@@ -89,6 +91,8 @@ class DataOptions:
             raise ActsparseError(f"--sink-tokens must be at least 0, not {self.sink_tokens}", "correct the value")
         if self.corpus and self.dataset:
             raise ActsparseError("both --corpus and --dataset are given", "give one of the two")
+        if self.prompts and self.dataset:
+            raise ActsparseError("both --prompts and --dataset are given", "give one of the two")
         return DataSpec(
             prompts=tuple(self.prompts or ()),
             corpus=self.corpus,
@@ -178,6 +182,10 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ActsparseError(f"--layers cannot be '{text}'", "write for example 0-7,31")
+        if dash and int(last) < int(first):
+            raise ActsparseError(
+                f"--layers cannot be '{text}': {part.strip()} goes backwards", "write for example 0-7,31"
+            )
         layers += range(int(first), int(last if dash else first) + 1)
     return tuple(sorted(set(layers)))
 

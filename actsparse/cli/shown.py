@@ -129,7 +129,7 @@ def _plan_row(plan: dict[str, Any]) -> list[str]:
         plan["plan"],
         _percent(plan["sparsity"]["model_bytes_frac"]),
         _number(_value(quality, "ppl")),
-        f"{_value(quality, 'kl'):.3f}",
+        _number(_value(quality, "kl")),
         _percent(_value(quality, "top1")),
         _ms(_value(speed, "ms_per_token")),
         speedup,
@@ -151,7 +151,7 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return MISSING if value is None else (f"{value:.3f}" if value < 100 else f"{value:,.0f}")
+    return MISSING if value is None else (f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}")
 
 
 def _ms(value: float | None) -> str:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsparse.core.quantiles import rank
+
 CHUNK_ENTRIES = 1 << 23
 SOLVE_STEPS = 30
 CURVE_TOKENS = 1024
@@ -90,7 +92,7 @@ class CettLayer:
     def sweep(self, shares: tuple[float, ...]) -> list[CettPoint]:
         """CETT at the thresholds that drop the given shares of all entries."""
         flat = (self.a.abs() * self.norms).flatten().sort().values
-        return [self.at(float(flat[min(len(flat) - 1, int(share * len(flat)))])) for share in shares]
+        return [self.at(float(flat[min(len(flat) - 1, rank(share, len(flat)))])) for share in shares]
 
     def solve(self, target: float, bracket: tuple[float, float] | None = None) -> CettPoint:
         """The largest threshold found whose mean CETT is at most `target`.
@@ -143,15 +145,16 @@ class CettSolution:
     targets: dict[float, CettPoint]
     curve: tuple[CettPoint, ...]
     rho: float | None
+    tokens: int
 
     @classmethod
     def of(cls, layer: CettLayer, targets: tuple[float, ...]) -> "CettSolution":
         """Sweep the curve, then solve every target from the bracket that the curve gives."""
         if layer.tokens == 0:
-            return cls(targets={}, curve=(), rho=None)
+            return cls(targets={}, curve=(), rho=None, tokens=0)
         curve = layer.head(CURVE_TOKENS).sweep(CURVE_SHARES)
         solved = {target: layer.solve(target, _bracket(curve, target)) for target in targets}
-        return cls(targets=solved, curve=tuple(curve), rho=layer.rho())
+        return cls(targets=solved, curve=tuple(curve), rho=layer.rho(), tokens=layer.tokens)
 
 
 def _bracket(curve: list[CettPoint], target: float) -> tuple[float, float] | None:

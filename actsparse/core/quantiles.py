@@ -7,6 +7,7 @@ batch size counts alike. They cover 2^-27 (7.5e-9) to 2^17; zeros, smaller and l
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import floor
 
 import torch
 from jaxtyping import Float, Int
@@ -98,6 +99,11 @@ def bin_edges(first: int, stop: int) -> Float[Tensor, " edges"]:
     return torch.exp2(octave + LOWEST_EXPONENT) * (1 + step / BINS_PER_OCTAVE)
 
 
+def rank(share: float, n: int) -> int:
+    """floor(share * n), not misled by shares such as 0.29 that binary fractions fall short of."""
+    return floor(share * n + 1e-9)
+
+
 def quantile_of(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], share: float) -> float:
     """The floor(share * n)-th smallest of counted magnitudes, as the middle of its bin; 0 in the first bin.
 
@@ -109,8 +115,7 @@ def quantile_of(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], sh
     total = int(cumulative[-1]) if len(counts) else 0
     if total == 0:
         return float("nan")
-    rank = min(int(share * total), total - 1)
-    index = int(torch.searchsorted(cumulative, rank, right=True))
+    index = int(torch.searchsorted(cumulative, min(rank(share, total), total - 1), right=True))
     low, high = float(edges[index]), float(edges[index + 1])
     if index == 0:
         return 0.0

@@ -76,6 +76,8 @@ def _rows(rows: Iterable[Any], column: str, name: str) -> Iterator[Prompt]:
                 f"data set '{name}' has no column '{column}'",
                 f"it has {', '.join(row)}: --text-column {next(iter(row))}",
             )
+        if not row[column] or (isinstance(row[column], str) and not row[column].strip()):
+            continue
         yield _prompt({"messages" if isinstance(row[column], list) else "text": row[column]}, f"{name}[{index}]")
 
 
@@ -92,9 +94,13 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> list[Prompt]:
     text = read_text(file)
+    if file.suffix == ".json":
+        raise DataError(
+            f"{file} is JSON, not JSON lines", "write one object a line into a .jsonl file, or use --dataset"
+        )
     if file.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
-        return [_parse_line(line, f"{file.name}:{number}") for number, line in lines if line.strip()]
+        return [_parse_line(line, f"{file}:{number}") for number, line in lines if line.strip()]
     paragraphs = re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))
     return [Prompt(source=file.name, text=part.strip("\n")) for part in paragraphs if part.strip()]
 
@@ -104,7 +110,9 @@ def read_text(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start})", "convert it: iconv -t utf-8") from None
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start})", f"convert it: iconv -f latin1 -t utf-8 {file} > utf8.txt"
+        ) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}", "check the path and its permissions") from None
     if not text.strip():

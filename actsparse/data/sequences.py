@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +56,9 @@ def from_prompts(
 ) -> Sequences:
     """One sequence a prompt, with the tokenizer's own special tokens; longer than the context: split, and said so."""
     ids: list[Tensor] = []
+    plain = sum(bool(prompt.messages) for prompt in prompts) if not tokenizer.chat_template else 0
+    if plain:
+        notify(f"{plain} prompts hold chat messages, and this model has no chat template: read as plain text")
     for prompt in prompts:
         tokens = _tokens(prompt, tokenizer)
         if not tokens:
@@ -65,8 +69,7 @@ def from_prompts(
             pieces = -(-len(tokens) // limit)
             notify(f"{prompt.source}: {len(tokens)} tokens, over the model's {limit}; split into {pieces} sequences")
         ids.extend(torch.tensor(tokens[start : start + limit]) for start in range(0, len(tokens), limit))
-    digest = hashlib.sha256("\0".join(prompt.content for prompt in prompts).encode()).hexdigest()
-    record = TextRecord(role=role, source=source, sha256=digest, sequences=0, tokens=0, sink_tokens=sink_tokens)
+    record = TextRecord(role=role, source=source, sha256="", sequences=0, tokens=0, sink_tokens=sink_tokens)
     return Sequences(tuple(ids), _count(record, ids))
 
 
@@ -98,7 +101,7 @@ def blocks_of(
     record = TextRecord(
         role=role,
         source=source,
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        sha256="",
         sequences=0,
         tokens=0,
         block_length=block_length,
@@ -146,17 +149,27 @@ def shares_text(first: TextRecord, second: TextRecord) -> bool:
 
 
 def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not prompt.messages:
-        return list(tokenizer(prompt.text, verbose=False).input_ids)
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{prompt.source} holds chat messages, and this model's tokenizer has no chat template",
-            "give plain text in a field 'text'",
-        )
+    if not prompt.messages or not tokenizer.chat_template:
+        return list(tokenizer(prompt.content, verbose=False).input_ids)
     messages = [dict(message) for message in prompt.messages]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise DataError(
+            f"{prompt.source}: the model's chat template refuses these messages: {error}",
+            "change the roles, or give plain text in a field 'text'",
+        ) from None
     return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False).input_ids)
 
 
 def _count(record: TextRecord, ids: Sequence[Tensor]) -> TextRecord:
-    return replace(record, sequences=len(ids), tokens=sum(len(one) for one in ids), window_hashes=window_hashes(ids))
+    digest = hashlib.sha256()
+    for one in ids:
+        digest.update(len(one).to_bytes(8, "little") + one.numpy().tobytes())
+    return replace(
+        record,
+        sha256=digest.hexdigest(),
+        sequences=len(ids),
+        tokens=sum(len(one) for one in ids),
+        window_hashes=window_hashes(ids),
+    )

@@ -57,12 +57,16 @@ class TextReader:
         prompts, source = self._prompts()
         return self._joined(prompts[: self.spec.limit] if self.spec.limit else prompts, source, "calibration")
 
-    def eval_texts(self) -> EvalTexts:
-        """The three texts of an evaluation; raises DataError where there is too little text."""
-        pool, limit = self._quality_pool()
+    def eval_texts(self, *, fitted: bool = True) -> EvalTexts:
+        """The three texts of an evaluation; raises DataError where there is too little text.
+
+        Without `fitted`, nothing is fitted on the spot: the calibration text is empty and all blocks may be scored.
+        """
+        pool, limit = self._quality_pool(fitted)
         quality = pool.take(limit, (min(limit), max(limit) + 1))
         quality = replace(quality, record=replace(quality.record, role="quality"))
-        return EvalTexts(quality, self._calibration(pool, limit), self._continued(quality), self.prompt_length)
+        calibration = self._calibration(pool, limit) if fitted else _none_of(pool)
+        return EvalTexts(quality, calibration, self._continued(quality), self.prompt_length)
 
     @property
     def block_length(self) -> int:
@@ -89,14 +93,14 @@ class TextReader:
             )
         return length
 
-    def _quality_pool(self) -> tuple[Sequences, list[int]]:
+    def _quality_pool(self, fitted: bool) -> tuple[Sequences, list[int]]:
         """All blocks, and the places of those that are scored."""
         if self.spec.corpus is not None:
             pool = self._corpus(self.spec.corpus, "quality")
         else:
             prompts, source = self._prompts()
             pool = self._joined(prompts, source, "quality")
-        split_inside = self.spec.calib is None and self.spec.calib_blocks is None and self.spec.part == "all"
+        split_inside = self.spec.calib is None and self.spec.calib_blocks is None and self.spec.part == "all" and fitted
         places = _part(len(pool), self.spec.part) if self.spec.corpus else list(range(len(pool)))
         room = len(places) // 2 if split_inside else len(places)
         wanted = self.spec.limit or min(room, DEFAULT_BLOCKS)
@@ -177,6 +181,11 @@ class TextReader:
             notify=self.notify,
             sink_tokens=self.spec.sink_tokens,
         )
+
+
+def _none_of(pool: Sequences) -> Sequences:
+    empty = pool.take([])
+    return replace(empty, record=replace(empty.record, role="calibration"))
 
 
 def _part(count: int, part: str) -> list[int]:

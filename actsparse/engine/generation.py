@@ -4,6 +4,7 @@ A forward pass without a cache behind it starts a new sequence; passes of severa
 passes of one token after a prompt are decode. Masks are chosen at the first decoded token and kept for the sequence.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,10 +30,14 @@ class _Phases:
         self.at_work = ForwardPass(batch=1, tokens=1, past=0, padding=())
         self.states: list[GateState] = []
         self.decoded = False
+        self.ever_decoded = False
+        self.passes = 0
 
     def begin(self, forward: ForwardPass) -> None:
         """Note a pass that is about to run."""
         self.at_work = forward
+        self.passes += 1
+        self.ever_decoded |= self.decoding
         if forward.past == 0:
             self.decoded = False
             self.states = [
@@ -61,9 +66,14 @@ def sparse_generation(sites: ModelSites, gates: Sequence[Gate], *, sink_tokens: 
     if any(isinstance(gate, TokenGate) for gate in gates):
         with _masked(sites, phases):
             yield
-        return
-    with sliceable(sites) as mlps, _sliced(sites, phases, mlps), torch.no_grad():
-        yield
+    else:
+        with sliceable(sites) as mlps, _sliced(sites, phases, mlps), torch.no_grad():
+            yield
+    if phases.passes and not phases.ever_decoded:
+        warnings.warn(
+            "no token was decoded after a prompt: every pass ran dense, so what was measured is the dense model",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from actsparse.results import Verdict
 
 PREFILL_REPETITIONS = 3
 WARM_UP_TOKENS = 4
+FEWEST_PAIRS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,9 @@ class Speed:
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval says."""
+        """What the interval says; too few pairs say nothing."""
+        if self.pairs < FEWEST_PAIRS:
+            return Verdict.NOT_SIGNIFICANT
         if self.low > 1:
             return Verdict.FASTER
         return Verdict.SLOWER if self.high < 1 else Verdict.NOT_SIGNIFICANT
@@ -90,6 +93,7 @@ def measure(model: PreTrainedModel, decoder: SparseDecoder, ids: Tensor, *, pair
 
     Prefill and selection are timed in the first repetitions; every decode lap starts from a copy of its own cache.
     """
+    decoder.dense()
     start, length = ids.shape[1], ids.shape[1] + tokens + 1
     dense_cache = new_cache(model, length)
     logits = prefill(model, ids, dense_cache)

@@ -179,6 +179,14 @@ class Method(ABC):
     takes_error_target: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
 
+    def saved_matrices(self, gated: bool) -> frozenset[str]:
+        """The matrices that a dropped neuron's bytes are not read of.
+
+        In a non-gated FFN the activations come from the first matrix, `up`: a rule that reads them has read it.
+        """
+        reads_first = self.decides is Decides.TOKEN and not self.ideal and not gated
+        return self.saves - {"up"} if reads_first else self.saves
+
     @property
     def needs_replay(self) -> bool:
         """Whether a fit asks for the model and the text again, and not for a profile's tables alone."""

@@ -34,6 +34,7 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
     """The plans of a short form, one a replica; raises PlanError where model or budget do not suit the method."""
     short.method.check(gated)
     plans = []
+    matrices = short.method.saved_matrices(gated)
     for replica in short.method.replicas():
         fit = replica.fit(calibration, short.budget)
         plans.append(
@@ -43,8 +44,8 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
                 fit=fit,
                 amount=short.budget.drop,
                 target=_target(short),
-                predicted=saved(cost, replica.saves, list(fit.predicted_drop)),
-                realised=saved(cost, replica.saves, list(fit.realised_drop)) if fit.realised_drop else None,
+                predicted=saved(cost, matrices, list(fit.predicted_drop)),
+                realised=saved(cost, matrices, list(fit.realised_drop)) if fit.realised_drop else None,
             )
         )
     return plans
@@ -105,4 +106,4 @@ def check_layers(plan: Plan, widths: Sequence[int]) -> None:
 def _target(short: ShortForm) -> str:
     if short.budget.drop is not None:
         return f"drop={short.budget.drop:g}"
-    return f"target_error={short.budget.target_error:g}" if short.budget.target_error is not None else "default error"
+    return f"target_error={short.budget.target_error:g}" if short.budget.target_error is not None else "default"

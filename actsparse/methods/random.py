@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from actsparse.core.masks import kept_count
+from actsparse.errors import PlanError
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, FixedGate, Gate, Method, counted_fit, drop_of
 from actsparse.results import LayerPlan
 
@@ -21,6 +22,10 @@ class Random(Method):
     summary = "neurons drawn at random, mean of three seeds (control)"
     paper = "control"
     decides = Decides.OFFLINE
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.seed < 2**63:
+            raise PlanError(f"random: seed must be from 0 to 2^63 - 1, not {self.seed}", "correct the value")
 
     def replicas(self) -> tuple[Method, ...]:
         return (self,) if self.seed >= 0 else tuple(replace(self, seed=seed) for seed in range(SEEDS))

@@ -20,10 +20,6 @@ class ShortForm:
     method: Method
     budget: Budget
 
-    @property
-    def density_label(self) -> float | None:
-        return self.budget.drop
-
 
 def parse(text: str) -> ShortForm:
     """The method and budget of a short form; raises PlanError naming the part that does not fit."""

@@ -1,6 +1,7 @@
 """The bytes of a loaded model's decode step, counted from its parameters."""
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from actsparse.models.sites import LayerSites, ModelSites
 from actsparse.results import StepBytes
@@ -11,6 +12,7 @@ def step_bytes(sites: ModelSites) -> StepBytes:
     model = sites.model
     embedding, head = embedding_and_head(sites)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total += sum(_buffers(linear) for layer in sites.layers for linear in layer.linears)
     if head is not embedding:
         total -= embedding.numel() * embedding.element_size()
     return StepBytes(
@@ -20,6 +22,12 @@ def step_bytes(sites: ModelSites) -> StepBytes:
         head=head.numel() * head.element_size(),
         total=total,
     )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids have an input embedding."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", 0)) or model.config.vocab_size
 
 
 def embedding_and_head(sites: ModelSites) -> tuple[Tensor, Tensor]:
@@ -36,6 +44,11 @@ def _mlp_bytes(layer: LayerSites) -> dict[str, int]:
     if layer.family.fused_gate_up:
         return {"gate": up // 2, "up": up // 2, "down": down}
     return {"gate": _bytes(layer.gate), "up": up, "down": down}
+
+
+def _buffers(module: nn.Module) -> int:
+    """Bytes of matrices that a quantised projection keeps as buffers."""
+    return sum(b.numel() * b.element_size() for b in module.buffers() if b.dim() > 1)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -79,7 +79,7 @@ def family_of(model_type: str) -> Family:
     """The row of a model type; raises ModelError naming the nearest row."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.4)
+    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.6)
     raise ModelError(
         f"model type '{model_type}' is not supported: no row of the family table describes it",
         (f"the nearest row is '{near[0]}'; " if near else "") + f"supported are {', '.join(sorted(FAMILIES))}",

@@ -4,6 +4,8 @@ The converter of transformers ignores `tokenizer.ggml.pre`, the rule that cuts t
 restored here, since wrong token ids change every number that follows.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.errors import ModelError
-from actsparse.models.home import file_sha256, home
+from actsparse.models.home import file_sha256, home, make_folder
 
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 GPT2_LIKE = frozenset({"gpt-2", "gpt2", "olmo", "mpt", "phi-2", "jina-es", "jina-de"})
@@ -28,7 +30,7 @@ def converted(path: Path, notify: Callable[[str], None]) -> Path:
     if (directory / "config.json").exists():
         return directory
     notify(f"converting {path.name} once (about 40 s for 135 M parameters), kept in {directory}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(directory.parent)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         work = Path(folder) / "model"
         _convert(path, work, notify)
@@ -46,21 +48,26 @@ def _convert(path: Path, target: Path, notify: Callable[[str], None]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         pre = _pre_tokenizer_name(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # the converter draws bars of its own, whatever transformers is told
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"{path} cannot be converted: {error}", "check that the file is whole and its architecture is supported"
         ) from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     _restore_pre_tokenizer(tokenizer, pre, path, notify)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    logging.enable_progress_bar()
 
 
 def _pre_tokenizer_name(path: Path) -> str:

@@ -17,6 +17,12 @@ def home() -> Path:
     Raises ModelError where it cannot be written.
     """
     path = Path(os.environ.get("ACTSPARSE_HOME") or Path.home() / ".cache" / "actsparse")
+    make_folder(path)
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of the cache; raises ModelError where it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -24,7 +30,6 @@ def home() -> Path:
             f"the cache directory {path} cannot be made: {error.strerror}",
             "set ACTSPARSE_HOME to a writable directory",
         ) from None
-    return path
 
 
 def file_sha256(path: Path) -> str:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from actsparse.errors import ModelError
+from actsparse.models.cost import embedding_rows
 from actsparse.models.families import family_of
 from actsparse.models.record import record
 from actsparse.models.sites import ModelSites, resolve
@@ -46,7 +48,18 @@ def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) ->
     device = resolve_device(spec.device)
     model = _weights(source, config, spec, resolve_dtype(spec.dtype, config, device), device)
     sites = resolve(model)
-    return LoadedModel(model, _tokenizer(source, spec), sites, record(spec.name, source, sites))
+    tokenizer = _tokenizer(source, spec)
+    _check_vocabulary(tokenizer, model, source)
+    return LoadedModel(model, tokenizer, sites, record(spec.name, source, sites))
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: Source) -> None:
+    rows, largest = embedding_rows(model), max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {source.resolved} has token ids up to {largest}, its model {rows} embeddings",
+            "put the tokenizer that belongs to these weights beside them",
+        )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,6 +70,8 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ModelError(f"there is no device '{device}'", "use --device auto, cpu, cuda or cuda:0") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"device '{device}' is not supported", "use --device cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"there is no device '{device}': torch sees {torch.cuda.device_count()} GPUs", "use --device cpu"
@@ -76,8 +91,8 @@ def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
 def _config(source: Source, spec: ModelSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=spec.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{source.resolved}: config.json cannot be used: {reason}", "check config.json") from None
 
 

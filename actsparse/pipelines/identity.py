@@ -15,6 +15,8 @@ def model_identity(loaded: LoadedModel) -> dict[str, str]:
         "config": found.config_sha256,
         "tokenizer": found.tokenizer_sha256,
         "dtype": found.dtype,
+        "quantization": found.quantization or "none",
+        "bytes_per_weight": f"{found.bytes_per_weight:g}",
     }
 
 

@@ -53,6 +53,12 @@ def is_directory(name: str) -> bool:
     return False
 
 
+def needs_text(names: list[str]) -> bool:
+    """Whether any of the plans must be fitted on calibration text on the spot."""
+    methods = [parse(name).method for name in names if not is_directory(name)]
+    return any(method.needs_statistics or method.needs_replay for method in methods)
+
+
 def identity_of(name: str) -> str:
     """What a plan is known by: its short form, or the fingerprint of its run."""
     return PlanRun.open(Path(name).expanduser()).manifest.fingerprint if is_directory(name) else name
@@ -65,7 +71,7 @@ def build(
     groups = [_group(name, loaded, calibration, cost) for name in names]
     if controls:
         have = {group.name for group in groups}
-        wanted = dict.fromkeys(f"{control}@{share:g}" for share in _shares(groups) for control in CONTROLS)
+        wanted = dict.fromkeys(f"{control}@{share:.12g}" for share in _shares(groups) for control in CONTROLS)
         groups += [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
     return groups
 
@@ -106,12 +112,12 @@ def _fitted(
 
 
 def _shares(groups: list[PlanGroup]) -> list[float]:
-    """The shares dropped by the named methods that are not controls themselves, to two digits."""
-    shares = {
-        round(share, 2)
-        for group in groups
-        if group.plan.method.name not in ("random", "static")
-        for share in [group.plan.amount if group.plan.amount is not None else group.plan.predicted.neuron_frac]
-        if share is not None
-    }
+    """The shares dropped by the named methods that are no controls; shares that a fit found, to a thousandth."""
+    shares: set[float] = set()
+    for plan in (group.plan for group in groups if group.plan.method.name not in ("random", "static")):
+        found = (plan.realised or plan.predicted).neuron_frac
+        if plan.amount is not None:
+            shares.add(plan.amount)
+        elif found is not None:
+            shares.add(round(found, 3))
     return sorted(share for share in shares if 0 < share < 1)

@@ -110,7 +110,7 @@ def _cett_rows(layer: int, solution: CettSolution) -> list[Measure]:
         where = param(sparsity=round(point.sparsity, 4))
         rows.append(_row(site, "cett_curve", point.cett, point.tokens, param=where, stderr=point.cett_stderr))
     if solution.rho is not None:
-        rows.append(_row(site, "cett_rho", solution.rho, solution.curve[0].tokens))
+        rows.append(_row(site, "cett_rho", solution.rho, solution.tokens))
     return rows
 
 
@@ -120,10 +120,9 @@ def _cett_means(state: ProfileState, cett: dict[int, CettSolution]) -> list[Meas
     for target in next(iter(cett.values())).targets if cett else ():
         points = [cett[layer].targets[target] for layer in state.layers if target in cett[layer].targets]
         mean = sum(point.sparsity for point in points) / len(points)
-        spread = sqrt(sum(point.sparsity_stderr**2 for point in points)) / len(points)
         rows.append(
             Measure(metric="cett_sparsity", kind=SiteKind.NEURON, param=param(target=target), value=mean, unit="share",
-                    n=points[0].tokens, stderr=spread)
+                    n=points[0].tokens)
         )  # fmt: skip
     return rows
 

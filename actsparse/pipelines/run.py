@@ -3,11 +3,14 @@
 from dataclasses import dataclass, replace
 
 from actsparse.pipelines.evaluate import evaluate
+from actsparse.pipelines.plans import check_names
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.threshold import threshold
 from actsparse.specs import EvalSpec, ProfileSpec, RunSpec, ThresholdSpec
 from actsparse.store.runs import EvalRun, PlanRun, ProfileRun
+
+CORPUS_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,11 @@ class Finished:
 def measure(spec: RunSpec, progress: Progress | None = None) -> Finished:
     """Profile and fit on the even sequences, evaluate on the odd ones."""
     progress = progress or Silent()
+    check_names(spec.plans)
     root = spec.output
+    if spec.data.corpus is not None and spec.data.limit is None:
+        progress.note(f"taking {CORPUS_BLOCKS} blocks of the corpus for each half; --limit N takes more")
+        spec = replace(spec, data=replace(spec.data, limit=CORPUS_BLOCKS))
     fitted_on, judged_on = replace(spec.data, part="even"), replace(spec.data, part="odd")
     progress.note("1/4 profile")
     profiled = profile(ProfileSpec(model=spec.model, data=fitted_on, root=root, force=spec.force), progress)

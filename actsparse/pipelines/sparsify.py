@@ -12,8 +12,10 @@ from actsparse.errors import PlanError
 from actsparse.methods.base import Gate
 from actsparse.methods.plan import check_layers, from_record
 from actsparse.methods.short import parse
+from actsparse.models.record import activation_of
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.pipelines.calibration import TextCalibration
+from actsparse.results import ModelRecord
 from actsparse.store import tensors
 from actsparse.store.runs import PlanRun
 
@@ -23,7 +25,8 @@ def sparsify(model: PreTrainedModel, plan: str | Path, *, sink_tokens: int = 4) 
     """The model under a plan: `with sparsify(model, "griffin@0.5"): model.generate(...)`.
 
     `plan` is a directory that `threshold` wrote, or a short form that needs no calibration text (griffin). Prompts run
-    dense; decoded tokens run sparse. Leaving the block restores the model bit for bit. Raises PlanError where the plan
+    dense; decoded tokens run sparse, so a harness that scores a text in one forward pass measures the dense model (a
+    warning says so). Leaving the block restores the model bit for bit. Raises PlanError where the plan
     does not fit the model, or needs text to be fitted on.
     """
     sites = resolve(model)
@@ -38,11 +41,20 @@ def _gates(sites: ModelSites, plan: str | Path) -> list[Gate]:
         run = PlanRun.open(path)
         read = from_record(run.plan, tensors.read(run.path / "plan.safetensors"), str(plan))
         check_layers(read, widths)
+        _check_shape(sites, run.plan.model, str(plan))
         return read.gates()
     short = parse(str(plan))
     short.method.check(sites.gated)
     fit = short.method.fit(TextCalibration(widths, _needs_text, _needs_text), short.budget)
     return [short.method.gate(layer, fit) for layer in range(len(widths))]
+
+
+def _check_shape(sites: ModelSites, fitted: ModelRecord, name: str) -> None:
+    """Raise PlanError where a plan was plainly fitted to another model (its weights are not hashed again here)."""
+    config = sites.model.config
+    here = (config.model_type, config.vocab_size, activation_of(sites))
+    if here != (fitted.model_type, fitted.vocab_size, fitted.activation):
+        raise PlanError(f"the plan {name} was fitted to {fitted.resolved}, another model", "fit one to this model")
 
 
 def _needs_text() -> NoReturn:

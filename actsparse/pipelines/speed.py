@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import polars as pl
 import torch
@@ -11,7 +12,7 @@ from actsparse.engine import timing
 from actsparse.engine.decode import forced, greedy, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.engine.sparse import SparseDecoder, sparse_decoder
-from actsparse.errors import ModelError
+from actsparse.errors import DataError, ModelError
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
@@ -160,7 +161,9 @@ class _Runner:
         logits = forced(model, block[None, start : start + len(targets)], cache, start)[0]
         found = -logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
         rows = self.tokens.filter(plan=name, replica=0, block=0).sort("position")["nll"][1 : 1 + len(targets)]
-        return float((found.double().cpu() - torch.from_numpy(rows.to_numpy().copy())).abs().max())
+        difference = float((found.double().cpu() - torch.from_numpy(rows.to_numpy().copy())).abs().max())
+        decoder.dense()
+        return difference if isfinite(difference) else None
 
     def sparse_text(self, decoder: SparseDecoder, ids: Tensor) -> list[int]:
         """The greedy continuation of one prompt by sliced decode."""
@@ -200,8 +203,13 @@ class _Runner:
 
     def _prompts(self) -> list[Tensor]:
         limit = self.session.loaded.record.max_positions
-        room = self.session.spec.max_new_tokens
-        cut = None if limit is None else max(1, limit - room)
+        room = max(self.session.spec.max_new_tokens, self.session.spec.timing_tokens + 1)
+        if limit is not None and room >= limit:
+            raise DataError(
+                f"{room} new tokens leave no room for a prompt in the model's context of {limit}",
+                "use a smaller --max-new-tokens or --timing-tokens",
+            )
+        cut = None if limit is None else limit - room
         device = self.session.loaded.device
         return [ids[-cut:][None].to(device) if cut else ids[None].to(device) for ids in self.session.texts.prompts.ids]
 

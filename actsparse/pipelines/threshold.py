@@ -119,13 +119,19 @@ def _write(plan: Plan, model: ModelRecord, text: TextRecord, profiled: TextRecor
 def _reload(run: ProfileRun, spec: ThresholdSpec, progress: Progress) -> LoadedModel:
     """The model of a profile, as it was then; raises PlanError where its content has changed since."""
     asked = _profile_spec(run).model
-    loaded = load(replace(asked, device=spec.device, offline=spec.offline), progress.note)
+    loaded = load(replace(asked, dtype=_dtype_of(run), device=spec.device, offline=spec.offline), progress.note)
     if model_identity(loaded) != run.manifest.identity["model"]:
         raise PlanError(
             f"the model {asked.name} is not the one that was profiled: its files have changed",
             "profile it again: actsparse profile --model " + asked.name,
         )
     return loaded
+
+
+def _dtype_of(run: ProfileRun) -> str:
+    """The dtype that the profile computed in, whatever `auto` would mean on this device."""
+    assert run.manifest.model is not None
+    return run.manifest.model.dtype
 
 
 def _blocks(run: ProfileRun, loaded: LoadedModel, progress: Progress) -> tuple[Sequences, int]:

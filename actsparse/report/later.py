@@ -64,42 +64,6 @@ ROWS = (
         metrics=("union",),
         command=f"{PROFILE} --probes union",
     ),
-    Measurable(
-        what="donor swap",
-        shows="whose mask works: own prompt, another, random, static",
-        metrics=("donor_nll",),
-        command=f"{EVALUATE} --study moyu",
-    ),
-    Measurable(
-        what="trinity",
-        shows="quality kept, speed-up and families of TDA, RODA, RIDA, sRIDA",
-        metrics=("trinity",),
-        command=f"{EVALUATE} --study moyu",
-    ),
-    Measurable(
-        what="KV-policy curves",
-        shows="what skipped cache entries cost as text grows",
-        metrics=("kv_ppl",),
-        command=f"{EVALUATE} --study pitfalls",
-    ),
-    Measurable(
-        what="router recall by layer",
-        shows="how well active neurons can be predicted",
-        metrics=("router_recall",),
-        command=f"{EVALUATE} --study pitfalls",
-    ),
-    Measurable(
-        what="sensitivity, one layer at a time",
-        shows="which layer pays most for being sparse",
-        metrics=("layer_ppl",),
-        command=f"{EVALUATE} --study tda",
-    ),
-    Measurable(
-        what="frontier of auto",
-        shows="the best plan at each byte budget",
-        metrics=("auto_ppl",),
-        command=f"{EVALUATE} --study frontier",
-    ),
 )
 
 

@@ -36,4 +36,4 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _leaves(tree: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(tree, dict):
         return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): str(tree)}
+    return {prefix.rstrip("."): str(list(tree) if isinstance(tree, tuple) else tree)}

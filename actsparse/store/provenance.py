@@ -2,8 +2,10 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,13 +29,18 @@ def gather(*, device: str, threads: int) -> Provenance:
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := _version(name))},
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor(),
         device=device,
         threads=threads,
         git_commit=_git_commit(),
         command=("actsparse", *sys.argv[1:]),
         started=now(),
     )
+
+
+def again(command: Sequence[str]) -> str:
+    """The command line that goes on with an interrupted one: without the flags that would start it over."""
+    return shlex.join(word for word in command if word not in ("--force", "--no-resume"))
 
 
 def _version(package: str) -> str | None:
@@ -44,7 +51,7 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

@@ -31,6 +31,7 @@ FILES = {
         "heads.parquet",
         "histograms.safetensors",
         "reservoir.safetensors",
+        "probes.safetensors",
         "summary.json",
     ),
     RunKind.PLAN: ("plan.json", "plan.safetensors", "summary.json"),
@@ -141,8 +142,20 @@ def open_run(request: RunRequest) -> Iterator[RunWriter]:
             if not writer.complete and not (path / SHARDS).is_dir():
                 (path / UNFINISHED).unlink(missing_ok=True)
             raise
+    except ActsparseError:
+        _leave_nothing(path)
+        raise
     finally:
         lock.release()
+
+
+def _leave_nothing(path: Path) -> None:
+    """Remove the lock where no run is, and the directory when nothing else is in it."""
+    if (path / MANIFEST).exists() or (path / UNFINISHED).exists():
+        return
+    with suppress(OSError):
+        (path / LOCK).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -153,7 +166,7 @@ def read_manifest(path: Path) -> Manifest:
         raise RunError(f"{path} is a file, not a run directory", "give the directory that holds its manifest.json")
     if not (path / MANIFEST).exists():
         if (path / UNFINISHED).exists():
-            command = " ".join(read_draft(path).provenance.command)
+            command = provenance.again(read_draft(path).provenance.command)
             raise RunError(f"the run at {path} is incomplete: it was interrupted", f"resume it with: {command}")
         raise RunError(f"{path} is not a run directory: it has no manifest.json", "give a directory under runs/")
     return _read(path / MANIFEST)
@@ -196,8 +209,8 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         provenance=provenance.gather(device=request.device, threads=request.threads),
     )
     found = _existing(path, request.force)
-    if found is None and not request.force:
-        _refuse_foreign_files(path)
+    if found is None and not ((path / MANIFEST).exists() or (path / UNFINISHED).exists()):
+        _refuse_foreign_files(path, request)
     if found is not None and found.fingerprint != request.fingerprint and not request.force:
         raise RunError(_other_run(path, found, draft), "overwrite it with --force, or choose another --output")
     same = found is not None and found.fingerprint == request.fingerprint and not request.force
@@ -232,8 +245,12 @@ def _read(file: Path) -> Manifest:
     return found
 
 
-def _refuse_foreign_files(path: Path) -> None:
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+def _refuse_foreign_files(path: Path, request: RunRequest) -> None:
+    """Refuse a directory that holds something else; with `force`, only where a name of ours is taken."""
+    ours = {LOCK, f"{MANIFEST}.tmp", f"{UNFINISHED}.tmp"}
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    if request.force:
+        foreign = [name for name in foreign if name in (*FILES[request.kind], SHARDS)]
     if foreign:
         raise RunError(
             f"{path} holds files that are not a run's ({', '.join(foreign[:3])})",
@@ -242,6 +259,8 @@ def _refuse_foreign_files(path: Path) -> None:
 
 
 def _other_run(path: Path, found: Manifest, draft: Manifest) -> str:
+    if found.kind != draft.kind:
+        return f"{path} holds a run of kind '{found.kind}', not '{draft.kind}'"
     lines = differences({"kind": found.kind, **found.identity}, {"kind": draft.kind, **draft.identity})
     return "\n  ".join([f"{path} holds another run:", *lines[:12], *(["..."] if len(lines) > 12 else [])])
 

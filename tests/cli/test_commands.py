@@ -266,7 +266,6 @@ def test_directories_that_are_no_model_for_us(
         ("lines.jsonl", b'{"text": "w1 w2"}\n\n{"title": "w3"}\n', "lines.jsonl:3 has no text"),
         ("cut.jsonl", b'{"text": "w1"}\n{"text": ', "cut.jsonl:2 is not JSON"),
         ("list.jsonl", b"[1, 2]\n", "list.jsonl:1 is not a JSON object"),
-        ("chat.jsonl", b'{"messages": [{"role": "user", "content": "w1"}]}\n', "chat.jsonl:1 holds chat messages"),
         ("short.txt", b"w1 w2", "no token is left after the first 4"),
     ],
 )

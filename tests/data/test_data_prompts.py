@@ -42,7 +42,7 @@ def test_json_lines_give_text_prompt_or_messages(tmp_path):
     assert [prompt.text for prompt in found] == ["a", "b", "", "c", "d"]
     assert found[2].messages == ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
     assert [prompt.content for prompt in found] == ["a", "b", "hi\nho", "c", "d"]
-    assert [prompt.source for prompt in found] == [f"p.jsonl:{number}" for number in range(1, 6)]
+    assert [prompt.source for prompt in found] == [f"{path}:{number}" for number in range(1, 6)]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

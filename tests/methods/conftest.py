@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lengths import BLOCK, PROMPT, SINK
 from tiny import LAYERS, make_tokenizer, words
 from torch import Tensor
 
@@ -13,8 +14,6 @@ from actsparse.models.taps import tapped
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
 from actsparse.pipelines.progress import Silent
 from actsparse.results import SiteKind
-
-PROMPT, BLOCK, SINK = 16, 40, 4
 
 
 @pytest.fixture(scope="module")

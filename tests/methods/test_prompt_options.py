@@ -4,7 +4,7 @@ from math import log, sqrt
 
 import pytest
 import torch
-from conftest import PROMPT, SINK
+from lengths import PROMPT, SINK
 from tiny import FFN, LAYERS
 from torch import Tensor
 

@@ -118,7 +118,7 @@ def test_another_run_is_refused_with_what_differs_and_how_to_overwrite(tmp_path,
 
 def test_another_kind_is_another_run(tmp_path):
     path = finished(tmp_path / "run")
-    with pytest.raises(RunError, match="kind: profile -> eval"), open_run(request(path, kind=RunKind.EVAL)):
+    with pytest.raises(RunError, match="kind 'profile', not 'eval'"), open_run(request(path, kind=RunKind.EVAL)):
         pass
 
 
