@@ -109,7 +109,8 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
     quiet = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        # the stubs of transformers do not know that output_loading_info makes this a pair
+        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             source.directory,
             config=config,
             dtype=dtype,
