@@ -5,7 +5,7 @@ A gate says what to keep; it never touches activations. One place (`engine.maske
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import ClassVar, Protocol
@@ -141,6 +141,10 @@ class PromptReplay(Protocol):
 
     def mask_error(self, layer: int, masks: Bool[Tensor, "blocks neurons"]) -> float:
         """Mean over continuation tokens of ||FFN(x) - FFN_mask(x)|| / ||FFN(x)||, dense inputs."""
+        ...
+
+    def each_layer(self, what: str) -> Iterator[int]:
+        """The layers in order, with progress shown while a fit works through them."""
         ...
 
     def cett(self, layer: int, target: float) -> CettPoint:

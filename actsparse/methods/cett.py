@@ -49,7 +49,8 @@ class Cett(Method):
         if budget.drop is not None:
             return histogram_fit(calibration.magnitudes(SiteKind.NEURON, norms), calibration, budget.drop, tensors)
         target = DEFAULT_TARGET if budget.target_error is None else budget.target_error
-        points = [calibration.prompts().cett(i, target) for i in range(len(widths))]
+        replay = calibration.prompts()
+        points = [replay.cett(i, target) for i in replay.each_layer("solving CETT")]
         drops = [one.sparsity for one in points]
         return threshold_fit([one.eps for one in points], widths, predicted=drops, realised=drops, tensors=tensors)
 

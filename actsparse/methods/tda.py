@@ -49,7 +49,7 @@ class Tda(PromptMethod):
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         replay, widths = calibration.prompts(), calibration.widths
         thresholds, drops = [], []
-        for layer in range(len(widths)):
+        for layer in replay.each_layer("fitting thresholds"):
             scores, threshold = self._fit_at(None, replay, layer, budget)
             thresholds.append(threshold)
             drops.append(1 - float(over(scores, threshold).double().mean()))

@@ -1,6 +1,6 @@
 """What methods are fitted from: statistics of calibration text, and its blocks replayed dense."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -167,6 +167,14 @@ class Replay:
             for block in ids:
                 self.loaded.model.base_model(input_ids=block[None].to(self.loaded.device), use_cache=False)
                 advance(len(block))
+
+    def each_layer(self, what: str) -> Iterator[int]:
+        """The layers in order, with progress shown while a fit works through them."""
+        layers = self.loaded.record.layers
+        with self.progress.task(what, layers, "layers") as advance:
+            for layer in range(layers):
+                yield layer
+                advance(1)
 
     def down_norms(self, layer: int) -> Tensor:
         """||w_i|| of every column of the down projection [neurons], in float32."""
