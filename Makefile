@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,eval]"
 	@touch $@
 
 install: $(VENV)/installed
@@ -23,7 +23,7 @@ demo: install
 	  $(foreach theme,$(DEMO_PROMPTS),--prompts sample_prompts/$(theme).jsonl) $(DEMO_OPTIONS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -125,7 +125,9 @@ class OutputOptions:
 
     json: Annotated[bool, option("--json", help="Print one JSON document on stdout.", panel=OUTPUT)] = False
     quiet: Annotated[bool, option("--quiet", "-q", help="No progress and no notes.", panel=OUTPUT)] = False
-    verbose: Annotated[bool, option("--verbose", "-v", help="More detail.", panel=OUTPUT)] = False
+    verbose: Annotated[
+        bool, option("--verbose", "-v", help="The model's shape, and how long each step took.", panel=OUTPUT)
+    ] = False
     debug: Annotated[bool, option("--debug", help="Show the stack trace of an error.", panel=OUTPUT)] = False
 
 

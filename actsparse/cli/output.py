@@ -60,6 +60,11 @@ class Output:
         """Something that makes a result weaker; shown also when quiet."""
         self.err.print(f"[yellow]warning:[/] {escape(printable(text))}")
 
+    def detail(self, text: str) -> None:
+        """What `--verbose` adds."""
+        if self.verbose and not self.quiet:
+            self.err.print(escape(printable(text)), style="dim")
+
     def error(self, error: ActsparseError) -> None:
         """What happened, then one hint."""
         self.err.print(f"[red]error:[/] {escape(printable(error.what))}")
@@ -89,6 +94,7 @@ class Output:
     @contextmanager
     def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
         """Progress over `total` units: bars on a terminal, plain lines elsewhere, nothing under two seconds."""
+        began = time.monotonic()
         if self.quiet:
             yield lambda _units: None
         elif self.err.is_terminal:
@@ -97,6 +103,7 @@ class Output:
                 yield lambda units: bars.advance(task, units)
         else:
             yield _PlainProgress(self.err, what, total, unit).advance
+        self.detail(f"{what}: {total} {unit} in {time.monotonic() - began:.1f} s")
 
     def _bars(self) -> Bars:
         return Bars(

@@ -11,7 +11,7 @@ from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
 from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of, needs_text
-from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.pipelines.quality import score_blocks
 from actsparse.pipelines.session import Session
 from actsparse.pipelines.speed import Speeds, measure_all
@@ -34,6 +34,7 @@ def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
     progress = progress or Silent()
     names = check_names(spec.plans)
     loaded = load(spec.model, progress.note)
+    progress.detail(describe(loaded.record, str(loaded.device)))
     reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
     texts = reader.eval_texts(fitted=spec.controls or spec.data.calib_blocks is not None or needs_text(names))
     with open_run(_request(spec, names, loaded, texts)) as writer:

@@ -17,7 +17,7 @@ from actsparse.pipelines.probes.names import probe_names
 from actsparse.pipelines.probes.run import run_probes
 from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
 from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
-from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState, Recorder, batches
 from actsparse.results import HeadRow, Measure, NeuronRow, RunKind, SiteKind
 from actsparse.specs import ProfileSpec
@@ -40,6 +40,7 @@ def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
     progress = progress or Silent()
     spec = replace(spec, probes=probe_names(spec.probes))
     loaded = load(spec.model, progress.note)
+    progress.detail(describe(loaded.record, str(loaded.device)))
     reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
     sequences = reader.profile_sequences()
     layers = chosen_layers(spec.layers, loaded)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from actsparse.results import ModelRecord
+
 Advance = Callable[[int], None]
 
 
@@ -16,6 +18,10 @@ class Progress(Protocol):
 
     def warn(self, text: str) -> None:
         """Tell something that makes a result weaker."""
+        ...
+
+    def detail(self, text: str) -> None:
+        """Tell what only a person who asked for more detail wants to know."""
         ...
 
     def task(self, what: str, total: int, unit: str) -> AbstractContextManager[Advance]:
@@ -32,7 +38,20 @@ class Silent:
     def warn(self, text: str) -> None:
         del text
 
+    def detail(self, text: str) -> None:
+        del text
+
     @contextmanager
     def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
         del what, total, unit
         yield lambda _units: None
+
+
+def describe(model: ModelRecord, device: str) -> str:
+    """One line about a loaded model: what it resolved to, its shape, and the bytes that a decode step reads."""
+    ffn = f"{model.intermediate_size} {'gated ' if model.gated else ''}neurons ({model.activation})"
+    return (
+        f"{model.resolved}: {model.model_type}, {model.parameters:,} parameters, {model.layers} layers of {ffn},"
+        f" {model.heads} heads in {model.kv_heads} KV groups, {model.dtype} on {device},"
+        f" {model.step.total / 1e6:,.1f} MB a decode step"
+    )

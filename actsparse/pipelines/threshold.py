@@ -14,7 +14,7 @@ from actsparse.methods.short import ShortForm, parse
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration, widths_of
 from actsparse.pipelines.identity import model_identity
-from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.results import ModelRecord, RunKind, TextRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ThresholdSpec
 from actsparse.store import tensors
@@ -80,6 +80,7 @@ def _fit_and_write(
     if short.method.needs_replay:
         progress.note(f"{short.method.name} needs more than the profile's tables: loading {model.resolved} again")
         loaded = _reload(run, spec, progress)
+        progress.detail(describe(loaded.record, str(loaded.device)))
         blocks, prompt_length = _blocks(run, loaded, progress)
         text = blocks.record
         source = TextCalibration(

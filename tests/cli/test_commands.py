@@ -101,6 +101,18 @@ def test_quiet_says_nothing_on_stderr(
     assert done.out
 
 
+def test_verbose_tells_the_models_shape_and_how_long_each_step_took(
+    actsparse: Callable, tiny_folder: Callable, prompts_file: Path, tmp_path: Path
+) -> None:
+    line = ["profile", "-m", tiny_folder("llama"), "--prompts", prompts_file, "--json"]
+    plain = actsparse(*line, "-o", tmp_path / "plain")
+    verbose = actsparse(*line, "-o", tmp_path / "verbose", "-v")
+    extra = [text for text in verbose.err.splitlines() if text not in plain.err.splitlines()]
+    assert any("llama" in text and "2 layers" in text and "float32 on cpu" in text for text in extra)
+    assert any(text.startswith("recording:") and text.endswith(" s") for text in extra)
+    assert json.loads(plain.out)["measures"] == json.loads(verbose.out)["measures"]
+
+
 @pytest.mark.parametrize("method", ["static:stat=griffin@0.5", "random@0.5", "griffin@0.5", "tda@0.5", "cats@0.5"])
 def test_threshold_then_evaluate_the_plan(
     method: str, actsparse: Callable, profiled: Path, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
