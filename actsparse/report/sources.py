@@ -21,13 +21,15 @@ from actsparse.results import (
     Measure,
     NeuronRow,
     RunKind,
+    StudyRow,
+    TaskItemRow,
     TimingRow,
     TokenRow,
 )
 from actsparse.store import tables
 from actsparse.store.codec import decode
 from actsparse.store.run import MANIFEST, UNFINISHED, read_draft
-from actsparse.store.runs import EvalRun, PlanRun, ProfileRun, open_any
+from actsparse.store.runs import EvalRun, PlanRun, ProfileRun, StudyRun, open_any
 
 RECORDS: dict[str, type] = {
     "measures": Measure,
@@ -35,11 +37,13 @@ RECORDS: dict[str, type] = {
     "heads": HeadRow,
     "results": EvalRow,
     "tokens": TokenRow,
+    "items": TaskItemRow,
     "timing": TimingRow,
+    "studies": StudyRow,
 }
-_CLASSES = {RunKind.PROFILE: ProfileRun, RunKind.PLAN: PlanRun, RunKind.EVAL: EvalRun}
+_CLASSES = {RunKind.PROFILE: ProfileRun, RunKind.PLAN: PlanRun, RunKind.EVAL: EvalRun, RunKind.STUDY: StudyRun}
 
-AnyRun = ProfileRun | PlanRun | EvalRun
+AnyRun = ProfileRun | PlanRun | EvalRun | StudyRun
 
 
 @dataclass(frozen=True)

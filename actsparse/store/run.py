@@ -38,11 +38,13 @@ FILES = {
     RunKind.EVAL: (
         "results.parquet",
         "tokens.parquet",
+        "items.parquet",
         "timing.parquet",
         "generations.jsonl",
         "vocabulary.json",
         "summary.json",
     ),
+    RunKind.STUDY: ("studies.parquet", "studies.json", "summary.json"),
 }
 
 

@@ -16,6 +16,9 @@ from actsparse.results import (
     Measure,
     NeuronRow,
     RunKind,
+    StudyExperiment,
+    StudyRow,
+    TaskItemRow,
     ThresholdPlan,
     TimingRow,
     TokenRow,
@@ -114,6 +117,12 @@ class EvalRun(Run):
         return tables.read(self.path / "tokens.parquet", TokenRow)
 
     @cached_property
+    def items(self) -> pl.DataFrame:
+        """Every item of every task under every plan; empty where no task was asked for."""
+        path = self.path / "items.parquet"
+        return tables.read(path, TaskItemRow) if path.exists() else tables.frame([], TaskItemRow)
+
+    @cached_property
     def timing(self) -> pl.DataFrame:
         return tables.read(self.path / "timing.parquet", TimingRow)
 
@@ -123,9 +132,29 @@ class EvalRun(Run):
         return tuple(decode(line, Generation, str(self.path / "generations.jsonl")) for line in lines)
 
 
-def open_any(path: Path) -> ProfileRun | PlanRun | EvalRun:
+@dataclass(frozen=True)
+class StudyRun(Run):
+    """What the experiments of a study found: one long table, and what each experiment concludes."""
+
+    kind = RunKind.STUDY
+
+    @cached_property
+    def rows(self) -> pl.DataFrame:
+        return tables.read(self.path / "studies.parquet", StudyRow)
+
+    @cached_property
+    def experiments(self) -> tuple[StudyExperiment, ...]:
+        return decode(self._bytes("studies.json"), tuple[StudyExperiment, ...], str(self.path / "studies.json"))
+
+
+def open_any(path: Path) -> ProfileRun | PlanRun | EvalRun | StudyRun:
     """The run at `path`, whatever its kind."""
-    classes = {RunKind.PROFILE: ProfileRun, RunKind.PLAN: PlanRun, RunKind.EVAL: EvalRun}
+    classes = {
+        RunKind.PROFILE: ProfileRun,
+        RunKind.PLAN: PlanRun,
+        RunKind.EVAL: EvalRun,
+        RunKind.STUDY: StudyRun,
+    }
     return classes[read_manifest(path).kind].open(path)
 
 
