@@ -187,6 +187,21 @@ class TimingRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputRow:
+    """One row of `throughput.parquet`: a number of one plan at one batch size, prompt length and generated length."""
+
+    plan: str
+    batch_size: int
+    prompt_length: int
+    gen_length: int
+    metric: str
+    value: float | None
+    unit: str
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """One line of `generations.jsonl`: a greedy continuation under a plan, and where it leaves the dense one.
 

@@ -20,6 +20,7 @@ from actsparse.results import (
     StudyRow,
     TaskItemRow,
     ThresholdPlan,
+    ThroughputRow,
     TimingRow,
     TokenRow,
 )
@@ -90,6 +91,11 @@ class ProfileRun(Run):
         """Numpy arrays `layers.<i>.<kind>.counts` and `.edges`."""
         return arrays.read(self.path / "histograms.safetensors")
 
+    @cached_property
+    def probes(self) -> dict[str, Any]:
+        """Numpy arrays of `probes.safetensors`: the matrices of the 2x2."""
+        return arrays.read(self.path / "probes.safetensors")
+
 
 @dataclass(frozen=True)
 class PlanRun(Run):
@@ -125,6 +131,12 @@ class EvalRun(Run):
     @cached_property
     def timing(self) -> pl.DataFrame:
         return tables.read(self.path / "timing.parquet", TimingRow)
+
+    @cached_property
+    def throughput(self) -> pl.DataFrame:
+        """Throughput runs; empty where none was asked for."""
+        path = self.path / "throughput.parquet"
+        return tables.read(path, ThroughputRow) if path.exists() else tables.frame([], ThroughputRow)
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:
