@@ -15,7 +15,7 @@ class SiteKind(StrEnum):
 
     `attn_in`: input of the query projection; `attn_out`: input of the output projection (concatenated heads);
     `mlp_in`: input of the MLP; `gate`: output of the activation function; `up`: output of the up projection;
-    `neuron`: input of the down projection; `kv`: keys and values.
+    `neuron`: input of the down projection; `kv`: keys and values; `router`: the logits of a mixture of experts.
     """
 
     ATTN_IN = "attn_in"
@@ -25,6 +25,11 @@ class SiteKind(StrEnum):
     UP = "up"
     NEURON = "neuron"
     KV = "kv"
+    ROUTER = "router"
+
+
+SHARED_EXPERT = -1
+"""The number of the expert that serves every token, beside the routed ones (counted from 0)."""
 
 
 class RunKind(StrEnum):
@@ -64,10 +69,11 @@ def param(**values: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A place where activations are read: one kind in one layer."""
+    """A place where activations are read: one kind in one layer, and in one of its experts where it has some."""
 
     layer: int
     kind: SiteKind
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +228,8 @@ class Generation:
 class StepBytes:
     """Weight bytes that one dense batch-1 decode step reads (methods.md, section 0).
 
-    `mlp`: bytes of each MLP matrix of one layer (`gate`, `up`, `down`; no `gate` in a non-gated FFN); `attention` and
+    `mlp`: bytes of each MLP matrix of one layer (`gate`, `up`, `down`; no `gate` in a non-gated FFN; of experts, those
+    that one token reads, and the mean where layers differ); `attention` and
     `head` over the whole model; `total`: all parameters once, a tied embedding being the lm_head, less an untied
     input embedding.
     """
@@ -236,6 +243,18 @@ class StepBytes:
     @property
     def mlp_total(self) -> int:
         return self.layers * sum(self.mlp.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsRecord:
+    """The mixtures of experts of a model: in `layers`, `count` experts of `width` neurons, of which `top_k` serve a
+    token, beside a shared one of `shared_width` neurons (None: there is none)."""
+
+    layers: tuple[int, ...]
+    count: int
+    top_k: int
+    width: int
+    shared_width: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +284,7 @@ class ModelRecord:
     weights_sha256: str
     config_sha256: str
     tokenizer_sha256: str
+    experts: ExpertsRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ HIDDEN = 32
 FFN = 48
 HEADS = 4
 CONTEXT = 128
+EXPERTS, TOP_K, SHARED = 5, 3, 40
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
@@ -47,6 +48,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stablelm": _LLAMA,
     "cohere": _LLAMA,
     "phi3": _LLAMA,
+    "mixtral": _LLAMA | {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K},
+    "qwen3_moe": _LLAMA | {
+        "head_dim": 16, "moe_intermediate_size": FFN, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
+    },
+    "olmoe": _LLAMA | {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K},
+    "qwen2_moe": _LLAMA | {
+        "moe_intermediate_size": FFN, "shared_expert_intermediate_size": SHARED, "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+    },
     "phi": _LLAMA,
     "nemotron": _LLAMA | {"head_dim": 8},
     "starcoder2": _LLAMA,
@@ -74,7 +84,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 WIDTHS = dict.fromkeys(CONFIGS, FFN) | {"bloom": 4 * HIDDEN, "mpt": 4 * HIDDEN}
-"""Neurons of a layer, as the configurations above say."""
+"""Neurons of an MLP or of an expert, as the configurations above say."""
+
+FFN_WIDTHS = {name: [width] for name, width in WIDTHS.items()} | {
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), [FFN] * EXPERTS),
+    "qwen2_moe": [*[FFN] * EXPERTS, SHARED],
+}
+"""Neurons of every FFN of a layer: its MLP, or its experts and the shared one."""
 
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

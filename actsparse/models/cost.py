@@ -13,11 +13,12 @@ def step_bytes(sites: ModelSites) -> StepBytes:
     embedding, head = embedding_and_head(sites)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     total += sum(_buffers(linear) for layer in sites.layers for linear in layer.linears)
+    total -= sum(_idle_bytes(layer) for layer in sites.layers)
     if head is not embedding:
         total -= embedding.numel() * embedding.element_size()
     return StepBytes(
         layers=len(sites.layers),
-        mlp=_mlp_bytes(sites.layers[0]),
+        mlp=_mean_mlp_bytes(sites),
         attention=sum(_bytes(module) for layer in sites.layers for module in (*layer.qkv, layer.output)),
         head=head.numel() * head.element_size(),
         total=total,
@@ -37,13 +38,35 @@ def embedding_and_head(sites: ModelSites) -> tuple[Tensor, Tensor]:
     return embedding._parameters["weight"], head._parameters["weight"]  # pyright: ignore[reportReturnType, reportOptionalMemberAccess]
 
 
+def _mean_mlp_bytes(sites: ModelSites) -> dict[str, int]:
+    """Bytes of each MLP matrix of a layer, the mean where layers differ (dense ones among mixtures of experts)."""
+    if not sites.moe_layers:
+        return _mlp_bytes(sites.layers[0])
+    found = [_mlp_bytes(layer) for layer in sites.layers]
+    return {name: round(sum(one[name] for one in found) / len(found)) for name in found[0]}
+
+
 def _mlp_bytes(layer: LayerSites) -> dict[str, int]:
+    """Bytes of each matrix; of a mixture those that one token reads: top_k of the experts, and the shared one."""
+    if layer.experts is not None:
+        gate_up, down = (one[0].numel() * one.element_size() for one in layer.experts.stacked())
+        shared = {} if layer.shared is None else _mlp_bytes(layer.shared)
+        routed = {"gate": gate_up // 2, "up": gate_up // 2, "down": down}
+        return {name: layer.experts.top_k * size + shared.get(name, 0) for name, size in routed.items()}
     up, down = _bytes(layer.up), _bytes(layer.down)
     if layer.gate is None:
         return {"up": up, "down": down}
     if layer.family.fused_gate_up:
         return {"gate": up // 2, "up": up // 2, "down": down}
     return {"gate": _bytes(layer.gate), "up": up, "down": down}
+
+
+def _idle_bytes(layer: LayerSites) -> int:
+    """Bytes of the experts that a token does not pass through: (1 - top_k / E) of them all."""
+    if layer.experts is None:
+        return 0
+    whole = sum(one.numel() * one.element_size() for one in layer.experts.stacked())
+    return whole - whole * layer.experts.top_k // layer.experts.count
 
 
 def _buffers(module: nn.Module) -> int:

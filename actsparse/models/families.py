@@ -15,7 +15,9 @@ class Family:
     """One row: names of the parts of a decoder layer.
 
     `gate` is None in a non-gated FFN; `gate == up` means one fused projection whose output is [gate, up].
-    `transposed` weights are stored [in, out] (GPT-2's Conv1D).
+    `transposed` weights are stored [in, out] (GPT-2's Conv1D). In a mixture of experts `experts`, `router` and
+    `shared` are the parts of the MLP that hold the experts' stacked weights, choose among them, and serve every token;
+    a layer whose MLP has no such part is a dense one, described by the other fields, as the shared expert is.
     """
 
     model_type: str
@@ -29,6 +31,9 @@ class Family:
     down: str = "down_proj"
     activation: str = "act_fn"
     transposed: bool = False
+    experts: str | None = None
+    router: str = "gate"
+    shared: str | None = None
 
     @property
     def fused_gate_up(self) -> bool:
@@ -50,6 +55,11 @@ FAMILIES: dict[str, Family] = {
                 "olmo2", "stablelm", "cohere",
             )
         ),
+        *(
+            Family(model_type=name, experts="experts")
+            for name in ("mixtral", "qwen3_moe", "olmoe")
+        ),
+        Family(model_type="qwen2_moe", experts="experts", shared="shared_expert"),
         Family(model_type="phi3", qkv=("qkv_proj",), gate="gate_up_proj", up="gate_up_proj",
                activation="activation_fn"),
         _plain("phi", output="dense", up="fc1", down="fc2", activation="activation_fn"),

@@ -7,7 +7,7 @@ from actsparse.models.cost import embedding_and_head, step_bytes
 from actsparse.models.home import file_sha256
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
-from actsparse.results import ModelRecord
+from actsparse.results import ExpertsRecord, ModelRecord
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model", "*tokens*.json", "*.tiktoken")
 
@@ -44,6 +44,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
         config_sha256=file_sha256(source.directory / "config.json"),
         tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
+        experts=_experts(sites),
     )
 
 
@@ -59,11 +60,23 @@ def _optional(config: object, *names: str) -> int | None:
 
 
 def _intermediate_size(sites: ModelSites) -> int:
-    down = sites.layers[0].down
-    weight = down._parameters.get("weight")
-    if weight is not None and weight.dim() == 2 and weight.is_floating_point():
-        return weight.shape[0 if sites.family.transposed else 1]
-    return int(getattr(down, "in_features", 0)) or _first(sites.model.config, "intermediate_size", "ffn_dim", "n_inner")
+    """Neurons of a dense layer's MLP; of an expert where no layer is dense."""
+    dense = [layer for layer in sites.layers if layer.experts is None]
+    return dense[0].neurons if dense else sites.ffns[0].width
+
+
+def _experts(sites: ModelSites) -> ExpertsRecord | None:
+    if not sites.moe_layers:
+        return None
+    layer = sites.layers[sites.moe_layers[0]]
+    assert layer.experts is not None
+    return ExpertsRecord(
+        layers=sites.moe_layers,
+        count=layer.experts.count,
+        top_k=layer.experts.top_k,
+        width=layer.experts.width,
+        shared_width=None if layer.shared is None else layer.shared.neurons,
+    )
 
 
 def activation_of(sites: ModelSites) -> str:
@@ -71,24 +84,26 @@ def activation_of(sites: ModelSites) -> str:
     model = sites.model
     names = ("hidden_activation", "hidden_act", "activation_function", "activation")
     found = next((value for name in names if isinstance(value := getattr(model.config, name, None), str)), None)
-    return found or type(sites.layers[0].activation).__name__
+    if found is not None:
+        return found
+    layer = sites.layers[0]
+    return type(layer.activation if layer.experts is None else layer.experts.module._modules["act_fn"]).__name__
 
 
 def _bytes_per_weight(sites: ModelSites) -> float:
     """Stored bytes over weights of the layers' projections."""
-    stored = [
-        p for layer in sites.layers for linear in layer.linears for p in (*linear.parameters(), *linear.buffers())
-    ]
+    linears = [linear for layer in sites.layers for linear in layer.linears]
+    linears += [layer.experts.module for layer in sites.layers if layer.experts is not None]
+    stored = [p for linear in linears for p in (*linear.parameters(), *linear.buffers())]
     weights = sum(
         int(getattr(linear, "in_features", 0)) * int(getattr(linear, "out_features", 0)) or _numel(linear)
-        for layer in sites.layers
-        for linear in layer.linears
+        for linear in linears
     )
     return round(sum(p.numel() * p.element_size() for p in stored) / max(1, weights), 4)
 
 
 def _numel(linear: object) -> int:
-    return sum(p.numel() for p in linear.parameters() if p.dim() == 2)  # pyright: ignore[reportAttributeAccessIssue]
+    return sum(p.numel() for p in linear.parameters() if p.dim() > 1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _quantization_name(quantization: object) -> str | None:

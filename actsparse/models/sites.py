@@ -1,6 +1,6 @@
 """The sites of a loaded model: which modules hold each layer's projections, found through its family's row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from actsparse.errors import ModelError
 from actsparse.models.families import Family, family_of
+from actsparse.results import SHARED_EXPERT
 
 COVERAGE = 0.95
 
@@ -35,8 +36,42 @@ class MlpWeights:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a layer: `count` FFNs of `width` neurons, of which `top_k` serve a token.
+
+    `module` holds their weights: gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width].
+    """
+
+    module: nn.Module
+    router: nn.Module
+    count: int
+    top_k: int
+    width: int
+
+    def weights(self, expert: int) -> MlpWeights:
+        """The matrices of one expert, as views; raises ModelError on quantised weights."""
+        gate_up, down = self.stacked()
+        gate, up = gate_up[expert].chunk(2, dim=0)
+        return MlpWeights(gate, up, down[expert], None, None, None)
+
+    def stacked(self) -> tuple[Float[Tensor, "experts rows hidden"], Float[Tensor, "experts hidden width"]]:
+        """The weights of all experts; raises ModelError on quantised ones."""
+        found = [self.module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+        gate_up, down = found
+        if gate_up is None or down is None or not (gate_up.is_floating_point() and down.is_floating_point()):
+            raise ModelError(
+                f"the experts are quantised ({type(self.module).__name__}) and cannot be read as numbers",
+                "load the model with --dequantize",
+            )
+        return gate_up, down
+
+
+@dataclass(frozen=True)
 class LayerSites:
-    """The modules of one decoder layer that activations are read from."""
+    """The modules of one decoder layer that activations are read from.
+
+    In a mixture of experts `mlp` is the block of experts, and the parts of an MLP are those of `shared` alone.
+    """
 
     index: int
     family: Family
@@ -51,6 +86,35 @@ class LayerSites:
     @cached_property
     def output(self) -> nn.Module:
         return _part(self.attention, self.family.output, self.index)
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """The routed experts; None in a dense layer."""
+        module = None if self.family.experts is None else _walk(self.mlp, self.family.experts)
+        if module is None:
+            return None
+        router, down = _part(self.mlp, self.family.router, self.index), module._parameters.get("down_proj")
+        if down is None or down.dim() != 3:
+            raise ModelError(
+                f"layer {self.index}: '{self.family.experts}' holds no stacked weights 'down_proj'",
+                "correct `experts` in the family's row",
+            )
+        return Experts(module, router, down.shape[0], _top_k(router, self.index), down.shape[2])
+
+    @cached_property
+    def shared(self) -> "LayerSites | None":
+        """The expert that serves every token, as a layer whose MLP it is; None where there is none."""
+        if self.experts is None or self.family.shared is None:
+            return None
+        return replace(self, mlp=_part(self.mlp, self.family.shared, self.index))
+
+    @cached_property
+    def ffns(self) -> tuple["Ffn", ...]:
+        """The FFNs of the layer: its MLP, or its experts and then the shared one."""
+        if self.experts is None:
+            return (Ffn(self, None),)
+        shared = () if self.shared is None else (Ffn(self.shared, SHARED_EXPERT),)
+        return (*(Ffn(self, expert) for expert in range(self.experts.count)), *shared)
 
     @cached_property
     def gate(self) -> nn.Module | None:
@@ -70,7 +134,9 @@ class LayerSites:
 
     @cached_property
     def linears(self) -> tuple[nn.Module, ...]:
-        """Every projection of the layer, a fused one once."""
+        """Every projection of the layer, a fused one once; of a mixture of experts those outside the routed ones."""
+        if self.experts is not None:
+            return (*self.qkv, self.output) if self.shared is None else self.shared.linears
         found = [*self.qkv, self.output, self.up, self.down]
         if self.gate is not None and not self.family.fused_gate_up:
             found.append(self.gate)
@@ -97,10 +163,49 @@ class LayerSites:
         """The output projection of the attention as numbers, [hidden, heads * head_dim], also where quantised."""
         return self._matrix(self.output, width)
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons the MLP has."""
+        if is_plain(self.down):
+            return self.down._parameters["weight"].shape[0 if self.family.transposed else 1]  # pyright: ignore[reportOptionalMemberAccess]
+        return in_features(self.down, f"layer {self.index}, {self.family.down}")
+
     def _matrix(self, linear: nn.Module, width: int) -> Tensor:
         if is_plain(linear):
             return dense_weight(linear, self.family.transposed, "")[0].detach()
         return materialise(linear, width, next(p for p in self.block.parameters() if p.is_floating_point()))
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """One feed-forward network: a layer's MLP (`expert` None), one of its experts, or the shared one."""
+
+    layer: LayerSites
+    expert: int | None
+
+    @cached_property
+    def width(self) -> int:
+        """How many neurons it has."""
+        if self.routed is not None:
+            return self.routed.width
+        return self.layer.neurons
+
+    @property
+    def routed(self) -> Experts | None:
+        """The experts that it is one of; None where every token passes."""
+        return self.layer.experts if self.expert is not None and self.expert != SHARED_EXPERT else None
+
+    def weights(self) -> MlpWeights:
+        """Its matrices; raises ModelError on quantised weights."""
+        if self.routed is not None and self.expert is not None:
+            return self.routed.weights(self.expert)
+        return self.layer.mlp_weights()
+
+    def down_matrix(self) -> Float[Tensor, "hidden neurons"]:
+        """Its down projection as numbers, also where an MLP's is stored quantised."""
+        if self.routed is not None and self.expert is not None:
+            return self.routed.stacked()[1][self.expert].detach()
+        return self.layer.down_matrix(self.width)
 
 
 @dataclass(frozen=True)
@@ -114,6 +219,16 @@ class ModelSites:
     @property
     def gated(self) -> bool:
         return self.family.gate is not None
+
+    @cached_property
+    def ffns(self) -> tuple[Ffn, ...]:
+        """The FFNs of every layer in order: one a dense layer, one an expert elsewhere."""
+        return tuple(ffn for layer in self.layers for ffn in layer.ffns)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that are mixtures of experts."""
+        return tuple(layer.index for layer in self.layers if layer.experts is not None)
 
 
 def resolve(model: PreTrainedModel, family: Family | None = None) -> ModelSites:
@@ -187,9 +302,30 @@ def _part(parent: nn.Module, path: str, layer: int) -> nn.Module:
     return found
 
 
+def _top_k(router: nn.Module, layer: int) -> int:
+    top_k = getattr(router, "top_k", None)
+    if not isinstance(top_k, int):
+        raise ModelError(
+            f"layer {layer}: the router {type(router).__name__} does not say how many experts it takes (`top_k`)",
+            "correct `router` in the family's row",
+        )
+    return top_k
+
+
+def in_features(linear: nn.Module, where: str) -> int:
+    """How many channels a projection reads, as it says itself; raises ModelError where it does not."""
+    found = getattr(linear, "in_features", None)
+    if not isinstance(found, int):
+        raise ModelError(
+            f"{where}: the width of {type(linear).__name__} is not known", "load the model with --dequantize"
+        )
+    return found
+
+
 def _check_coverage(layer: LayerSites) -> None:
-    covered = sum(_stored(linear) for linear in layer.linears)
-    behind = {id(parameter) for linear in layer.linears for parameter in linear.parameters()}
+    modules = layer.linears if layer.experts is None else (*layer.linears, layer.experts.module, layer.experts.router)
+    covered = sum(_stored(module) for module in modules)
+    behind = {id(parameter) for module in modules for parameter in module.parameters()}
     total = covered + sum(p.numel() for p in layer.block.parameters() if id(p) not in behind)
     if total and covered < COVERAGE * total:
         raise ModelError(

@@ -1,41 +1,58 @@
 """Reading and editing activations: the only file that registers hooks.
 
 Every family gives the same view: a callback gets `(site, x)` with x [batch, seq, width]. A callback that returns None
-observes; one that returns a tensor of the same shape replaces the activation.
+observes; one that returns a tensor of the same shape replaces the activation. In a mixture of experts each expert is a
+site of its own, with rows of zeros where a token went elsewhere: `Tap.routed` says which are its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from actsparse.errors import ModelError
+from actsparse.models.experts import Observer, observed
 from actsparse.models.sites import LayerSites, ModelSites
-from actsparse.results import Site, SiteKind
+from actsparse.results import SHARED_EXPERT, Site, SiteKind
 
 Callback = Callable[[Site, Tensor], Tensor | None]
+IN_EXPERTS = frozenset({SiteKind.GATE, SiteKind.UP, SiteKind.NEURON})
+
+
+class Tap:
+    """What callbacks may ask about the site that they are called at."""
+
+    routed: Bool[Tensor, "batch seq"] | None = None
+    """The tokens that the expert at work serves; None where every token passes."""
 
 
 @contextmanager
 def tapped(
     sites: ModelSites, callbacks: Mapping[SiteKind, Callback], layers: tuple[int, ...] | None = None
-) -> Iterator[None]:
+) -> Iterator[Tap]:
     """Call `callbacks[kind]` at every site of that kind while the block runs; no hook outlives it."""
-    handles: list[RemovableHandle] = []
-    shape = _TokenShape()
-    try:
-        handles.append(_trunk(sites).register_forward_pre_hook(shape.note, with_kwargs=True))
-        for layer in sites.layers:
-            if layers is None or layer.index in layers:
-                for kind, callback in callbacks.items():
-                    handles.append(_attach(layer, kind, callback, shape))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    shape, tap = _TokenShape(), Tap()
+    chosen = [layer for layer in sites.layers if layers is None or layer.index in layers]
+    with ExitStack() as stack:
+        stack.callback(_trunk(sites).register_forward_pre_hook(shape.note, with_kwargs=True).remove)
+        for layer in chosen:
+            for kind, callback in callbacks.items():
+                for handle in _attach(layer, kind, callback, shape):
+                    stack.callback(handle.remove)
+        inside = {kind: callback for kind, callback in callbacks.items() if kind in IN_EXPERTS}
+        experts = {
+            layer.experts.module: _expert_observer(layer.index, inside, shape, tap)
+            for layer in chosen
+            if layer.experts is not None and inside
+        }
+        if experts:
+            stack.enter_context(observed(sites.model, experts))
+        yield tap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,28 +107,68 @@ class _TokenShape:
 
     def __init__(self) -> None:
         self.batch = 0
+        self.tokens = 0
 
     def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.batch = _tokens_of(args, kwargs).shape[0]
+        ids = _tokens_of(args, kwargs)
+        self.batch, self.tokens = ids.shape[0], ids.shape[0] * ids.shape[1]
 
     def view(self, x: Tensor) -> Tensor:
         return x.view(self.batch, -1, x.shape[-1]) if x.dim() == 2 else x
 
 
-def _attach(layer: LayerSites, kind: SiteKind, callback: Callback, shape: _TokenShape) -> RemovableHandle:
+def _attach(layer: LayerSites, kind: SiteKind, callback: Callback, shape: _TokenShape) -> Iterator[RemovableHandle]:
+    """Hook one layer; experts are not hooked but observed."""
     at = partial(_ask, callback, Site(layer=layer.index, kind=kind), shape)
+    if kind is SiteKind.ROUTER:
+        if layer.experts is not None:
+            yield layer.experts.router.register_forward_hook(partial(_show_logits, at))
+    elif kind is SiteKind.ATTN_IN:
+        yield layer.qkv[0].register_forward_pre_hook(partial(_replace_input, at))
+    elif kind is SiteKind.ATTN_OUT:
+        yield layer.output.register_forward_pre_hook(partial(_replace_input, at))
+    elif kind is SiteKind.MLP_IN:
+        # a gated MLP reads its input twice, so an edit must reach both projections
+        module = layer.up if layer.experts is None and layer.gate is None else layer.mlp
+        yield module.register_forward_pre_hook(partial(_replace_input, at))
+    elif layer.experts is None:
+        yield _attach_neurons(layer, kind, at)
+    elif layer.shared is not None:
+        shared = Site(layer=layer.index, kind=kind, expert=SHARED_EXPERT)
+        yield _attach_neurons(layer.shared, kind, partial(_ask, callback, shared, shape))
+
+
+def _attach_neurons(layer: LayerSites, kind: SiteKind, at: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     if kind is SiteKind.GATE:
         return layer.activation.register_forward_hook(partial(_replace_output, at))
     if kind is SiteKind.UP:
         return _attach_up(layer, at)
-    module = {
-        SiteKind.ATTN_IN: layer.qkv[0],
-        SiteKind.ATTN_OUT: layer.output,
-        # a gated MLP reads its input twice, so an edit must reach both projections
-        SiteKind.MLP_IN: layer.up if layer.gate is None else layer.mlp,
-        SiteKind.NEURON: layer.down,
-    }[kind]
-    return module.register_forward_pre_hook(partial(_replace_input, at))
+    return layer.down.register_forward_pre_hook(partial(_replace_input, at))
+
+
+def _expert_observer(layer: int, callbacks: Mapping[SiteKind, Callback], shape: _TokenShape, tap: Tap) -> Observer:
+    """Shows the rows of an expert as [batch, seq, width]."""
+
+    def on_rows(kind: SiteKind, expert: int, tokens: Tensor, x: Tensor) -> Tensor | None:
+        if kind not in callbacks:
+            return None
+        whole = x.new_zeros(shape.tokens, x.shape[-1])
+        whole[tokens] = x
+        routed = torch.zeros(shape.tokens, dtype=torch.bool, device=x.device)
+        routed[tokens] = True
+        tap.routed = routed.view(shape.batch, -1)
+        try:
+            edited = callbacks[kind](Site(layer=layer, kind=kind, expert=expert), shape.view(whole))
+        finally:
+            tap.routed = None
+        return None if edited is None else edited.reshape(whole.shape)[tokens]
+
+    return on_rows
+
+
+def _show_logits(at: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: tuple, output: tuple) -> None:
+    """Show a router's logits; they are not to be edited, since its choice is made."""
+    at(output[0])
 
 
 def _attach_up(layer: LayerSites, at: Callable[[Tensor], Tensor | None]) -> RemovableHandle:

@@ -26,7 +26,7 @@ from actsparse.models.taps import tapped
 from actsparse.results import LayerPlan, Site, SiteKind
 
 PROMPT, LENGTH = 7, 15
-every_family = pytest.mark.parametrize("family", list(FAMILIES))
+every_family = pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.experts is None])
 
 
 def masks_of(width: int, name: str) -> list[Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, LAYERS, WIDTHS, make_model, tiny_model, token_ids
+from tiny import CONFIGS, FFN, FFN_WIDTHS, LAYERS, WIDTHS, make_model, tiny_model, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +13,8 @@ from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.errors import ModelError
 from actsparse.methods.base import FixedGate, PrefillGate, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
+from actsparse.models.cost import embedding_and_head
+from actsparse.models.experts import IMPLEMENTATION
 from actsparse.models.families import FAMILIES, family_of
 from actsparse.models.sites import LayerSites, ModelSites, resolve
 from actsparse.models.taps import tapped
@@ -20,10 +22,13 @@ from actsparse.results import Site, SiteKind
 
 BATCH, LENGTH = 2, 11
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
+dense_families = pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.experts is None])
 
 
 def kinds_of(sites: ModelSites) -> list[SiteKind]:
-    return [kind for kind in SiteKind if kind is not SiteKind.KV and (sites.gated or kind is not SiteKind.UP)]
+    missing = {SiteKind.KV} | (set() if sites.gated else {SiteKind.UP})
+    missing |= set() if sites.moe_layers else {SiteKind.ROUTER}
+    return [kind for kind in SiteKind if kind not in missing]
 
 
 def logits_of(sites: ModelSites, ids: Tensor) -> Tensor:
@@ -76,13 +81,16 @@ def test_every_row_has_a_tiny_model() -> None:
 def test_resolve_finds_layers_widths_and_all_parameters(family: str) -> None:
     sites = resolve(tiny_model(family))
     assert [layer.index for layer in sites.layers] == list(range(LAYERS))
+    hidden = embedding_and_head(sites)[0].shape[1]
     for layer in sites.layers:
-        weights = layer.mlp_weights()
-        hidden = sites.model.get_input_embeddings().weight.shape[1]
-        assert weights.up.shape == (WIDTHS[family], hidden)
-        assert weights.down.shape == (hidden, WIDTHS[family])
-        assert (weights.gate is None) == (not sites.gated)
-        covered = sum(p.numel() for linear in layer.linears for p in linear.parameters())
+        assert [ffn.width for ffn in layer.ffns] == FFN_WIDTHS[family]
+        for ffn in layer.ffns:
+            weights = ffn.weights()
+            assert weights.up.shape == (ffn.width, hidden)
+            assert weights.down.shape == ffn.down_matrix().shape == (hidden, ffn.width)
+            assert (weights.gate is None) == (not sites.gated)
+        modules = layer.linears if layer.experts is None else (*layer.linears, layer.experts.module)
+        covered = sum(p.numel() for module in modules for p in module.parameters())
         assert covered >= 0.95 * sum(p.numel() for p in layer.block.parameters())
         assert len({id(linear) for linear in layer.linears}) == len(layer.linears)
     assert len({id(linear) for layer in sites.layers for linear in layer.linears}) == sum(
@@ -96,24 +104,30 @@ def test_views_are_batch_seq_width_and_recording_changes_no_bit(family: str) -> 
     ids = token_ids(BATCH, LENGTH)
     dense = logits_of(sites, ids)
     calls: list[Site] = []
-    shapes: dict[SiteKind, tuple[int, ...]] = {}
+    shapes: dict[Site, tuple[int, ...]] = {}
 
     def look(site: Site, x: Tensor) -> None:
         calls.append(site)
-        shapes[site.kind] = tuple(x.shape)
+        shapes[site] = tuple(x.shape)
 
     with tapped(sites, dict.fromkeys(kinds_of(sites), look)):
         recorded = logits_of(sites, ids)
     assert torch.equal(recorded, dense)
-    assert sorted((s.layer, s.kind) for s in calls) == sorted((i, k) for i in range(LAYERS) for k in kinds_of(sites))
+    inside = {SiteKind.GATE, SiteKind.UP, SiteKind.NEURON} & set(kinds_of(sites))
+    expected = {Site(layer=i, kind=kind) for i in range(LAYERS) for kind in kinds_of(sites) if kind not in inside}
+    expected |= {Site(layer=ffn.layer.index, kind=kind, expert=ffn.expert) for ffn in sites.ffns for kind in inside}
+    assert len(calls) == len(set(calls))
+    assert set(calls) == expected
     assert all(shape[:2] == (BATCH, LENGTH) for shape in shapes.values())
-    assert {shapes[k][2] for k in (SiteKind.GATE, SiteKind.UP, SiteKind.NEURON) if k in shapes} == {WIDTHS[family]}
-    hidden = sites.layers[0].mlp_weights().down.shape[0]
-    assert shapes[SiteKind.ATTN_IN][2] == shapes[SiteKind.MLP_IN][2] == hidden
-    assert sites.layers[0].output_matrix(shapes[SiteKind.ATTN_OUT][2]).shape == (hidden, shapes[SiteKind.ATTN_OUT][2])
+    for ffn in sites.layers[0].ffns:
+        assert {shapes[Site(layer=0, kind=kind, expert=ffn.expert)][2] for kind in inside} == {ffn.width}
+    at = {site.kind: shape[2] for site, shape in shapes.items()}
+    hidden = sites.layers[0].ffns[0].down_matrix().shape[0]
+    assert at[SiteKind.ATTN_IN] == at[SiteKind.MLP_IN] == hidden
+    assert sites.layers[0].output_matrix(at[SiteKind.ATTN_OUT]).shape == (hidden, at[SiteKind.ATTN_OUT])
 
 
-@every_family
+@dense_families
 def test_mlp_weights_reproduce_the_mlp(family: str) -> None:
     sites = resolve(tiny_model(family))
     layer = sites.layers[-1]
@@ -135,7 +149,7 @@ def test_mlp_weights_reproduce_the_mlp(family: str) -> None:
         torch.testing.assert_close(at[SiteKind.UP], up, atol=1e-5, rtol=1e-5)
 
 
-@every_family
+@dense_families
 def test_an_edited_neuron_changes_the_output_as_the_formula_says(family: str) -> None:
     sites = resolve(tiny_model(family))
     layer, ids = sites.layers[-1], token_ids(BATCH, LENGTH, seed=4)
@@ -147,7 +161,7 @@ def test_an_edited_neuron_changes_the_output_as_the_formula_says(family: str) ->
     torch.testing.assert_close(out.view_as(naive), naive, atol=1e-5, rtol=1e-5)
 
 
-@every_family
+@dense_families
 @pytest.mark.parametrize("kind", [SiteKind.GATE, SiteKind.UP, SiteKind.MLP_IN])
 def test_an_edit_further_up_reaches_the_neurons(family: str, kind: SiteKind) -> None:
     sites = resolve(tiny_model(family))
@@ -178,9 +192,10 @@ def test_no_hook_outlives_an_error(family: str) -> None:
     with pytest.raises(KeyError), tapped(sites, {SiteKind.NEURON: fail, SiteKind.GATE: lambda _s, _x: None}):
         logits_of(sites, token_ids(1, 4))
     assert hooks_of(sites.model) == before
+    assert sites.model.config._experts_implementation != IMPLEMENTATION
 
 
-@every_family
+@dense_families
 def test_an_all_keep_gate_is_dense_bit_for_bit(family: str) -> None:
     sites = resolve(tiny_model(family))
     ids, width = token_ids(BATCH, LENGTH, seed=6), WIDTHS[family]
@@ -246,5 +261,5 @@ def test_the_same_tap_works_on_another_model_of_the_type() -> None:
     site = Site(layer=0, kind=SiteKind.NEURON)
     ids = token_ids(3, 4)
     first, second = seen(one, ids)[site], seen(other, ids)[site]
-    assert first.shape == second.shape == (3, 4, WIDTHS["opt"])
+    assert first.shape == second.shape == (3, 4, FFN)
     assert not torch.equal(first, second)

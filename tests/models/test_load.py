@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, FFN, HEADS, HIDDEN, LAYERS, VOCAB, WIDTHS
+from tiny import CONFIGS, EXPERTS, FFN, FFN_WIDTHS, HEADS, HIDDEN, LAYERS, TOP_K, VOCAB, WIDTHS
 
 from actsparse.errors import ModelError
 from actsparse.models.load import load
@@ -70,12 +70,17 @@ def test_a_directory_of_every_family_loads_with_its_record(family: str, tiny_loa
     width = layer.output_matrix(record.heads * record.head_dim).shape[1]
     assert width == record.heads * record.head_dim
     matrices = 3 if record.gated else 2
-    assert record.step.mlp_total == LAYERS * matrices * WIDTHS[family] * HIDDEN * 4
+    read = sum(FFN_WIDTHS[family])
+    if record.experts is not None:
+        assert (record.experts.count, record.experts.top_k, record.experts.width) == (EXPERTS, TOP_K, FFN)
+        read -= (EXPERTS - TOP_K) * FFN
+    assert record.step.mlp_total == LAYERS * matrices * read * HIDDEN * 4
     parameters = {id(p): p.numel() for p in loaded.model.parameters()}
     embedding = loaded.model.get_input_embeddings().weight
     tied = embedding is loaded.model.get_output_embeddings().weight
     assert record.parameters == sum(parameters.values())
-    assert record.step.total == 4 * (sum(parameters.values()) - (0 if tied else embedding.numel()))
+    idle = LAYERS * matrices * (sum(FFN_WIDTHS[family]) - read) * HIDDEN
+    assert record.step.total == 4 * (sum(parameters.values()) - (0 if tied else embedding.numel()) - idle)
     assert record.tied_embeddings == tied
     assert record.dtype == "float32"
     assert record.bytes_per_weight == pytest.approx(4, abs=0.5)
