@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from actsparse.engine.cuda import reference
-from actsparse.engine.cuda.decoder import Decoder
-from actsparse.engine.cuda.input_sparse import InputPlan
-from actsparse.engine.cuda.neuron_sparse import NeuronPlan
-from actsparse.engine.cuda.step import NativeStep
+from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.step import reference
+from actsparse.engine.step.decoder import Decoder
+from actsparse.engine.step.plans import InputPlan, NeuronPlan
 
 
 def fit_neurons(decoder: Decoder, plan: NeuronPlan, share: float) -> None:

@@ -25,11 +25,14 @@ from gpu_calibrate import fit_inputs, fit_neurons, realised_inputs, realised_neu
 from gpu_timing import Paired, elapsed_ms, median_ms, paired, replay_of
 from torch import Tensor
 
-from actsparse.engine.cuda import sliced
 from actsparse.engine.cuda.bandwidth import read_bandwidth
-from actsparse.engine.cuda.decoder import Decoder
-from actsparse.engine.cuda.input_sparse import InputPlan
-from actsparse.engine.cuda.layout import (
+from actsparse.engine.cuda.engine import decoder_of
+from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.cuda.operators import Epilogue, Norm, Operators, Tuning
+from actsparse.engine.step import sliced
+from actsparse.engine.step.decoder import Decoder
+from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan
+from actsparse.engine.step.weights import (
     SHAPES,
     InputRows,
     Shape,
@@ -40,9 +43,6 @@ from actsparse.engine.cuda.layout import (
     transpose_rows,
     weights_from_model,
 )
-from actsparse.engine.cuda.neuron_sparse import NeuronPlan
-from actsparse.engine.cuda.operators import Epilogue, Norm, Operators, Tuning
-from actsparse.engine.cuda.step import DensePlan, NativeStep, Plan
 
 LENGTH, POSITION, STEPS, GENERATED = 1024, 512, 24, 16
 PARTS = ("check", "generate", "dense", "sliced", "cats", "teal", "gemv", "shapes", "profile", "compiled", "tune")
@@ -125,7 +125,7 @@ class Bench:
 
 def ready_decoder(weights: Weights, tuning: Tuning | None = None) -> Decoder:
     """A decoder with a random cache and forced random tokens, at `POSITION`."""
-    decoder = Decoder(weights, max_length=LENGTH, tuning=tuning)
+    decoder = decoder_of(weights, max_length=LENGTH, tuning=tuning)
     for warning in decoder.warnings:
         print("  WARNING", warning)
     decoder.state.keys.normal_()
@@ -242,7 +242,7 @@ def part_sliced(bench: Bench) -> None:
     shares = {"mlp": keep / shape.neurons}
     result = compare(decoder, plan, dense)
     add_pair(report, "sliced 50 %", result, limit_ms(report, shape, **shares), limit_ms(report, shape), (1.30, 1.40))
-    indexed = sliced.IndexedPlan(down_rows=bench.down_rows, selection=plan.selection)
+    indexed = IndexedPlan(down_rows=bench.down_rows, selection=plan.selection)
     result = compare(decoder, indexed, dense)
     add_pair(report, "index list 50 %", result, limit_ms(report, shape, **shares), limit_ms(report, shape))
     for one in (dense, plan, indexed):
@@ -451,7 +451,7 @@ def part_profile(bench: Bench) -> None:
 def part_compiled(bench: Bench) -> None:
     """The fallback: the torch step compiled per layer and captured, without the compiled CUDA kernels."""
     begin = time.perf_counter()
-    decoder = Decoder(bench.decoder.weights, max_length=LENGTH, native=False)
+    decoder = decoder_of(bench.decoder.weights, max_length=LENGTH, native=False)
     for warning in decoder.warnings:
         print("  WARNING", warning)
     decoder.start(1, POSITION)

@@ -95,7 +95,7 @@ FFN_WIDTHS = {name: [width] for name, width in WIDTHS.items()} | {
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of a type with every weight and bias drawn, so that nothing is hidden behind zeros or ones."""
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type], **IDS, **changes)
+    config = AutoConfig.for_model(model_type, **(CONFIGS[model_type] | IDS | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

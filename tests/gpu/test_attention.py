@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from actsparse.engine.cuda import reference
 from actsparse.engine.cuda.operators import Angles
+from actsparse.engine.step import reference
 
 pytestmark = pytest.mark.gpu
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from actsparse.engine.cuda import reference
-from actsparse.engine.cuda.layout import padded
 from actsparse.engine.cuda.operators import Best, Epilogue, Norm
+from actsparse.engine.step import reference
+from actsparse.engine.step.weights import padded
 
 pytestmark = pytest.mark.gpu
 

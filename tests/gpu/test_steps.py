@@ -6,14 +6,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from actsparse.engine.cuda import reference, sliced
-from actsparse.engine.cuda.decoder import Decoder
-from actsparse.engine.cuda.input_sparse import InputPlan, InputScores, column_norms
-from actsparse.engine.cuda.layout import Shape, input_rows, random_weights, transpose_rows
-from actsparse.engine.cuda.neuron_sparse import NeuronPlan
-from actsparse.engine.cuda.state import set_hidden
-from actsparse.engine.cuda.step import DensePlan, NativeStep
-from actsparse.engine.cuda.torch_step import TorchStep
+from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.step import reference, sliced
+from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, InputScores, NeuronPlan, column_norms
+from actsparse.engine.step.shape import Shape
+from actsparse.engine.step.state import set_hidden
+from actsparse.engine.step.torch_step import TorchStep
+from actsparse.engine.step.weights import input_rows, random_weights, transpose_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +38,7 @@ def make_plan(kind, weights):
         case "indexed":
             selection = sliced.empty_selection(weights, sliced.capacity_for(shape.neurons))
             sliced.select_threshold(selection, scores, scores.quantile(0.5, dim=1))
-            return sliced.IndexedPlan(down_rows=down_rows, selection=selection)
+            return IndexedPlan(down_rows=down_rows, selection=selection)
         case "cats":
             return NeuronPlan(threshold=torch.full((shape.layers, 1), 0.2, device="cuda"), down_rows=down_rows)
         case "chess":
@@ -103,7 +102,7 @@ def assert_products(stage, operators, weights, state, plan, layer, hidden, asser
 @pytest.mark.parametrize("kind", PLANS)
 def test_every_stage_equals_the_torch_step(operators, draw, assert_near, kind, shape, dtype):
     weights = random_weights(shape, dtype=dtype, device="cuda")
-    decoder = Decoder(weights, max_length=96)
+    decoder = decoder_of(weights, max_length=96)
     assert decoder.operators is not None, decoder.warnings
     state, plan = decoder.state, make_plan(kind, weights)
     native = NativeStep(weights, state, plan, operators)
@@ -143,7 +142,7 @@ def test_every_stage_equals_the_torch_step(operators, draw, assert_near, kind, s
 @pytest.mark.parametrize("kind", PLANS[:-1])
 def test_replays_equal_eager_bit_for_bit(kind):
     weights = random_weights(GROUPED, dtype=torch.bfloat16, device="cuda")
-    decoder = Decoder(weights, max_length=96)
+    decoder = decoder_of(weights, max_length=96)
     plan = make_plan(kind, weights)
     decoder.set_plan(plan)
     assert decoder.path == "graph", decoder.warnings
@@ -163,7 +162,7 @@ def test_replays_equal_eager_bit_for_bit(kind):
 
 def test_a_refilled_buffer_is_seen_by_the_captured_step():
     weights = random_weights(GROUPED, dtype=torch.bfloat16, device="cuda")
-    decoder = Decoder(weights, max_length=64)
+    decoder = decoder_of(weights, max_length=64)
     down_rows = transpose_rows(weights.down)
     plan = sliced.empty_plan(weights, sliced.capacity_for(700))
     decoder.set_plan(plan)
@@ -207,7 +206,7 @@ def hugging_face(kind):
 def test_a_prefill_of_transformers_is_continued(kind, assert_near):
     torch.manual_seed(0)
     model = hugging_face(kind)
-    decoder = Decoder.from_model(model, max_length=128)
+    decoder = cuda_decoder(model, max_length=128)
     assert decoder.operators is not None, decoder.warnings
     exact = model.float()
     ids = torch.randint(0, 1000, (1, 50), device="cuda")
@@ -226,7 +225,7 @@ def test_a_prefill_of_transformers_is_continued(kind, assert_near):
 def test_greedy_text_equals_generate_in_float32():
     torch.manual_seed(1)
     model = hugging_face("qwen2").float()
-    decoder = Decoder.from_model(model, max_length=128)
+    decoder = cuda_decoder(model, max_length=128)
     assert any("torch.compile" in warning for warning in decoder.warnings)
     ids = torch.randint(0, 1000, (1, 20), device="cuda")
     with torch.no_grad():

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from actsparse.engine.cuda import reference
-from actsparse.engine.cuda.layout import padded
+from actsparse.engine.step import reference
+from actsparse.engine.step.weights import padded
 
 pytest.importorskip("triton")
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"

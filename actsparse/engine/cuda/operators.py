@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cuda import native
+from actsparse.engine.step.state import Angles, Best
 
 TILE = 256  # outputs that a block of the input-major kernel owns
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "identity": 3}
@@ -43,20 +44,6 @@ class Norm(NamedTuple):
 
     weight: Tensor
     epsilon: float
-
-
-class Best(NamedTuple):
-    """Every block's largest logit: value [blocks] float32, row [blocks] int32."""
-
-    value: Tensor
-    row: Tensor
-
-
-class Angles(NamedTuple):
-    """Rotary tables: cosine, sine [positions, head_dim / 2], float32."""
-
-    cosine: Tensor
-    sine: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,42 +4,40 @@ Each kernel starts while the one before it ends and fills its registers with wei
 in float32; norms, activation function, residual additions, rotation, cache write and argmax live inside the products.
 """
 
-from dataclasses import dataclass
 from typing import assert_never
 
 from torch import Tensor
 
-from actsparse.engine.cuda.input_sparse import InputPlan
-from actsparse.engine.cuda.layout import Weights
-from actsparse.engine.cuda.neuron_sparse import NeuronPlan
 from actsparse.engine.cuda.operators import Epilogue, Norm, Operators
-from actsparse.engine.cuda.sliced import IndexedPlan, SlicedPlan
-from actsparse.engine.cuda.state import DecodeState
-
-
-@dataclass(frozen=True, slots=True)
-class DensePlan:
-    """Reads every weight."""
-
-
-Plan = DensePlan | SlicedPlan | IndexedPlan | NeuronPlan | InputPlan
+from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan, SlicedPlan
+from actsparse.engine.step.state import DecodeState
+from actsparse.engine.step.torch_step import drawn
+from actsparse.engine.step.weights import Weights
 
 
 class NativeStep:
     """Called, it processes the token in `state` under `plan` and leaves the next one there."""
 
-    def __init__(self, weights: Weights, state: DecodeState, plan: Plan, operators: Operators) -> None:
+    def __init__(
+        self, weights: Weights, state: DecodeState, plan: Plan, operators: Operators, *, sampled: bool = False
+    ) -> None:
         self._weights = weights
         self._state = state
         self._plan = plan
         self._operators = operators
+        self._sampled = sampled
 
     def __call__(self) -> None:
         with self._operators.chain():
             for layer in range(self._weights.shape.layers):
                 self.attention(layer)
                 self.mlp(layer)
-            self.next_token()
+            self.logits()
+            if not self._sampled:
+                self.token()
+        if self._sampled:
+            self.draw()
+            self.token()
 
     def attention(self, layer: int) -> None:
         """hidden += attention of layer `layer`."""
@@ -65,10 +63,10 @@ class NativeStep:
         operators.attend(
             state.mix,
             state.qkv,
-            state.keys[layer],
-            state.values[layer],
+            state.keys[layer, 0],
+            state.values[layer, 0],
             position=state.position,
-            angles=state.angles,
+            angles=state.angles[layer],
         )
         if plan is None:
             operators.add(state.hidden, state.mix, weights.out[layer])
@@ -99,15 +97,25 @@ class NativeStep:
             case _ as unknown:
                 assert_never(unknown)
 
-    def next_token(self) -> None:
-        """Logits, argmax, and the next token's embedding in hidden."""
-        weights, state, operators = self._weights, self._state, self._operators
+    def logits(self) -> None:
+        """The logits of the residual, and every block's best."""
+        weights, state = self._weights, self._state
         norm = Norm(weights.final_norm, weights.shape.norm_epsilon)
-        operators.head(state.logits, state.best, state.hidden, weights.head, norm=norm)
-        operators.token(
+        self._operators.head(state.logits, state.best, state.hidden, weights.head, norm=norm)
+
+    def draw(self) -> None:
+        """Puts a token drawn from the logits in place of the best."""
+        state = self._state
+        following = (state.position + 1).clamp(max=state.max_length - 1).long()
+        state.best.row.copy_(drawn(state, following).expand_as(state.best.row))
+
+    def token(self) -> None:
+        """The next token (the best, drawn, or forced), and its embedding in hidden."""
+        state = self._state
+        self._operators.token(
             state.hidden,
             state.best,
-            weights.embedding,
+            self._weights.embedding,
             squares=state.squares,
             forced=state.forced,
             tokens=state.tokens,
@@ -136,7 +144,7 @@ class NativeStep:
 
     def _sliced(self, layer: int, plan: SlicedPlan) -> None:
         state, operators = self._state, self._operators
-        neurons, count = state.neurons[: plan.down.shape[1]], plan.selection.count[layer : layer + 1]
+        neurons, count = state.neurons[0, : plan.down.shape[1]], plan.selection.count[layer : layer + 1]
         operators.gated(
             neurons,
             state.hidden,
@@ -150,7 +158,7 @@ class NativeStep:
     def _indexed(self, layer: int, plan: IndexedPlan) -> None:
         state, operators = self._state, self._operators
         index, count = plan.selection.index[layer], plan.selection.count[layer : layer + 1]
-        neurons = state.neurons[: index.numel()]
+        neurons = state.neurons[0, : index.numel()]
         operators.gated(
             neurons,
             state.hidden,
@@ -169,7 +177,7 @@ class NativeStep:
         activation = weights.shape.activation
         decides, follows = (gate, up) if plan.first == "gate" else (up, gate)
         first, second = (activation, "identity") if plan.first == "gate" else ("identity", activation)
-        factor, norm = state.halves[:neurons], self._norm(layer)
+        factor, norm = state.halves[0, :neurons], self._norm(layer)
         operators.threshold(factor, state.hidden, decides, plan.threshold[layer], norm=norm, activation=first)
         operators.kept(state.neurons, state.hidden, follows, factor, norm=norm, activation=second)
         operators.columns(state.hidden, state.neurons, plan.down_rows[layer], epilogue=Epilogue.ADD, skip_zeros=True)
@@ -189,9 +197,9 @@ class NativeStep:
         )
         operators.columns(
             state.hidden,
-            state.halves[:neurons],
+            state.halves[0, :neurons],
             plan.weights.down[layer],
-            up=state.halves[neurons:],
+            up=state.halves[0, neurons:],
             activation=weights.shape.activation,
             epilogue=_residual(plan),
             threshold=plan.threshold[layer, 6:7],

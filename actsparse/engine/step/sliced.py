@@ -6,44 +6,27 @@ being stored transposed. For short generations `IndexedPlan` reads the rows in p
 """
 
 import math
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from actsparse.engine.cuda.layout import Weights
-from actsparse.engine.cuda.operators import Operators
+from actsparse.engine.step.plans import Selection, SlicedPlan
+from actsparse.engine.step.weights import Weights
 from actsparse.errors import PlanError
 
 GRAIN = 64  # capacities are multiples of this
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Selection:
-    """The neurons kept: index [layers, capacity] int32, ascending up to count [layers] int32, then zeros."""
+class Gatherer(Protocol):
+    """Gathers rows faster than torch does."""
 
-    index: Tensor
-    count: Tensor
+    def gather(self, target: Tensor, source: Tensor, index: Tensor, count: Tensor) -> None:
+        """target [layers, parts, capacity, width] = the rows of source [layers, parts, rows, width] at `index`.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SlicedPlan:
-    """The kept neurons' weights: gate_up [layers, 2 * capacity, width], gate first; down [layers, capacity, width].
-
-    Rows from `selection.count` on are zero.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    selection: Selection
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class IndexedPlan:
-    """The kept neurons by index into the full weights; down_rows: [layers, neurons, width]."""
-
-    down_rows: Tensor
-    selection: Selection
+        index: [layers, capacity]; rows from `count` [layers] on become zero.
+        """
+        ...
 
 
 def capacity_for(neurons: int) -> int:
@@ -66,6 +49,7 @@ def empty_plan(weights: Weights, capacity: int) -> SlicedPlan:
         gate_up=weights.gate_up.new_zeros(layers, 2 * capacity, width),
         down=weights.gate_up.new_zeros(layers, capacity, width),
         selection=empty_selection(weights, capacity),
+        gate_up_bias=None if weights.gate_up_bias is None else weights.gate_up_bias.new_zeros(layers, 2 * capacity),
     )
 
 
@@ -102,10 +86,10 @@ def _list_kept(selection: Selection, keep: Tensor) -> None:
     selection.count.copy_(running[:, -1])
 
 
-def fill(plan: SlicedPlan, weights: Weights, down_rows: Tensor, operators: Operators | None) -> None:
+def fill(plan: SlicedPlan, weights: Weights, down_rows: Tensor, gatherer: Gatherer | None = None) -> None:
     """Gathers the selected neurons of all layers into the plan's buffers, zeros behind them.
 
-    down_rows: [layers, neurons, width]. `operators` None: torch's own gather.
+    down_rows: [layers, neurons, width]. `gatherer` None: torch's own gather.
     """
     shape, selection = weights.shape, plan.selection
     layers, capacity = selection.index.shape
@@ -114,10 +98,14 @@ def fill(plan: SlicedPlan, weights: Weights, down_rows: Tensor, operators: Opera
         (plan.down.view(layers, 1, capacity, -1), down_rows.view(layers, 1, shape.neurons, -1)),
     )
     for target, source in pairs:
-        if operators is None:
+        if gatherer is None:
             _gather(target, source, selection)
         else:
-            operators.gather(target, source, selection.index, selection.count)
+            gatherer.gather(target, source, selection.index, selection.count)
+    if plan.gate_up_bias is not None and weights.gate_up_bias is not None:
+        biases = weights.gate_up_bias.view(layers, 2, shape.neurons)
+        index = selection.index.long()[:, None].expand(-1, 2, -1)
+        plan.gate_up_bias.copy_(biases.gather(2, index).flatten(1))
 
 
 def _gather(target: Tensor, source: Tensor, selection: Selection) -> None:

@@ -1,0 +1,106 @@
+"""The CUDA engine: compiled kernels where they can run, else the torch step compiled, else eager; all captured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actsparse.engine.cuda.availability import has_triton, native_refusal
+from actsparse.engine.cuda.graph import capture
+from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.cuda.operators import Operators, Tuning
+from actsparse.engine.step.decoder import Decoder, Runner
+from actsparse.engine.step.packing import weights_from_model
+from actsparse.engine.step.plans import InputPlan, NeuronPlan, Plan
+from actsparse.engine.step.products import Products, TorchProducts
+from actsparse.engine.step.state import DecodeState, set_hidden
+from actsparse.engine.step.torch_step import TorchStep
+from actsparse.engine.step.weights import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Snapshot:
+    position: Tensor
+    hidden: Tensor
+    tokens: Tensor
+
+
+class CudaEngine:
+    """Steps for weights on a CUDA device; `operators` is None where the compiled kernels cannot serve them."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        batch: int = 1,
+        native: bool = True,
+        compiled: bool = True,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.warnings: list[str] = []
+        self.operators: Operators | None = None
+        self._compiled = compiled
+        refusal = native_refusal(weights, batch) if native else "it was not asked for"
+        if refusal is None:
+            self.operators = Operators(weights.device, tuning)
+        elif native:
+            self.warnings.append(f"decode runs through torch.compile: {refusal}")
+
+    @property
+    def candidates(self) -> int:
+        """How many blocks share the head."""
+        return self.operators.blocks if self.operators else 1
+
+    def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
+        """The step of `plan`, captured in a graph where it can be."""
+        if self.operators is not None:
+            return self._captured(NativeStep(weights, state, plan, self.operators, sampled=sampled), state)
+        if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
+            self.warnings.append("without compiled kernels and Triton this plan masks weights but reads them all")
+        products = _products()
+        if self._compiled:
+            step = TorchStep(weights, state, plan, compiled=True, products=products, sampled=sampled, padded=padded)
+            try:
+                return self._captured(step, state)
+            except Exception as error:  # torch.compile fails in many ways, and each has the same way out
+                self.warnings.append(f"decode runs uncompiled: {type(error).__name__}: {error}")
+        step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
+        return self._captured(step, state)
+
+    def _captured(self, step: NativeStep | TorchStep, state: DecodeState) -> Runner:
+        """Captures `step` and undoes what its warm-ups did; the cache beyond the position is free to change."""
+        before = _Snapshot(position=state.position.clone(), hidden=state.hidden.clone(), tokens=state.tokens.clone())
+        captured = capture(step)
+        state.position.copy_(before.position)
+        set_hidden(state, before.hidden)
+        state.tokens.copy_(before.tokens)
+        if captured.warning:
+            self.warnings.append(captured.warning)
+        return Runner(run=lambda live: captured.run(), kind=captured.kind)
+
+
+def _products() -> Products:
+    if not has_triton():
+        return TorchProducts()
+    from actsparse.engine.cuda.triton_products import TritonProducts
+
+    return TritonProducts()
+
+
+def cuda_decoder(model: Any, *, max_length: int, batch: int = 1) -> Decoder:
+    """A decoder of a transformers model on a CUDA device, its weights copied.
+
+    Raises ModelError for what the step does not compute; the decoder's `warnings` say which better path was not taken.
+    """
+    weights = weights_from_model(model)
+    return decoder_of(weights, max_length=max_length, batch=batch)
+
+
+def decoder_of(
+    weights: Weights, *, max_length: int, batch: int = 1, native: bool = True, tuning: Tuning | None = None
+) -> Decoder:
+    """A decoder of packed weights on a CUDA device; `native` False: without the compiled kernels."""
+    with torch.cuda.device(weights.device):
+        engine = CudaEngine(weights, batch=batch, native=native, tuning=tuning)
+        return Decoder(weights, max_length=max_length, batch=batch, engine=engine)
