@@ -259,7 +259,10 @@ class ExpertsRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
-    """A loaded model: the name that was asked for, what it resolved to, its shape, and hashes of its content."""
+    """A loaded model: the name that was asked for, what it resolved to, its shape, and hashes of its content.
+
+    `family_sha256`: the hash of the row that was brought for it, None where the table has one.
+    """
 
     requested: str
     resolved: str
@@ -285,6 +288,7 @@ class ModelRecord:
     config_sha256: str
     tokenizer_sha256: str
     experts: ExpertsRecord | None = None
+    family_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

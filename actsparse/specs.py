@@ -13,7 +13,10 @@ RUNTIME = {"runtime": True}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A causal language model: hub id, directory, `.gguf` file, or the alias `smollm2` / `demo`."""
+    """A causal language model: hub id, directory, `.gguf` file, or the alias `smollm2` / `demo`.
+
+    `family`: a TOML file with the row of its family, for a model type that the table lacks.
+    """
 
     name: str
     revision: str | None = None
@@ -22,6 +25,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     offline: bool = field(default=False, metadata=RUNTIME)
     dequantize: bool = False
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

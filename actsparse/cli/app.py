@@ -18,7 +18,7 @@ from actsparse.errors import ActsparseError
 from actsparse.store.provenance import again
 
 INTERRUPTED = 130
-COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods")
+COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods", "models")
 
 app = typer.Typer(
     name="actsparse",

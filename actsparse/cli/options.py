@@ -38,6 +38,9 @@ class ModelOptions:
         bool, option("--trust-remote-code", help="Run code that comes with the model. Off by default.", panel=MODEL)
     ] = False
     offline: Annotated[bool, option("--offline", help="Use no network.", panel=MODEL)] = False
+    family: Annotated[
+        Path | None, option("--family", help="TOML file with the row of a family that the table lacks.", panel=MODEL)
+    ] = None
 
     def spec(self) -> ModelSpec:
         return ModelSpec(
@@ -48,6 +51,7 @@ class ModelOptions:
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
             offline=self.offline,
+            family=None if self.family is None else str(self.family.expanduser().resolve()),
         )
 
 

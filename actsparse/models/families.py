@@ -1,13 +1,17 @@
 """The table of model families: where each keeps its layers, projections and activation.
 
-Adding a family is one row here and its name in the list of `tests/models/test_families.py`. Paths are dotted names
-from the model, the layer, the attention or the MLP; an empty path is the object itself.
+Adding a family is one row here and a tiny configuration in `tests/tiny.py`. Paths are dotted names from the model, the
+layer, the attention or the MLP; an empty path is the object itself.
 """
 
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from actsparse.errors import ModelError
+
+OWN_STEP = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2", "gemma3_text", "phi3"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +22,10 @@ class Family:
     `transposed` weights are stored [in, out] (GPT-2's Conv1D). In a mixture of experts `experts`, `router` and
     `shared` are the parts of the MLP that hold the experts' stacked weights, choose among them, and serve every token;
     a layer whose MLP has no such part is a dense one, described by the other fields, as the shared expert is.
+
+    `attention_interface`: whether the attention goes through transformers' AttentionInterface, so that heads can be
+    masked and KV policies applied; `static_cache`: whether the model's own step can be captured (it sets
+    `_can_compile_fullgraph`).
     """
 
     model_type: str
@@ -34,10 +42,19 @@ class Family:
     experts: str | None = None
     router: str = "gate"
     shared: str | None = None
+    attention_interface: bool = True
+    static_cache: bool = True
 
     @property
     def fused_gate_up(self) -> bool:
         return self.gate == self.up
+
+    @property
+    def tier(self) -> int:
+        """The engine that serves it: 1 a step of our own, 2 the model's own step with a static cache, 3 eager."""
+        if self.experts is not None or not self.static_cache:
+            return 3
+        return 1 if self.model_type in OWN_STEP else 2
 
 
 def _plain(model_type: str, **parts: str | tuple[str, ...] | bool | None) -> Family:
@@ -70,27 +87,29 @@ FAMILIES: dict[str, Family] = {
         _plain("gpt2", layers="transformer.h", attention="attn", qkv=("c_attn",), output="c_proj", up="c_fc",
                down="c_proj", activation="act", transposed=True),
         _plain("gpt_neo", layers="transformer.h", attention="attn.attention", output="out_proj", up="c_fc",
-               down="c_proj", activation="act"),
+               down="c_proj", activation="act", attention_interface=False, static_cache=False),
         _plain("gpt_neox", layers="gpt_neox.layers", attention="attention", qkv=("query_key_value",), output="dense",
                up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
         _plain("gptj", layers="transformer.h", attention="attn", output="out_proj", up="fc_in", down="fc_out",
-               activation="act"),
+               activation="act", attention_interface=False),
         _plain("falcon", layers="transformer.h", attention="self_attention", qkv=("query_key_value",), output="dense",
-               up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
+               up="dense_h_to_4h", down="dense_4h_to_h", activation="act", attention_interface=False),
         _plain("bloom", layers="transformer.h", attention="self_attention", qkv=("query_key_value",), output="dense",
-               up="dense_h_to_4h", down="dense_4h_to_h", activation="gelu_impl"),
+               up="dense_h_to_4h", down="dense_4h_to_h", activation="gelu_impl",
+               attention_interface=False),
         _plain("mpt", layers="transformer.blocks", attention="attn", qkv=("Wqkv",), output="out_proj", mlp="ffn",
-               activation="act"),
+               activation="act", attention_interface=False, static_cache=False),
     )
 }  # fmt: skip
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a model type; raises ModelError naming the nearest row."""
+    """The row of a model type; raises ModelError naming the nearest row, and how to bring one's own."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.6)
+    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
     raise ModelError(
         f"model type '{model_type}' is not supported: no row of the family table describes it",
-        (f"the nearest row is '{near[0]}'; " if near else "") + f"supported are {', '.join(sorted(FAMILIES))}",
+        f"the nearest row is '{near}': write `actsparse models {near} > row.toml`, correct it,"
+        " and pass it with --family row.toml",
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from transformers.utils import logging
 
 from actsparse.errors import ModelError
 from actsparse.models.cost import embedding_rows
-from actsparse.models.families import family_of
+from actsparse.models.families import Family, family_of
+from actsparse.models.family_file import FamilyFile, read_family
 from actsparse.models.record import record
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.sources import Source, find
@@ -44,13 +46,14 @@ def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) ->
     """
     source = find(spec, notify)
     config = _config(source, spec)
-    _check_type(config)
+    family = read_family(Path(spec.family)) if spec.family is not None else None
+    row = _row_of(config, family)
     device = resolve_device(spec.device)
     model = _weights(source, config, spec, resolve_dtype(spec.dtype, config, device), device)
-    sites = resolve(model)
+    sites = resolve(model, row)
     tokenizer = _tokenizer(source, spec)
     _check_vocabulary(tokenizer, model, source)
-    return LoadedModel(model, tokenizer, sites, record(spec.name, source, sites))
+    return LoadedModel(model, tokenizer, sites, record(spec.name, source, sites, family and family.sha256))
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, source: Source) -> None:
@@ -96,13 +99,21 @@ def _config(source: Source, spec: ModelSpec) -> Any:
         raise ModelError(f"{source.resolved}: config.json cannot be used: {reason}", "check config.json") from None
 
 
-def _check_type(config: Any) -> None:
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+def _row_of(config: Any, family: FamilyFile | None) -> Family:
+    """The family's row, from the table or from a file; raises ModelError where there is none that fits."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family is None:
         raise ModelError(
             f"model type '{config.model_type}' is not a causal language model",
             "actsparse reads decoder-only models, such as llama, mistral, qwen2, gpt2 or opt",
         )
-    family_of(config.model_type)
+    if family is None:
+        return family_of(config.model_type)
+    if family.row.model_type != config.model_type:
+        raise ModelError(
+            f"{family.path} is the row of '{family.row.model_type}', and the model is a '{config.model_type}'",
+            f'write model_type = "{config.model_type}" if the row is meant for it',
+        )
+    return family.row
 
 
 def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

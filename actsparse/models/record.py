@@ -12,8 +12,8 @@ from actsparse.results import ExpertsRecord, ModelRecord
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model", "*tokens*.json", "*.tiktoken")
 
 
-def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
-    """What is known of the model behind `sites`."""
+def record(requested: str, source: Source, sites: ModelSites, family_sha256: str | None = None) -> ModelRecord:
+    """What is known of the model behind `sites`; `family_sha256`: the hash of a row that was brought for it."""
     model, config = sites.model, sites.model.config
     heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
@@ -45,6 +45,7 @@ def record(requested: str, source: Source, sites: ModelSites) -> ModelRecord:
         config_sha256=file_sha256(source.directory / "config.json"),
         tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
         experts=_experts(sites),
+        family_sha256=family_sha256,
     )
 
 

@@ -8,8 +8,9 @@ from actsparse.store.fingerprint import asked
 
 
 def model_identity(loaded: LoadedModel) -> dict[str, str]:
-    """Content hashes (or the hub commit) of a model, and the dtype that it computes in."""
+    """Content hashes (or the hub commit) of a model, the dtype that it computes in, and a family row of its own."""
     found = loaded.record
+    brought = {} if found.family_sha256 is None else {"family": found.family_sha256}
     return {
         "weights": found.revision or found.weights_sha256,
         "config": found.config_sha256,
@@ -17,6 +18,7 @@ def model_identity(loaded: LoadedModel) -> dict[str, str]:
         "dtype": found.dtype,
         "quantization": found.quantization or "none",
         "bytes_per_weight": f"{found.bytes_per_weight:g}",
+        **brought,
     }
 
 

@@ -12,6 +12,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.base import Gate
 from actsparse.methods.plan import check_layers, from_record
 from actsparse.methods.short import parse
+from actsparse.models.family_file import read_family
 from actsparse.models.record import activation_of
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.pipelines.calibration import TextCalibration
@@ -21,15 +22,18 @@ from actsparse.store.runs import PlanRun
 
 
 @contextmanager
-def sparsify(model: PreTrainedModel, plan: str | Path, *, sink_tokens: int = 4) -> Iterator[PreTrainedModel]:
+def sparsify(
+    model: PreTrainedModel, plan: str | Path, *, sink_tokens: int = 4, family: str | Path | None = None
+) -> Iterator[PreTrainedModel]:
     """The model under a plan: `with sparsify(model, "griffin@0.5"): model.generate(...)`.
 
     `plan` is a directory that `threshold` wrote, or a short form that needs no calibration text (griffin). Prompts run
     dense; decoded tokens run sparse, so a harness that scores a text in one forward pass measures the dense model (a
     warning says so). Leaving the block restores the model bit for bit. Raises PlanError where the plan
-    does not fit the model, or needs text to be fitted on.
+    does not fit the model, or needs text to be fitted on. `family` is a file with the row of a family that the table
+    lacks.
     """
-    sites = resolve(model)
+    sites = resolve(model, None if family is None else read_family(Path(family)).row)
     with sparse_generation(sites, _gates(sites, plan), sink_tokens=sink_tokens):
         yield model
 
