@@ -59,7 +59,7 @@ class ProfileSpec:
 
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
     `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured
-    beside (`uncertainty`, `inertia`, `union`).
+    beside (`uncertainty`, `inertia`, `union`). `strict`: activations that are not finite are an error.
     """
 
     model: ModelSpec
@@ -69,6 +69,7 @@ class ProfileSpec:
     reservoir_tokens: int = 4096
     reservoir_mb: int = 512
     probes: tuple[str, ...] = ()
+    strict: bool = field(default=False, metadata=RUNTIME)
     batch_size: int | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)
     root: Path = field(default=Path("runs"), metadata=RUNTIME)

@@ -140,7 +140,7 @@ def test_only_taps_registers_hooks():
 def test_only_timing_measures_time():
     clocks = [where for name in ("perf_counter", "perf_counter_ns", "process_time") for where in calls(name)]
     assert {where.split(":")[0] for where in clocks} == {"engine/timing.py"}
-    assert {where.split(":")[0] for where in calls("monotonic")} <= {"pipelines/profile.py", "cli/output.py"}
+    assert {where.split(":")[0] for where in calls("monotonic")} <= {"pipelines/recording.py", "cli/output.py"}
 
 
 def test_only_the_command_line_prints():

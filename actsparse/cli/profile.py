@@ -43,6 +43,9 @@ def command(
     probes: Annotated[
         str, option("--probes", help="Mechanisms to measure: uncertainty,inertia,union. [none]", panel=RUN)
     ] = "",
+    strict: Annotated[
+        bool, option("--strict", help="Stop at NaN or infinite activations. Off: counted, read as zeros.", panel=RUN)
+    ] = False,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
     bounds = {"--reservoir-tokens": reservoir_tokens, "--reservoir-mb": reservoir_mb, "--batch-size": batch_size}
@@ -58,6 +61,7 @@ def command(
         reservoir_mb=reservoir_mb,
         batch_size=batch_size,
         probes=probe_names(probes.split(",")),
+        strict=strict,
         output=run.output,
         force=run.force,
         resume=run.resume,

@@ -5,7 +5,6 @@ A bin is the exponent and the first ten bits of the mantissa of a float32: bins 
 batch size counts alike. They cover 2^-27 (7.5e-9) to 2^17; zeros, smaller and larger values are counted apart.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import floor
 
@@ -13,43 +12,47 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from actsparse.core.row_sums import add_counts
+
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -27, 17
 BINS_PER_OCTAVE = 1024
 BINS = (HIGHEST_EXPONENT - LOWEST_EXPONENT) * BINS_PER_OCTAVE
-_FIRST = (LOWEST_EXPONENT + 127) * BINS_PER_OCTAVE
-_ALL = 256 * BINS_PER_OCTAVE
-PARALLEL_FROM = 1 << 18
+FIRST_BIN = (LOWEST_EXPONENT + 127) * BINS_PER_OCTAVE
 
 
 @dataclass
 class LogHistogram:
-    """Counts of |x|: `counts` [bins] within range; `zeros`, `below` and `above` apart."""
+    """Counts of |x|: `counts` [bins] within range; `apart` [3] zeros, smaller and larger ones. Both int64, on any
+    device."""
 
     counts: Int[Tensor, " bins"] = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
-    zeros: int = 0
-    below: int = 0
-    above: int = 0
+    apart: Int[Tensor, "3"] = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
+
+    @property
+    def zeros(self) -> int:
+        return int(self.apart[0])
+
+    @property
+    def below(self) -> int:
+        return int(self.apart[1])
+
+    @property
+    def above(self) -> int:
+        return int(self.apart[2])
 
     @property
     def total(self) -> int:
-        return self.zeros + self.below + self.above + int(self.counts.sum())
+        return int(self.apart.sum()) + int(self.counts.sum())
 
     def add(self, x: Float[Tensor, "..."]) -> None:
-        """Count the magnitudes of `x` (any shape; NaN and infinity count as above)."""
-        bits = x.detach().float().contiguous().view(-1).view(torch.int32)
-        found = _count_bins((bits >> 13).bitwise_and_(_ALL - 1)).cpu()
-        zeros = int((bits & 0x7FFFFFFF == 0).sum()) if found[0] else 0
-        self.counts += found[_FIRST : _FIRST + BINS]
-        self.zeros += zeros
-        self.below += int(found[:_FIRST].sum()) - zeros
-        self.above += int(found[_FIRST + BINS :].sum())
+        """Count the magnitudes of `x` (any shape; NaN and infinity count as above); the counts move to its device."""
+        self.counts, self.apart = self.counts.to(x.device), self.apart.to(x.device)
+        add_counts(x, self.counts, self.apart, FIRST_BIN)
 
     def merge(self, other: "LogHistogram") -> None:
         """Add the counts of another histogram."""
-        self.counts += other.counts
-        self.zeros += other.zeros
-        self.below += other.below
-        self.above += other.above
+        self.counts += other.counts.to(self.counts.device)
+        self.apart += other.apart.to(self.apart.device)
 
     def quantile(self, share: float) -> float:
         """The floor(share * n)-th smallest magnitude, counting from 0, within 0.049 % (methods.md, section 0)."""
@@ -57,9 +60,10 @@ class LogHistogram:
 
     def trimmed(self) -> tuple[Int[Tensor, " bins"], Float[Tensor, " edges"]]:
         """The non-empty stretch of counts and its edges, one more; the first bin, from 0, holds zeros and smaller."""
-        used = self.counts.nonzero()
+        inside = self.counts.cpu()
+        used = inside.nonzero()
         first, stop = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
-        counts = torch.cat([torch.tensor([self.zeros + self.below]), self.counts[first:stop]])
+        counts = torch.cat([torch.tensor([self.zeros + self.below]), inside[first:stop]])
         edges = torch.cat([torch.zeros(1, dtype=torch.float64), bin_edges(first, stop + 1)])
         if self.above:
             top = torch.tensor([2.0**HIGHEST_EXPONENT, float("inf")], dtype=torch.float64)
@@ -70,26 +74,12 @@ class LogHistogram:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a shard."""
-        return {"counts": self.counts, "apart": torch.tensor([self.zeros, self.below, self.above])}
+        return {"counts": self.counts, "apart": self.apart}
 
     @classmethod
     def of_tensors(cls, state: dict[str, Tensor]) -> "LogHistogram":
         """The histogram whose `tensors()` these are."""
-        zeros, below, above = (int(value) for value in state["apart"])
-        return cls(state["counts"], zeros, below, above)
-
-
-def _count_bins(bins: Int[Tensor, " n"]) -> Int[Tensor, " all"]:
-    """torch.bincount on as many threads as torch has: it runs on one alone, and gives up the interpreter meanwhile."""
-    parts = torch.get_num_threads()
-    if bins.device.type != "cpu" or parts == 1 or len(bins) < PARALLEL_FROM:
-        return torch.bincount(bins, minlength=_ALL)
-    with ThreadPoolExecutor(parts) as pool:
-        return torch.stack(list(pool.map(_bincount, bins.chunk(parts)))).sum(dim=0)
-
-
-def _bincount(bins: Int[Tensor, " n"]) -> Int[Tensor, " all"]:
-    return torch.bincount(bins, minlength=_ALL)
+        return cls(state["counts"], state["apart"])
 
 
 def bin_edges(first: int, stop: int) -> Float[Tensor, " edges"]:

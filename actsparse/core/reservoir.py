@@ -30,7 +30,8 @@ def capacity(tokens: int, megabytes: int, layers: int, width: int, element_size:
 class Reservoir:
     """Activations [slots, width] of each layer at the token positions with the smallest keys.
 
-    `keys` [slots] (2^64 - 1: empty). Buffers are allocated once, at full size, on the CPU.
+    `keys` [slots] (2^64 - 1: empty). Buffers are allocated once, at full size; each moves once, to the device that its
+    layer's activations come from.
     """
 
     keys: NDArray[np.uint64]
@@ -63,17 +64,20 @@ class Reservoir:
     def put(self, layer: int, slots: Tensor, rows: Float[Tensor, "new width"]) -> None:
         """Write the activations of admitted positions of one layer."""
         if len(slots):
-            self.layers[layer][slots] = rows.to(device="cpu", dtype=self.layers[layer].dtype)
+            buffer = self.layers[layer] = self.layers[layer].to(rows.device)
+            buffer[slots.to(rows.device)] = rows.detach().to(buffer.dtype)
 
     def rows(self, layer: int) -> Float[Tensor, "used width"]:
         """The kept activations of a layer, in the order of their keys."""
-        return self.layers[layer][torch.from_numpy(np.argsort(self.keys, kind="stable")[: self.used])]
+        buffer = self.layers[layer]
+        return buffer[torch.from_numpy(np.argsort(self.keys, kind="stable")[: self.used]).to(buffer.device)]
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the smallest keys of both."""
         places, slots = self.admit(other.keys)
         for layer in self.layers:
-            self.put(layer, slots, other.layers[layer][places])
+            theirs = other.layers[layer]
+            self.put(layer, slots, theirs[places.to(theirs.device)].to(self.layers[layer].device))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a shard."""

@@ -159,6 +159,10 @@ class LayerSites:
         """The down projection as numbers, also where it is stored quantised."""
         return self._matrix(self.down, neurons)
 
+    def down_norms(self, neurons: int) -> Float[Tensor, " neurons"]:
+        """||w_i|| of every column of the down projection, in float32."""
+        return self.down_matrix(neurons).float().norm(dim=0)
+
     def output_matrix(self, width: int) -> Float[Tensor, "hidden heads_width"]:
         """The output projection of the attention as numbers, [hidden, heads * head_dim], also where quantised."""
         return self._matrix(self.output, width)

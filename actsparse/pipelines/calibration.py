@@ -17,9 +17,9 @@ from actsparse.methods.base import NeuronMeans
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
-from actsparse.pipelines.profile import record_sequences
+from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
-from actsparse.pipelines.recording import ProfileState
+from actsparse.pipelines.recording import record_sequences
 from actsparse.results import ModelRecord, Site, SiteKind
 from actsparse.store.runs import ProfileRun
 
@@ -65,7 +65,7 @@ class Statistics:
         means = []
         for layer in state.layers:
             sums = state.neurons[layer]
-            norms = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size).float().norm(dim=0)
+            norms = loaded.sites.layers[layer].down_norms(loaded.record.intermediate_size)
             tokens = max(1, sums.tokens)
             means.append(
                 NeuronMeans(
@@ -178,7 +178,7 @@ class Replay:
 
     def down_norms(self, layer: int) -> Tensor:
         """||w_i|| of every column of the down projection [neurons], in float32."""
-        return self._down(layer).float().norm(dim=0).cpu()
+        return self.loaded.sites.layers[layer].down_norms(self.loaded.record.intermediate_size).cpu()
 
     def cett(self, layer: int, target: float) -> CettPoint:
         """The largest threshold on |a|*||w|| whose mean CETT is at most `target`, over the positions of `tokens`."""

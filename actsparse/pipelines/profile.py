@@ -1,8 +1,6 @@
 """`profile`: record a model's activations on texts and write what was found."""
 
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -16,10 +14,11 @@ from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.probes.names import probe_names
 from actsparse.pipelines.probes.run import run_probes
 from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
+from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
 from actsparse.pipelines.progress import Progress, Silent, describe
-from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState, Recorder, batches
-from actsparse.results import HeadRow, Measure, NeuronRow, RunKind, SiteKind
+from actsparse.pipelines.recording import Shards, not_finite, record_sequences
+from actsparse.results import HeadRow, Measure, NeuronRow, RunKind
 from actsparse.specs import ProfileSpec
 from actsparse.store import tables, tensors
 from actsparse.store.codec import builtins, pretty
@@ -27,9 +26,6 @@ from actsparse.store.files import write_bytes
 from actsparse.store.fingerprint import asked
 from actsparse.store.run import RunRequest, RunWriter, open_run
 from actsparse.store.runs import ProfileRun
-
-CHECKPOINT_SECONDS = 30.0
-STATE = "state.safetensors"
 
 
 def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
@@ -63,39 +59,6 @@ def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tup
         if not 0 <= layer < count:
             raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", "correct --layers")
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
-
-
-def record_sequences(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    *,
-    layers: tuple[int, ...],
-    slots: int,
-    seed: int,
-    batch_size: int | None,
-    what: str,
-    progress: Progress,
-    kinds: tuple[SiteKind, ...] = MOMENT_KINDS,
-    shard: Path | None = None,
-) -> ProfileState:
-    """The statistics of `sequences`; with a `shard`, finished batches are kept there and not repeated."""
-    state = ProfileState.empty(loaded, layers, slots, kinds)
-    if shard is not None and shard.exists():
-        state.load(tensors.read(shard))
-        progress.note(f"resuming: {state.sequences} of {len(sequences)} sequences were finished before")
-    recorder = Recorder(loaded, state, sink_tokens=sequences.record.sink_tokens, seed=seed)
-    finished, since = sequences.ids[: state.sequences], time.monotonic()
-    with progress.task(what, sequences.tokens, "tokens") as advance:
-        advance(sum(len(ids) for ids in finished))
-        for batch in batches(sequences.ids[len(finished) :], batch_size):
-            recorder.record(batch)
-            advance(batch.tokens)
-            if shard is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
-                tensors.write(shard, state.tensors())
-                since = time.monotonic()
-    if shard is not None:
-        tensors.write(shard, state.tensors())
-    return state
 
 
 def solve_cett(
@@ -151,13 +114,12 @@ def _record_and_write(
         batch_size=spec.batch_size,
         what="recording",
         progress=progress,
-        shard=writer.shard(STATE),
+        shards=Shards(writer.shard("state").parent, "state"),
+        strict=spec.strict,
     )
-    for site, moments in state.moments.items():
-        if moments.not_finite:
-            text = f"layer {site.layer}, {site.kind}: {moments.not_finite} activations are NaN or infinite"
-            writer.warn(text)
-            progress.warn(text)
+    for text in not_finite(state):
+        writer.warn(text)
+        progress.warn(text)
     measures = measure_rows(state, solve_cett(loaded, state, spec.cett_targets, progress))
     if probed is not None:
         measures += run_probes(spec.probes, loaded, layers, probed, writer, progress)
@@ -166,8 +128,7 @@ def _record_and_write(
 
 def _write(loaded: LoadedModel, state: ProfileState, measures: list[Measure], writer: RunWriter) -> None:
     norms = {
-        layer: loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size).float().norm(dim=0).cpu()
-        for layer in state.layers
+        layer: loaded.sites.layers[layer].down_norms(loaded.record.intermediate_size).cpu() for layer in state.layers
     }
     tables.write(writer.path / "measures.parquet", tables.frame(measures, Measure))
     tables.write(writer.path / "neurons.parquet", tables.frame(neuron_rows(state, norms), NeuronRow))

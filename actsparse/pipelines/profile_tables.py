@@ -8,7 +8,7 @@ from torch import Tensor
 from actsparse.core.cett import CettSolution
 from actsparse.core.stats import gini
 from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
-from actsparse.pipelines.recording import ProfileState
+from actsparse.pipelines.profile_state import ProfileState
 from actsparse.results import HeadRow, Measure, NeuronRow, Site, SiteKind, param
 
 QUANTILES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)

@@ -1,156 +1,60 @@
-"""Recording: from hooks to statistics. A forward pass over padded batches, read sequence by sequence."""
+"""Recording: from hooks to statistics. One forward pass over a padded batch; the rows that count are read at once."""
 
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from actsparse.core.reservoir import Reservoir, position_keys
-from actsparse.core.streaming import HeadGrams, HeadSums, Moments, NeuronSums
+from actsparse.core.reservoir import position_keys
+from actsparse.core.row_sums import Rows
+from actsparse.core.streaming import HeadGrams, moved
+from actsparse.data.sequences import Sequences
+from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, tapped
+from actsparse.pipelines.batches import Batch, groups, padded
+from actsparse.pipelines.distributed import ALONE, Team
+from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
+from actsparse.pipelines.progress import Progress
 from actsparse.results import Site, SiteKind
+from actsparse.store import tensors
 
-BATCH_TOKENS = 2048
-MOMENT_KINDS = (
-    SiteKind.ATTN_IN,
-    SiteKind.ATTN_OUT,
-    SiteKind.MLP_IN,
-    SiteKind.GATE,
-    SiteKind.UP,
-    SiteKind.NEURON,
-)
-
-
-@dataclass
-class ProfileState:
-    """Everything recorded so far: O(layers x neurons), whatever the number of tokens. States merge."""
-
-    layers: tuple[int, ...]
-    moments: dict[Site, Moments]
-    neurons: dict[int, NeuronSums]
-    heads: dict[int, HeadSums]
-    reservoir: Reservoir
-    sequences: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def empty(
-        cls, loaded: LoadedModel, layers: tuple[int, ...], slots: int, kinds: tuple[SiteKind, ...] = MOMENT_KINDS
-    ) -> "ProfileState":
-        """Nothing recorded yet; `slots` token positions of room for the sample."""
-        shape = loaded.record
-        kinds = tuple(kind for kind in kinds if shape.gated or kind is not SiteKind.UP)
-        return cls(
-            layers=layers,
-            moments={Site(layer=layer, kind=kind): Moments() for layer in layers for kind in kinds},
-            neurons={layer: NeuronSums.zeros(shape.intermediate_size) for layer in layers},
-            heads={layer: HeadSums.zeros(shape.heads, shape.kv_heads) for layer in layers},
-            reservoir=Reservoir.empty(slots, layers, shape.intermediate_size, loaded.model.dtype),
-        )
-
-    def merge(self, other: "ProfileState") -> None:
-        """Add what another state recorded of other sequences."""
-        for mine, theirs in ((self.moments, other.moments), (self.neurons, other.neurons), (self.heads, other.heads)):
-            for key, value in mine.items():
-                value.merge(theirs[key])  # pyright: ignore[reportArgumentType]
-        self.reservoir.merge(other.reservoir)
-        self.sequences += other.sequences
-        self.tokens += other.tokens
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors, for a shard."""
-        named = {"seen": torch.tensor([self.sequences, self.tokens])}
-        parts: dict[str, Moments | NeuronSums | HeadSums | Reservoir] = {}
-        parts |= {f"moments.{site.layer}.{site.kind}": moments for site, moments in self.moments.items()}
-        parts |= {f"neurons.{layer}": sums for layer, sums in self.neurons.items()}
-        parts |= {f"heads.{layer}": sums for layer, sums in self.heads.items()}
-        parts["reservoir"] = self.reservoir
-        return named | {f"{name}/{key}": t for name, part in parts.items() for key, t in part.tensors().items()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over the state whose `tensors()` these are."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            part, _, key = name.partition("/")
-            parts.setdefault(part, {})[key] = tensor
-        self.sequences, self.tokens = (int(value) for value in state["seen"])
-        for site in self.moments:
-            self.moments[site] = Moments.of_tensors(parts[f"moments.{site.layer}.{site.kind}"])
-        for layer in self.layers:
-            self.neurons[layer] = NeuronSums.of_tensors(parts[f"neurons.{layer}"])
-            self.heads[layer] = HeadSums.of_tensors(parts[f"heads.{layer}"])
-        self.reservoir.load(parts["reservoir"])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences padded on the right: input_ids and attention_mask [batch, seq], and each one's own ids."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    sequences: tuple[Tensor, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(ids) for ids in self.sequences)
-
-
-def batches(sequences: tuple[Tensor, ...], batch_size: int | None) -> Iterator[Batch]:
-    """Consecutive sequences in batches of `batch_size`, or of at most 2,048 padded tokens."""
-    group: list[Tensor] = []
-    for ids in sequences:
-        longest = max([len(ids), *(len(one) for one in group)])
-        full = len(group) == batch_size if batch_size else longest * (len(group) + 1) > BATCH_TOKENS
-        if group and full:
-            yield _padded(group)
-            group = []
-        group.append(ids)
-    if group:
-        yield _padded(group)
-
-
-def _padded(group: list[Tensor]) -> Batch:
-    ids = torch.nn.utils.rnn.pad_sequence(group, batch_first=True)
-    lengths = torch.tensor([len(one) for one in group])
-    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    return Batch(ids, mask, tuple(group))
+CHECKPOINT_SECONDS = 30.0
 
 
 class Recorder:
-    """Feeds a ProfileState from forward passes of one model; sink tokens and padding are left out."""
+    """Feeds a ProfileState from forward passes of one model; sink tokens and padding are left out.
 
-    def __init__(self, loaded: LoadedModel, state: ProfileState, *, sink_tokens: int, seed: int) -> None:
+    Sums live where the layer's activations are, so that nothing is copied and a GPU is never waited for.
+    """
+
+    def __init__(self, loaded: LoadedModel, state: ProfileState, *, seed: int) -> None:
         self.loaded = loaded
         self.state = state
-        self.sink_tokens = sink_tokens
         self.seed = seed
         shape = loaded.record
         sites = {layer.index: layer for layer in loaded.sites.layers if layer.index in state.layers}
-        self._down_norms = {
-            i: layer.down_matrix(shape.intermediate_size).float().norm(dim=0) for i, layer in sites.items()
-        }
+        self._down_norms = {i: layer.down_norms(shape.intermediate_size) for i, layer in sites.items()}
         self._grams = {
             i: HeadGrams.of(layer.output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads)
             for i, layer in sites.items()
             if Site(layer=i, kind=SiteKind.ATTN_OUT) in state.moments
         }
-        self._spans: list[tuple[int, slice]] = []
-        self._admitted: list[tuple[int, Tensor, Tensor]] = []
+        self._rows = _Places(torch.zeros(0, dtype=torch.int64))
+        self._positions = self._sampled = self._rows
+        self._slots = torch.zeros(0, dtype=torch.int64)
 
     @torch.no_grad()
     def record(self, batch: Batch) -> None:
         """Run one batch through the model and add its activations to the state."""
+        self._choose(batch)
         kinds = {site.kind for site in self.state.moments}
-        self._spans = [
-            (index, slice(self.sink_tokens, len(ids)))
-            for index, ids in enumerate(batch.sequences)
-            if len(ids) > self.sink_tokens
-        ]
-        self._admitted = [self._admit(index, batch.sequences[index]) for index, _ in self._spans]
         callbacks: dict[SiteKind, Callback] = dict.fromkeys(kinds, self._on_value)
         device = self.loaded.device
         with tapped(self.loaded.sites, callbacks, self.state.layers):
@@ -159,28 +63,153 @@ class Recorder:
                 attention_mask=batch.attention_mask.to(device),
                 use_cache=False,
             )
-        self.state.sequences += len(batch.sequences)
-        self.state.tokens += sum(span.stop - span.start for _, span in self._spans)
 
-    def _admit(self, index: int, ids: Tensor) -> tuple[int, Tensor, Tensor]:
-        """Which positions of a sequence enter the sample: (row of the batch, positions, slots)."""
-        digest = int.from_bytes(hashlib.sha256(ids.numpy().tobytes()).digest()[:8], "little")
-        positions = np.arange(self.sink_tokens, len(ids))
-        places, slots = self.state.reservoir.admit(position_keys(digest, positions, self.seed))
-        return index, places + self.sink_tokens, slots
+    def _choose(self, batch: Batch) -> None:
+        """Which rows of the flattened batch count, where they stand, and which of them enter the sample."""
+        width = batch.input_ids.shape[1]
+        none = np.zeros(0, dtype=np.int64)
+        positions = [np.arange(span.start, span.stop) for _, span in batch.spans]
+        rows = np.concatenate([none, *(row * width + at for (row, _), at in zip(batch.spans, positions, strict=True))])
+        keys = [
+            position_keys(_digest(batch.sequences[row]), at, self.seed)
+            for (row, _), at in zip(batch.spans, positions, strict=True)
+        ]
+        places, self._slots = self.state.reservoir.admit(np.concatenate([none.view(np.uint64), *keys]))
+        self._rows = _Places(torch.from_numpy(rows))
+        self._positions = _Places(torch.from_numpy(np.concatenate([none, *positions])))
+        self._sampled = _Places(torch.from_numpy(rows)[places])
 
-    def _on_value(self, site: Site, x: Tensor) -> None:
-        moments = self.state.moments[site]
-        for index, span in self._spans:
-            rows = x[index, span]
-            moments.add(rows)
-            if site.kind is SiteKind.NEURON:
-                norms = self._down_norms[site.layer].to(rows.device)
-                self.state.neurons[site.layer].add(rows, norms, span.start)
-            elif site.kind is SiteKind.UP:
-                self.state.neurons[site.layer].add_up(rows)
-            elif site.kind is SiteKind.ATTN_OUT:
-                self.state.heads[site.layer].add(rows, self._grams[site.layer])
+    def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
+        state, layer = self.state, site.layer
+        rows = Rows.of(x, self._rows.on(x.device))
+        state.moments[site] = moved(state.moments[site], x.device)
+        state.moments[site].add(rows)
         if site.kind is SiteKind.NEURON:
-            for index, places, slots in self._admitted:
-                self.state.reservoir.put(site.layer, slots, x[index, places.to(x.device)])
+            state.neurons[layer] = moved(state.neurons[layer], x.device)
+            self._down_norms[layer] = self._down_norms[layer].to(x.device)
+            state.neurons[layer].add(rows, self._down_norms[layer], self._positions.on(x.device))
+            state.reservoir.put(layer, self._slots, rows.flat[self._sampled.on(x.device)])
+        elif site.kind is SiteKind.UP:
+            state.neurons[layer] = moved(state.neurons[layer], x.device)
+            state.neurons[layer].add_up(rows)
+        elif site.kind is SiteKind.ATTN_OUT:
+            state.heads[layer] = moved(state.heads[layer], x.device)
+            self._grams[layer] = self._grams[layer].on(x.device)
+            state.heads[layer].add(rows.values(), self._grams[layer])
+
+
+class _Places:
+    """Row numbers of one batch, copied once to every device that asks."""
+
+    def __init__(self, places: Int[Tensor, " rows"]) -> None:
+        self._on = {places.device: places}
+
+    def on(self, device: torch.device) -> Int[Tensor, " rows"]:
+        if device not in self._on:
+            self._on[device] = next(iter(self._on.values())).to(device)
+        return self._on[device]
+
+
+def _digest(ids: Int[Tensor, " tokens"]) -> int:
+    return int.from_bytes(hashlib.sha256(ids.numpy().tobytes()).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Where a recording keeps its state while it is at work: one file a process, `NAME-RANK.safetensors`."""
+
+    folder: Path
+    name: str
+
+    def of(self, rank: int) -> Path:
+        return self.folder / f"{self.name}-{rank}.safetensors"
+
+    def found(self) -> list[Path]:
+        """The files that earlier attempts left, by rank."""
+        return sorted(self.folder.glob(f"{self.name}-*.safetensors"), key=lambda path: (len(path.name), path.name))
+
+
+def record_sequences(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    *,
+    layers: tuple[int, ...],
+    slots: int,
+    seed: int,
+    batch_size: int | None,
+    what: str,
+    progress: Progress,
+    kinds: tuple[SiteKind, ...] = MOMENT_KINDS,
+    shards: Shards | None = None,
+    team: Team = ALONE,
+    strict: bool = False,
+) -> ProfileState:
+    """The statistics of `sequences`; with `shards`, finished batches are kept there and not repeated.
+
+    In a team, rank 0's state has everything and the others' their own share. With `strict`, raises ModelError at the
+    first batch whose activations are not finite.
+    """
+    state = ProfileState.empty(loaded, layers, slots, kinds)
+    if shards is not None and team.leads:
+        _take_up(state, shards, lambda: ProfileState.empty(loaded, layers, slots, kinds))
+    done = set(team.told(state.done))
+    if done:
+        progress.note(f"resuming: {len(done)} of {len(sequences)} sequences were finished before")
+    recorder = Recorder(loaded, state, seed=seed)
+    starts = [sequences.record.sink_tokens] * len(sequences)
+    places = [[i for i in group if i not in done] for group in groups([len(x) for x in sequences.ids], batch_size)]
+    since = time.monotonic()
+    with progress.task(what, sequences.tokens, "tokens") as advance:
+        advance(sum(len(sequences.ids[i]) for i in done))
+        for group in team.share([group for group in places if group]):
+            batch = padded([sequences.ids[i] for i in group], [starts[i] for i in group])
+            recorder.record(batch)
+            state.finished(group, sum(span.stop - span.start for _, span in batch.spans))
+            if strict:
+                _check_finite(state)
+            advance(batch.tokens * team.size)
+            if shards is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
+                tensors.write(shards.of(team.rank), state.tensors())
+                since = time.monotonic()
+    if shards is not None:
+        tensors.write(shards.of(team.rank), state.tensors())
+    state.on_host()
+    for other in team.collect(state.tensors()):
+        more = ProfileState.empty(loaded, layers, slots, kinds)
+        more.load(other)
+        state.merge(more)
+    return state
+
+
+def _take_up(state: ProfileState, shards: Shards, empty: Callable[[], ProfileState]) -> None:
+    """Load what earlier attempts left, from however many processes, into one state and one file.
+
+    A file whose sequences another one has (a take-over that was itself interrupted) is left out.
+    """
+    found: list[tuple[Path, ProfileState]] = []
+    for path in shards.found():
+        part = empty()
+        part.load(tensors.read(path))
+        found.append((path, part))
+    for path, part in sorted(found, key=lambda one: -one[1].sequences):
+        if not state.done:
+            state.load(part.tensors())
+        elif not set(state.done) & set(part.done):
+            state.merge(part)
+        if path != shards.of(0):
+            tensors.write(shards.of(0), state.tensors())
+            path.unlink()
+
+
+def _check_finite(state: ProfileState) -> None:
+    for line in not_finite(state):
+        raise ModelError(line, "leave out --strict to count such entries as zeros, or use --dtype float32")
+
+
+def not_finite(state: ProfileState) -> list[str]:
+    """One line a site whose activations were not all finite numbers: how many, in which layer and kind."""
+    return [
+        f"layer {site.layer}, {site.kind}: {moments.not_finite} activations are NaN or infinite"
+        for site, moments in state.moments.items()
+        if moments.not_finite
+    ]

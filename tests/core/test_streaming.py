@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actsparse.core.row_sums import Rows
 from actsparse.core.streaming import POSITION_EDGES, HeadGrams, HeadSums, Moments, NeuronSums, output_norms
 
 NEURONS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 15, 4, 2, 3, 10
 NORMS = torch.linspace(0.5, 2.0, NEURONS)
-COUNTS = ("tokens", "rows", "active", "nonzero", "position_zeros", "position_tokens", "largest")
+COUNTS = ("seen", "active", "nonzero", "position_zeros", "position_tokens", "largest")
 CUTS = st.lists(st.integers(0, 30), max_size=4)
 
 
@@ -34,13 +35,17 @@ def pieces(x: torch.Tensor, cuts: list[int]) -> list[tuple[int, torch.Tensor]]:
 def moments_of(*parts: torch.Tensor) -> Moments:
     moments = Moments()
     for part in parts:
-        moments.add(part)
+        moments.add(Rows.of(part))
     return moments
+
+
+def add_to(sums: NeuronSums, a: torch.Tensor, first_position: int = 4) -> None:
+    sums.add(Rows.of(a), NORMS[: a.shape[1]], torch.arange(first_position, first_position + len(a)))
 
 
 def neurons_of(a: torch.Tensor, first_position: int = 4) -> NeuronSums:
     sums = NeuronSums.zeros(a.shape[1])
-    sums.add(a, NORMS[: a.shape[1]], first_position)
+    add_to(sums, a, first_position)
     return sums
 
 
@@ -150,7 +155,7 @@ def test_share_square_is_griffins_statistic_at_any_scale(seed, scale):
 def test_neuron_sums_are_their_definitions():
     a, u = relu_like(50, 1), normal(50, NEURONS, seed=2)
     found = neurons_of(a)
-    found.add_up(u)
+    found.add_up(Rows.of(u))
     assert found.tokens == 50
     assert found.rows == sum(any(row) for row in a.tolist())
     assert found.nonzero.tolist() == [sum(v != 0 for v in column) for column in a.T.tolist()]
@@ -211,9 +216,9 @@ def test_sequences_merge_in_any_order_exactly_in_counts_and_to_1e_9_in_sums(orde
     sequences = [relu_like(3 + 4 * i, i) for i in range(5)]
     at_once, first, second = (NeuronSums.zeros(NEURONS) for _ in range(3))
     for a in sequences:
-        at_once.add(a, NORMS, 4)
+        add_to(at_once, a)
     for place, i in enumerate(order):
-        (first if place < cut else second).add(sequences[i], NORMS, 4)
+        add_to(first if place < cut else second, sequences[i])
     first.merge(second)
     assert_equal_sums(first, at_once, rel=1e-9)
 

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FFN, HEADS, LAYERS, token_ids
+from tiny import FFN, HEADS, LAYERS, make_model, make_tokenizer, token_ids
 from torch import Tensor
 
 from actsparse.data.sequences import Sequences
+from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
-from actsparse.pipelines import profile as profile_module
-from actsparse.pipelines.profile import profile, record_sequences
+from actsparse.pipelines import recording as recording_module
+from actsparse.pipelines.profile import profile
+from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Advance, Silent
-from actsparse.pipelines.recording import MOMENT_KINDS, ProfileState
+from actsparse.pipelines.recording import Shards, record_sequences
 from actsparse.results import Site, SiteKind, TextRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
 
@@ -53,7 +55,7 @@ def recorded(
     loaded: LoadedModel,
     *,
     batch_size: int | None,
-    shard: Path | None = None,
+    folder: Path | None = None,
     progress: Silent | None = None,
     text: Sequences | None = None,
 ) -> ProfileState:
@@ -66,7 +68,7 @@ def recorded(
         batch_size=batch_size,
         what="recording",
         progress=progress or Silent(),
-        shard=shard,
+        shards=None if folder is None else Shards(folder, "state"),
     )
 
 
@@ -152,13 +154,13 @@ def test_two_recordings_merge_into_one(tiny_loaded: Callable) -> None:
 def test_an_interrupted_recording_resumes_to_the_same_bits(
     stop: int, tiny_loaded: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile_module, "CHECKPOINT_SECONDS", -1.0)
-    loaded, shard = tiny_loaded("llama"), tmp_path / "state.safetensors"
+    monkeypatch.setattr(recording_module, "CHECKPOINT_SECONDS", -1.0)
+    loaded = tiny_loaded("llama")
     whole = recorded(loaded, batch_size=2).tensors()
     with pytest.raises(KeyboardInterrupt):
-        recorded(loaded, batch_size=2, shard=shard, progress=Interrupting("recording", stop))
+        recorded(loaded, batch_size=2, folder=tmp_path, progress=Interrupting("recording", stop))
     again = Interrupting("recording", 0)
-    resumed = recorded(loaded, batch_size=2, shard=shard, progress=again).tensors()
+    resumed = recorded(loaded, batch_size=2, folder=tmp_path, progress=again).tensors()
     assert any("resuming: " in note for note in again.notes) == (stop > 1)
     assert resumed.keys() == whole.keys()
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
@@ -167,12 +169,12 @@ def test_an_interrupted_recording_resumes_to_the_same_bits(
 def test_resuming_with_another_batch_size_counts_nothing_twice(
     tiny_loaded: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile_module, "CHECKPOINT_SECONDS", -1.0)
-    loaded, shard = tiny_loaded("llama"), tmp_path / "state.safetensors"
+    monkeypatch.setattr(recording_module, "CHECKPOINT_SECONDS", -1.0)
+    loaded = tiny_loaded("llama")
     whole = recorded(loaded, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        recorded(loaded, batch_size=2, shard=shard, progress=Interrupting("recording", 3))
-    resumed = recorded(loaded, batch_size=3, shard=shard)
+        recorded(loaded, batch_size=2, folder=tmp_path, progress=Interrupting("recording", 3))
+    resumed = recorded(loaded, batch_size=3, folder=tmp_path)
     assert (resumed.sequences, resumed.tokens) == (whole.sequences, whole.tokens)
     site = Site(layer=0, kind=SiteKind.NEURON)
     assert resumed.moments[site].count == whole.moments[site].count == whole.tokens * FFN
@@ -201,7 +203,7 @@ def test_profile_twice_is_up_to_date(tiny_folder: Callable, prompts_file: Path, 
 def test_an_interrupted_profile_resumes_to_the_same_tables(
     tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile_module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(recording_module, "CHECKPOINT_SECONDS", -1.0)
     folder = tiny_folder("llama")
     whole = profile(spec_of(folder, prompts_file, tmp_path / "whole", batch_size=4))
     spec = spec_of(folder, prompts_file, tmp_path / "cut", batch_size=4)
@@ -221,3 +223,33 @@ def test_a_profile_of_some_layers_has_these_only(tiny_folder: Callable, prompts_
     assert run.neurons["layer"].unique().to_list() == [1]
     assert run.neurons.height == FFN
     assert set(run.measures["layer"].drop_nulls().to_list()) == {1}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in whose second layer one neuron's up projection gives infinities."""
+    folder = tmp_path_factory.mktemp("models") / "broken"
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5] = 3e38
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_infinite_activations_are_named_counted_and_read_as_zeros(
+    broken: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    run = profile(spec_of(broken, prompts_file, tmp_path / "p"))
+    said = [text for text in run.warnings if "layer 1, up" in text]
+    counted = run.measures.filter(metric="not_finite", layer=1, kind="up")["value"].to_list()
+    assert counted[0] > 0
+    assert said == [f"layer 1, up: {int(counted[0])} activations are NaN or infinite"]
+    assert run.measures.filter(metric="not_finite", layer=0).height == 0
+    assert run.measures.filter(metric="rms", layer=1, kind="up")["value"].is_finite().all()
+
+
+def test_strict_stops_at_infinite_activations(broken: Path, prompts_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layer 1, \w+: \d+ activations are NaN or infinite"):
+        profile(spec_of(broken, prompts_file, tmp_path / "p", strict=True))
+    assert not (tmp_path / "p" / "manifest.json").exists()

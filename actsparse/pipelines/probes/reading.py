@@ -9,7 +9,7 @@ from torch import Tensor
 from actsparse.core.overlap import topk_masks
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
-from actsparse.pipelines.recording import BATCH_TOKENS
+from actsparse.pipelines.batches import BATCH_TOKENS
 from actsparse.results import Site, SiteKind
 
 DENSITIES = (0.2, 0.5)
@@ -25,9 +25,7 @@ class NeuronReader:
         self.loaded = loaded
         self.layers = layers
         self.neurons = loaded.record.intermediate_size
-        self._down_norms = [
-            loaded.sites.layers[layer].down_matrix(self.neurons).float().norm(dim=0) for layer in layers
-        ]
+        self._down_norms = [loaded.sites.layers[layer].down_norms(self.neurons) for layer in layers]
 
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer) -> None:

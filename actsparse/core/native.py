@@ -1,0 +1,51 @@
+"""C++ of ours for the CPU: compiled on first use by torch's extension loader, called through ctypes.
+
+Where it cannot be had (no compiler), callers use torch instead: the same numbers, more slowly.
+"""
+
+import ctypes
+import functools
+import hashlib
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast")
+KERNELS = Path(__file__).parent / "kernels"
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL | None:
+    """The compiled `kernels/SOURCE`, built once for this processor and torch version; None without a compiler."""
+    from torch.utils import cpp_extension
+
+    if shutil.which("c++") is None or not cpp_extension.is_ninja_available():
+        return None
+    path = KERNELS / source
+    content = path.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()
+    name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
+    build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
+    build.mkdir(parents=True, exist_ok=True)
+    try:
+        cpp_extension.load(
+            name=name,
+            sources=[str(path)],
+            extra_cflags=list(FLAGS),
+            build_directory=str(build),
+            is_python_module=False,
+        )
+        return ctypes.CDLL(str(build / f"{name}.so"))
+    except (RuntimeError, OSError):
+        return None
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor() or platform.machine()
