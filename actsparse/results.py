@@ -396,19 +396,20 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskItemRow:
-    """One row of `items.parquet`: what one plan made of one item of a task.
+    """One row of `items.parquet`: what one plan got for one item of a task, by one metric.
 
-    `score` is 1 where the item is right, else 0; `score_norm` the same with log-likelihoods divided by the bytes of
-    each choice (None for generation). `answer` is the index chosen, or the text generated; `sparse_tokens` of
-    `scored_tokens` were predicted from a sparse position, the others from a dense one.
+    `filter` is how an answer was read from a generated text (empty where there is one way only). `answer` is the index
+    chosen, or the text generated; `sparse_tokens` of `scored_tokens` were predicted from a sparse position, the others
+    from a dense one.
     """
 
     plan: str
     replica: int
     task: str
     item: int
-    score: float
-    score_norm: float | None
+    metric: str
+    filter: str
+    value: float
     answer: str
     gold: str
     scored_tokens: int
