@@ -33,7 +33,8 @@ class DataSpec:
     """The texts of a run; without `prompts`, `corpus` or `dataset` the shipped sample prompts are used.
 
     `prompts`: files or folders, one sequence a prompt. `corpus`: one text cut into blocks of `block_length` tokens, of
-    which the first `prompt_length` are the dense prompt. `limit`: how many sequences or blocks. `calib_blocks`: the
+    which the first `prompt_length`, or the share `prompt_frac`, are the dense prompt (a share of 0: the sink tokens
+    alone). `limit`: how many sequences or blocks. `calib_blocks`: the
     half-open range of blocks that methods are fitted on (default N:2N). `part` keeps every sequence, or only those at
     even or odd places (`actsparse run` splits its text that way).
     """
@@ -47,6 +48,7 @@ class DataSpec:
     limit: int | None = None
     block_length: int | None = None
     prompt_length: int | None = None
+    prompt_frac: float | None = None
     calib_blocks: tuple[int, int] | None = None
     sink_tokens: int = 4
     part: str = "all"
@@ -104,6 +106,9 @@ class EvalSpec:
     With `controls`, random and static pruning at the densities of the plans are evaluated beside them.
     `timing_pairs` ABAB pairs of `timing_tokens` decoded tokens give a speed-up; 0 pairs leaves timing out.
     `generations` prompts are continued greedily by `max_new_tokens` tokens, dense and sparse, as samples.
+    `task_files` are tasks as JSON lines, `tasks` those of lm-eval, also from the folder `include_path`: `task_limit`
+    items each after `shots` examples, answers of at most `task_tokens` tokens; the last `dense_upto` tokens of a
+    context run sparse too.
     """
 
     model: ModelSpec
@@ -116,6 +121,13 @@ class EvalSpec:
     timing_prompts: int = 1
     path_check_tokens: int = 8
     controls: bool = True
+    task_files: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    task_limit: int | None = None
+    task_tokens: int = 256
+    shots: int = 0
+    dense_upto: int = 0
     max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
     min_top1: float | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines": {"engine", "methods", "models", "core", "data", "store", *RECORDS},
     "cli": {"pipelines", "engine", "methods", "models", "core", "data", "store", "report", *RECORDS},
     "twins": {"errors"},
+    "lm_eval_plugin": set(),
     "__main__": {"cli"},
 }
 TRAINING = "twins/train/"

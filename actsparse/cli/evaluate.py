@@ -13,9 +13,11 @@ from actsparse.cli.options import (
     share,
 )
 from actsparse.cli.output import Output
+from actsparse.data.tasks import parse_dense_upto
 from actsparse.errors import ActsparseError
 from actsparse.specs import EvalSpec
 
+TASKS = "Tasks"
 HELP = "Quality and real speed of plans against dense, in the decode regime."
 EPILOG = "Example: actsparse evaluate --model smollm2 --plan griffin@0.5 --plan cats@0.5 --corpus text.txt -n 4"
 
@@ -41,6 +43,22 @@ def command(
     ] = 7,
     timing_tokens: Annotated[int, option("--timing-tokens", help="Decoded tokens of a lap.", panel=RUN)] = 12,
     timing_prompts: Annotated[int, option("--timing-prompts", help="Prompts that are timed.", panel=RUN)] = 1,
+    task: Annotated[
+        list[str] | None,
+        option("--task", help="JSON lines: query, choices, gold; or question, answer. Repeatable.", panel=TASKS),
+    ] = None,
+    tasks: Annotated[
+        str | None, option("--tasks", help="Tasks of lm-eval by name: piqa,gsm8k (extra `eval`).", panel=TASKS)
+    ] = None,
+    include_path: Annotated[
+        str | None, option("--include-path", help="Folder with lm-eval tasks of your own.", panel=TASKS)
+    ] = None,
+    task_limit: Annotated[int | None, option("--task-limit", help="Items of each task. [all]", panel=TASKS)] = None,
+    task_tokens: Annotated[int, option("--task-tokens", help="Tokens of an answer, at most.", panel=TASKS)] = 256,
+    shots: Annotated[int, option("--shots", help="Items shown as examples first.", panel=TASKS)] = 0,
+    dense_upto: Annotated[
+        str, option("--dense-upto", help="P: the whole context is dense; P-1: its last token is sparse.", panel=TASKS)
+    ] = "P",
     max_ppl_increase: Annotated[
         str | None, option("--max-ppl-increase", help="Exit with 3 when a plan is worse: 5% or 0.05.", panel=RUN)
     ] = None,
@@ -53,10 +71,12 @@ def command(
         ("--max-new-tokens", max_new_tokens),
         ("--timing-tokens", timing_tokens),
         ("--timing-prompts", timing_prompts),
+        ("--task-tokens", task_tokens),
+        ("--task-limit", 1 if task_limit is None else task_limit),
     ):
         if value < 1:
             raise ActsparseError(f"{name} must be at least 1, not {value}", "correct the value")
-    for name, value in (("--generations", generations), ("--timing-pairs", timing_pairs)):
+    for name, value in (("--generations", generations), ("--timing-pairs", timing_pairs), ("--shots", shots)):
         if value < 0:
             raise ActsparseError(f"{name} must be at least 0, not {value}", "correct the value")
     spec = EvalSpec(
@@ -69,6 +89,13 @@ def command(
         timing_pairs=timing_pairs,
         timing_tokens=timing_tokens,
         timing_prompts=timing_prompts,
+        task_files=tuple(task or ()),
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        include_path=include_path,
+        task_limit=task_limit,
+        task_tokens=task_tokens,
+        shots=shots,
+        dense_upto=parse_dense_upto(dense_upto),
         max_ppl_increase=None if max_ppl_increase is None else share(max_ppl_increase, "--max-ppl-increase"),
         min_top1=None if min_top1 is None else share(min_top1, "--min-top1"),
         output=run.output,

@@ -78,6 +78,11 @@ class DataOptions:
     prompt_length: Annotated[
         int | None, option("--prompt-length", help="Dense tokens of a block, P. [256; joined: 128]", panel=DATA)
     ] = None
+    prompt_frac: Annotated[
+        str | None,
+        option("--prompt-frac", help="Dense share of a block instead; 0: all after the sink tokens is sparse.",
+               panel=DATA),
+    ] = None  # fmt: skip
     calib_blocks: Annotated[str | None, option("--calib-blocks", help="Blocks to fit on, A:B. [N:2N]", panel=DATA)] = (
         None
     )
@@ -93,6 +98,8 @@ class DataOptions:
                 raise ActsparseError(f"--{name.replace('_', '-')} must be at least 1, not {value}", "correct the value")
         if self.sink_tokens < 0:
             raise ActsparseError(f"--sink-tokens must be at least 0, not {self.sink_tokens}", "correct the value")
+        if self.prompt_length is not None and self.prompt_frac is not None:
+            raise ActsparseError("both --prompt-length and --prompt-frac are given", "give one of the two")
         if self.corpus and self.dataset:
             raise ActsparseError("both --corpus and --dataset are given", "give one of the two")
         if self.prompts and self.dataset:
@@ -107,6 +114,7 @@ class DataOptions:
             limit=self.limit,
             block_length=self.block_length,
             prompt_length=self.prompt_length,
+            prompt_frac=None if self.prompt_frac is None else share(self.prompt_frac, "--prompt-frac"),
             calib_blocks=block_range(self.calib_blocks),
             sink_tokens=self.sink_tokens,
             part=part,

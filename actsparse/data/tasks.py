@@ -131,3 +131,11 @@ def _question(fields: dict[str, Any], where: str) -> Question:
     if not isinstance(text, str) or final_number(text) is None:
         raise DataError(f"{where}: the answer holds no number to compare with", "end it with the number: #### 18")
     return Question(question=question, answer=text)
+
+
+def parse_dense_upto(text: str) -> int:
+    """`P` as 0, `P-k` as k: how many of the context's last tokens are sparse; raises DataError otherwise."""
+    head, minus, tail = text.strip().upper().replace(" ", "").partition("-")
+    if head == "P" and (not minus or tail.isdigit()):
+        return int(tail or 0)
+    raise DataError(f"--dense-upto cannot be '{text}'", "write P (the whole context dense) or P-1")

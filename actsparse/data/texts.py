@@ -83,6 +83,8 @@ class TextReader:
     @property
     def prompt_length(self) -> int:
         length = self.spec.prompt_length
+        if self.spec.prompt_frac is not None:
+            return self._prompt_share(self.spec.prompt_frac)
         if length is None:
             length = min(JOINED_PROMPT if self.spec.corpus is None else CORPUS_PROMPT, self.block_length // 2)
         if not self.spec.sink_tokens < length < self.block_length:
@@ -90,6 +92,16 @@ class TextReader:
                 f"a prompt of {length} tokens leaves nothing to score or to select from"
                 f" (blocks of {self.block_length}, {self.spec.sink_tokens} sink tokens)",
                 f"choose --prompt-length between {self.spec.sink_tokens + 1} and {self.block_length - 1}",
+            )
+        return length
+
+    def _prompt_share(self, share: float) -> int:
+        """The prompt length that is this share of a block, but at least the sink tokens."""
+        length = max(1, self.spec.sink_tokens, round(share * self.block_length))
+        if length >= self.block_length:
+            raise DataError(
+                f"a prompt of {share:.0%} of a block of {self.block_length} tokens leaves nothing to score",
+                "use a smaller --prompt-frac",
             )
         return length
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.engine.masked import MaskedPlan, masked
-from actsparse.errors import ActsparseError
 from actsparse.methods.base import Gate
 from actsparse.models.load import LoadedModel
 
@@ -58,11 +57,3 @@ class Continuations:
             return nullcontext()
         run = MaskedPlan(self.gates, prompt_length=dense, sink_tokens=self.sink_tokens)
         return masked(self.loaded.sites, run)
-
-
-def parse_dense_upto(text: str) -> int:
-    """`P` as 0, `P-k` as k: how many of the context's last tokens are sparse; raises ActsparseError otherwise."""
-    head, minus, tail = text.strip().upper().replace(" ", "").partition("-")
-    if head == "P" and (not minus or tail.isdigit()):
-        return int(tail or 0)
-    raise ActsparseError(f"--dense-upto cannot be '{text}'", "write P (the whole context dense) or P-1")

@@ -14,6 +14,7 @@ from actsparse.engine.timing import Speed
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.speed import PlanSpeed, Speeds
+from actsparse.pipelines.task_tables import task_document
 from actsparse.results import EvalRow, Sparsity, StepBytes, param
 
 
@@ -67,6 +68,7 @@ def summary(
         "dense": {
             "quality": _pick(rows, DENSE, QUALITY),
             "speed": _pick(rows, DENSE, ("ms_per_token", "generate_ms_per_token", "prefill_ms")) or None,
+            "tasks": task_document(rows, DENSE),
         },
         "plans": [_plan_document(group, rows, speeds.plans[group.name]) for group in groups],
         "warnings": warnings,
@@ -96,6 +98,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         }
         | {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis="realised")},
         "quality": _pick([row for row in rows if row.param in ("", param(reference=DENSE))], group.name, QUALITY),
+        "tasks": task_document(rows, group.name),
         "speed": speed,
         "speed_reason": found.reason,
     }

@@ -5,6 +5,7 @@ from typing import Any
 import polars as pl
 import torch
 
+from actsparse.data.tasks import Task
 from actsparse.data.texts import EvalTexts, TextReader
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
@@ -15,6 +16,8 @@ from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.pipelines.quality import score_blocks
 from actsparse.pipelines.session import Session
 from actsparse.pipelines.speed import Speeds, measure_all
+from actsparse.pipelines.task_tables import task_rows
+from actsparse.pipelines.tasks import read_tasks, score_all_tasks, tasks_identity
 from actsparse.results import EvalRow, RunKind, TimingRow
 from actsparse.specs import EvalSpec
 from actsparse.store import tables
@@ -33,19 +36,20 @@ def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
     """
     progress = progress or Silent()
     names = check_names(spec.plans)
+    tasks = read_tasks(spec)
     loaded = load(spec.model, progress.note)
     progress.detail(describe(loaded.record, str(loaded.device)))
     reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
     texts = reader.eval_texts(fitted=spec.controls or spec.data.calib_blocks is not None or needs_text(names))
-    with open_run(_request(spec, names, loaded, texts)) as writer:
+    with open_run(_request(spec, names, loaded, texts, tasks)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
-            _measure(Session(spec, loaded, texts, loaded.record.step, writer, progress), names)
+            _measure(Session(spec, loaded, texts, loaded.record.step, writer, progress), names, tasks)
     return EvalRun.open(writer.path)
 
 
-def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalTexts) -> RunRequest:
+def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalTexts, tasks: list[Task]) -> RunRequest:
     return RunRequest(
         kind=RunKind.EVAL,
         identity={
@@ -54,6 +58,7 @@ def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalT
                 "model": None,
                 "data": data_identity(spec.data),
                 "plans": [identity_of(name) for name in names],
+                **tasks_identity(spec, tasks),
             },
             "model": model_identity(loaded),
             "texts": [text.record.sha256 for text in (texts.quality, texts.calibration, texts.prompts)],
@@ -73,7 +78,7 @@ def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalT
     )
 
 
-def _measure(session: Session, names: list[str]) -> None:
+def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     loaded, texts = session.loaded, session.texts
     calibration = of_blocks(loaded, texts.calibration, texts.prompt_length, session.progress)
     groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
@@ -84,19 +89,27 @@ def _measure(session: Session, names: list[str]) -> None:
     tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
     for text in eval_tables.not_finite(tokens):
         session.warn(text)
+    items = score_all_tasks(session, groups, tasks)
     speeds = measure_all(session, groups, tokens)
-    rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds)
-    _write(session, groups, rows, tokens, speeds)
+    rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds) + task_rows(items)
+    _write(session, groups, rows, tokens, items, speeds)
 
 
 def _write(
-    session: Session, groups: list[PlanGroup], rows: list[EvalRow], tokens: pl.DataFrame, speeds: Speeds
+    session: Session,
+    groups: list[PlanGroup],
+    rows: list[EvalRow],
+    tokens: pl.DataFrame,
+    items: pl.DataFrame,
+    speeds: Speeds,
 ) -> None:
     path = session.writer.path
     laps = [lap for one in speeds.all for lap in one.laps]
     generations = [sample for one in speeds.all for sample in one.generations]
     tables.write(path / "results.parquet", tables.frame(rows, EvalRow))
     tables.write(path / "tokens.parquet", tokens)
+    if items.height:
+        tables.write(path / "items.parquet", items)
     tables.write(path / "timing.parquet", tables.frame(laps, TimingRow))
     write_bytes(path / "generations.jsonl", b"".join(encode(one) + b"\n" for one in generations))
     write_bytes(path / "vocabulary.json", pretty(_vocabulary(session, tokens)).encode())

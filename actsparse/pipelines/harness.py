@@ -1,18 +1,22 @@
 """lm-eval's tasks through a plan: a model class of lm-eval that runs contexts dense and continuations sparse.
 
-lm-eval comes with the extra `actsparse[eval]`; this module is imported only where it is used. `lm_eval --model actsparse
---model_args pretrained=...,plan=...` finds the class as well (see docs/evaluation.md).
+lm-eval comes with the extra `actsparse[eval]`; this module is imported only where it is used.
+`lm_eval --model actsparse --model_args pretrained=...,plan=...` finds the class as well (see docs/evaluation.md).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
+from actsparse.data.tasks import parse_dense_upto
 from actsparse.data.texts import TextReader
 from actsparse.engine.generation import sparse_generation
 from actsparse.errors import DataError, ModelError, PlanError
@@ -20,21 +24,25 @@ from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import of_blocks
-from actsparse.pipelines.continuations import Continuations, parse_dense_upto
+from actsparse.pipelines.continuations import Continuations
 from actsparse.pipelines.plans import build, check_names, needs_text
 from actsparse.pipelines.progress import Silent
 from actsparse.specs import DataSpec, ModelSpec
 
-Request = tuple[Any, list[int], list[int]]
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
 
 
-class PlanLM(HFLM):
+# lm-eval's own decorators hide the class from type checkers
+Base: Any = HFLM
+
+
+class PlanLM(Base):
     """lm-eval's own `hf` model under a plan (None: dense, which is `hf` to the bit).
 
     Log-likelihoods: the context is the dense prompt, the continuation runs teacher-forced through the plan. Generation:
-    prompts dense, decoded tokens sparse. `scored` and `sparse` count the tokens that were predicted so far, and those of
-    them from a sparse position.
+    prompts dense, decoded tokens sparse. `counts` says of every request (by its texts) how many tokens were predicted,
+    and how many of them from a sparse position.
     """
 
     def __init__(
@@ -48,8 +56,8 @@ class PlanLM(HFLM):
         max_length: int | None = None,
     ) -> None:
         super().__init__(
-            pretrained=loaded.model,  # pyright: ignore[reportArgumentType]
-            tokenizer=loaded.tokenizer,  # pyright: ignore[reportArgumentType]
+            pretrained=loaded.model,
+            tokenizer=loaded.tokenizer,
             batch_size=batch_size,
             max_length=max_length or loaded.record.max_positions,
         )
@@ -57,14 +65,14 @@ class PlanLM(HFLM):
         self.sink_tokens = sink_tokens
         gates = None if plan is None else plan.gates()
         self.scorer = Continuations(loaded, gates, sink_tokens, back, max_length)
-        self.scored = 0
-        self.sparse = 0
+        self.counts: dict[tuple[str, str], tuple[int, int]] = {}
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         if self.plan is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)  # pyright: ignore[reportArgumentType]
+            self.counts |= {key: (len(tokens), 0) for key, _, tokens in requests if key is not None}
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         answers: dict[int, Answer] = {}
         last: tuple[tuple[int, ...], torch.Tensor, int] | None = None
         # requests that differ in their last token alone share one pass
@@ -76,20 +84,24 @@ class PlanLM(HFLM):
                 last = (inputs, found.log_probs, found.sparse)
             _, log_probs, sparse = last
             answers[place] = _answer(log_probs, continuation)
-            self.scored += len(log_probs)
-            self.sparse += sparse
             if key is not None:
+                self.counts[key] = (len(log_probs), sparse)
                 self.cache_hook.add_partial("loglikelihood", key, answers[place])
         return [answers[place] for place in range(len(requests))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with self._sparse():
             texts = super().generate_until(requests, disable_tqdm)
-        for text in texts:
+        for request, text in zip(requests, texts, strict=True):
             tokens = len(self.tok_encode(text, add_special_tokens=False))
-            self.scored += tokens
-            self.sparse += 0 if self.plan is None else max(0, tokens - 1)
+            self.counts[request.args[0], ""] = (tokens, 0 if self.plan is None else max(0, tokens - 1))
         return texts
+
+    def counted(self, arguments: Sequence[Any]) -> tuple[int, int]:
+        """The tokens predicted for the requests with these arguments, and those of them from a sparse position."""
+        keys = [(args[0], args[1] if len(args) > 1 and isinstance(args[1], str) else "") for args in arguments]
+        found = [self.counts.get(key, (0, 0)) for key in keys]
+        return sum(scored for scored, _ in found), sum(sparse for _, sparse in found)
 
     @contextmanager
     def _sparse(self) -> Iterator[None]:
@@ -105,9 +117,9 @@ class PlanLM(HFLM):
 class ActsparseLM(PlanLM):
     """`lm_eval --model actsparse --model_args pretrained=NAME,plan=SHORT-FORM-OR-DIRECTORY`.
 
-    `pretrained` is what `--model` takes; `plan` defaults to `dense`, and separates its options by `;` where lm-eval would
-    cut at a comma (`plan=static:stat=griffin@0.5`, `plan=tda:source=n;first=32@0.5`). `calib` is the text that it is fitted
-    on (default: the sample prompts), `dense_upto` is P or P-1.
+    `pretrained` is what `--model` takes; `plan` defaults to `dense`, and separates its options by `;` where lm-eval
+    would cut at a comma (`plan=static:stat=griffin@0.5`, `plan=tda:source=n;first=32@0.5`). `calib` is the text that it
+    is fitted on (default: the sample prompts), `dense_upto` is P or P-1.
     """
 
     def __init__(
@@ -129,13 +141,18 @@ class ActsparseLM(PlanLM):
         if not str(batch_size or 1).isdigit():
             raise ModelError(f"batch_size={batch_size} is not supported by the model 'actsparse'", "give a number")
         sink = int(sink_tokens)
-        loaded = load(ModelSpec(name=pretrained, revision=revision, dtype=dtype, device=device or "auto"))
+        loaded = load(ModelSpec(name=pretrained, revision=revision, dtype=dtype, device=_device(device)))
         fitted = None if plan == DENSE else _fitted(loaded, plan.replace(";", ","), calib, sink)
         length = None if max_length is None else int(max_length)
         back = parse_dense_upto(dense_upto)
         super().__init__(
             loaded, fitted, sink_tokens=sink, back=back, batch_size=int(batch_size or 1), max_length=length
         )
+
+
+def _device(asked: str | None) -> str:
+    """lm-eval asks for cuda:0 on machines that have none: there it means the CPU, as for its own `hf` model."""
+    return asked if asked and (torch.cuda.is_available() or not asked.startswith("cuda")) else "auto"
 
 
 def _answer(log_probs: torch.Tensor, continuation: list[int]) -> Answer:
@@ -164,15 +181,16 @@ def _seeded(name: str) -> str:
     return f"{method}{',' if ':' in method else ':'}seed=0{at}{amount}"
 
 
-def check_tasks(names: Sequence[str], include_path: str | None) -> Any:
+@cache
+def _manager(include_path: str | None) -> TaskManager:
+    return TaskManager(include_path=include_path)
+
+
+def check_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
     """lm-eval's task manager, with every name known; raises DataError with the nearest names otherwise."""
-    from difflib import get_close_matches
-
-    from lm_eval.tasks import TaskManager
-
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise DataError(f"there is no folder {include_path}", "check the path given with --include-path")
-    manager = TaskManager(include_path=None if include_path is None else str(Path(include_path).expanduser()))
+    manager = _manager(None if include_path is None else str(Path(include_path).expanduser()))
     for name in names:
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)

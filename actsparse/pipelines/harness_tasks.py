@@ -78,11 +78,11 @@ def _score(session: Session, manager: Any, name: str, arm: Arm) -> list[TaskItem
             f"lm-eval could not run '{name}': {(str(error).splitlines() or [type(error).__name__])[0]}",
             "offline, give tasks whose data lies here: --include-path FOLDER with dataset_path: json",
         ) from None
-    assert found is not None
+    samples: dict[str, list[Any]] = (found or {}).get("samples", {})
     rows = [
         _row(arm, task, metric, sample, lm)
-        for task, samples in found["samples"].items()
-        for sample in samples
+        for task, of_task in samples.items()
+        for sample in of_task
         for metric in sample["metrics"]
         if isinstance(sample[metric], Real)
     ]
@@ -94,7 +94,8 @@ def _score(session: Session, manager: Any, name: str, arm: Arm) -> list[TaskItem
 
 
 def _row(arm: Arm, task: str, metric: str, sample: dict[str, Any], lm: Any) -> TaskItemRow:
-    answer = sample["filtered_resps"][0] if isinstance(sample["filtered_resps"][0], str) else ""
+    raw = sample["resps"][0][0]
+    scored, sparse = lm.counted(sample["arguments"])
     return TaskItemRow(
         plan=arm.name,
         replica=arm.replica,
@@ -103,10 +104,10 @@ def _row(arm: Arm, task: str, metric: str, sample: dict[str, Any], lm: Any) -> T
         metric=metric,
         filter="" if sample["filter"] == "none" else str(sample["filter"]),
         value=float(sample[metric]),
-        answer=answer,
+        answer=raw if isinstance(raw, str) else "",
         gold=str(sample["target"]),
-        scored_tokens=lm.scored,
-        sparse_tokens=lm.sparse,
+        scored_tokens=scored,
+        sparse_tokens=sparse,
     )
 
 

@@ -112,9 +112,7 @@ def _chosen(row: TaskItemRow, item: Choice, metric: str, scores: list[float]) ->
     return replace(row, metric=metric, answer=str(answer), value=float(answer == item.gold))
 
 
-def answer_question(
-    loaded: LoadedModel, task: Task, item: Question, room: int, *, dense: bool
-) -> list[TaskItemRow]:
+def answer_question(loaded: LoadedModel, task: Task, item: Question, room: int, *, dense: bool) -> list[TaskItemRow]:
     """`exact_match` of one generation item: greedy, until an end of text, a blank line or another question.
 
     The model decodes as it is set up by the caller; `dense` says that this is dense.
