@@ -88,6 +88,8 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
     return {
         "plan": group.name,
         "method": group.plan.method.name,
+        "amount": group.plan.amount,
+        "target": group.plan.target,
         "control": group.plan.method.name in ("random", "static"),
         "ideal": group.plan.method.ideal,
         "replicas": len(group.replicas),

@@ -8,7 +8,7 @@ from actsparse.report.figures import cett
 from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel, ProfilePanel
 from actsparse.report.plans import Role
-from actsparse.report.verdicts import best_usable, grade, headline
+from actsparse.report.verdicts import best_usable, grade, headline, title_of
 from actsparse.report.wording import ABSENT, between, change, milliseconds, number, one_line, percent, span, times
 
 MOST = 6
@@ -41,7 +41,7 @@ def headline_text(evals: tuple[EvalPanel, ...]) -> str:
             if outcome.verdict
             else "The method that loses least, not timed"
         )
-    return f"{why}: {one_line(outcome.label)}"
+    return f"{why}: {title_of(outcome)}"
 
 
 def cards(evals: tuple[EvalPanel, ...], profiles: tuple[ProfilePanel, ...]) -> tuple[Card, ...]:

@@ -7,6 +7,7 @@ import polars as pl
 from markupsafe import escape
 
 from actsparse.errors import ActsparseError
+from actsparse.report.bundle import plotly_js
 from actsparse.report.view import FigureView, ReportView
 from actsparse.report.wording import clean
 from actsparse.store.files import disk_error, write_bytes
@@ -33,9 +34,7 @@ def export_figures(view: ReportView, directory: Path, *, force: bool = False) ->
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(directory, error) from None
-    from plotly.offline import get_plotlyjs
-
-    write_bytes(directory / SHARED, get_plotlyjs().encode())
+    write_bytes(directory / SHARED, plotly_js().encode())
     for figure in figures:
         write_bytes(directory / f"{figure.id}.html", standalone(figure, view).encode())
         write_bytes(directory / f"{figure.id}.csv", csv_of(figure.frame).encode())

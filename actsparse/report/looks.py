@@ -65,11 +65,11 @@ def looks_of(names: list[PlanName]) -> Looks:
     ranks: dict[str, int] = {}
     looks: Looks = {}
     for name in names:
-        if name.plan in looks:
+        if name.short in looks:
             continue
         rank = ranks.get(name.series, 0)
         ranks[name.series] = rank + 1
-        looks[name.plan] = PlanLook(
+        looks[name.short] = PlanLook(
             colour=colours[name.series],
             dash=_dash(name.role, rank),
             symbol=_SYMBOLS[rank % len(_SYMBOLS)],

@@ -1,7 +1,9 @@
 """What an evaluation found, plan by plan: one frozen record each, computed from the long results table."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import polars as pl
 
@@ -9,6 +11,7 @@ from actsparse.report.plans import PlanName, Role, parse_plan
 from actsparse.report.sources import Source
 from actsparse.results import Verdict
 
+FEWEST_PAIRS = 5
 BASES = ("model_bytes_frac", "mlp_bytes_frac", "neuron_frac", "channel_frac")
 
 
@@ -61,6 +64,8 @@ class Outcome:
         """What the interval of the speed-up allows to say; None where speed was not measured."""
         if self.speedup.value is None:
             return None
+        if self.speedup.n is not None and self.speedup.n < FEWEST_PAIRS:
+            return Verdict.NOT_SIGNIFICANT
         if self.speedup.low is not None and self.speedup.low > 1:
             return Verdict.FASTER
         if self.speedup.high is not None and self.speedup.high < 1:
@@ -103,23 +108,26 @@ def lookup(results: pl.DataFrame) -> Lookup:
     )
 
 
-def outcomes_of(source: Source) -> tuple[Outcome, ...]:
-    """Every plan of an evaluation in the order of its results, dense first."""
+def outcomes_of(source: Source, fitted: Mapping[str, str] = MappingProxyType({})) -> tuple[Outcome, ...]:
+    """Every plan of an evaluation in the order of its results, dense first.
+
+    `fitted` are short forms of plan directories by their paths.
+    """
     results = source.table("results")
     summary = {str(entry.get("plan")): entry for entry in source.summary().get("plans", []) if isinstance(entry, dict)}
     found = lookup(results)
     plans = list(dict.fromkeys(results["plan"].to_list()))
     plans.sort(key=lambda plan: plan != Role.DENSE)
-    return tuple(_outcome(source.letter, plan, found, summary.get(plan, {})) for plan in plans)
+    return tuple(_outcome(source.letter, plan, found, summary.get(plan, {}), fitted.get(plan)) for plan in plans)
 
 
-def _outcome(letter: str, plan: str, found: Lookup, summary: dict[str, object]) -> Outcome:
-    method, reason = summary.get("method"), summary.get("speed_reason")
-    name = parse_plan(plan, method if isinstance(method, str) else None)
+def _outcome(letter: str, plan: str, found: Lookup, summary: dict[str, object], short: str | None) -> Outcome:
+    reason = summary.get("speed_reason")
+    name = parse_plan(plan, _text(summary.get("method")), short or _short(summary))
     return Outcome(
         letter=letter,
         name=name,
-        label=plan,
+        label=name.short,
         ppl=found.ranged(plan, "ppl"),
         dense_ppl=found.ranged("dense", "ppl"),
         paired=_paired(plan, found),
@@ -149,6 +157,20 @@ def _paired(plan: str, found: Lookup) -> dict[str, Estimate]:
 def _shares(plan: str, found: Lookup, basis: str) -> dict[str, float]:
     shares = {metric: found.get(plan, metric, f"basis={basis}").value for metric in BASES}
     return {metric: share for metric, share in shares.items() if share is not None and math.isfinite(share)}
+
+
+def _short(summary: dict[str, object]) -> str | None:
+    """The short form of a plan from its method and what it was fitted to; None where the summary does not say it."""
+    method, amount, target = (summary.get(key) for key in ("method", "amount", "target"))
+    if not isinstance(method, str):
+        return None
+    if isinstance(target, str) and "=" in target:
+        return f"{method}:{target}"
+    return f"{method}@{amount:g}" if isinstance(amount, (int, float)) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _first(*values: float | None) -> float | None:

@@ -5,35 +5,34 @@ file stays small; figures and their numbers are JSON in script elements that are
 """
 
 import base64
-import gzip
 import hashlib
 import json
 import math
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from actsparse import __version__
+from actsparse.report.bundle import VERSION as PLOTLY_VERSION
+from actsparse.report.bundle import compressed_plotly
 from actsparse.report.later import Measurable
 from actsparse.report.looks import DARK_TWIN, Looks
 from actsparse.report.view import FigureView, ReportView, SectionView
 from actsparse.report.wording import clean
 
 DIGITS = 6
-_BODY, _EXPORT = '"use strict";var Plotly=(()=>{', "window.Plotly = Plotly;"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure ready for the page: its JSON, its height, and the choices of its menu."""
+    """A figure ready for the page: its JSON, height, whether it takes the whole width, the choices of its menu."""
 
     view: FigureView
+    wide: bool
     json: Markup
     height: int
     choice_name: str
@@ -71,7 +70,7 @@ def render(view: ReportView) -> str:
         twin=DARK_TWIN,
         twin_json=embedded(DARK_TWIN),
         plotly=Markup(compressed_plotly()),
-        plotly_version=get_plotlyjs_version(),
+        plotly_version=PLOTLY_VERSION,
         version=__version__,
     )
 
@@ -98,26 +97,27 @@ def columns(frame: pl.DataFrame) -> dict[str, list[Any]]:
     return {name: [_rounded(value) for value in frame[name].to_list()] for name in frame.columns}
 
 
-@cache
-def compressed_plotly() -> str:
-    """plotly.js, gzipped, as base64."""
-    return base64.b64encode(gzip.compress(_unwrapped(get_plotlyjs()).encode(), compresslevel=9, mtime=0)).decode()
-
-
-def _unwrapped(source: str) -> str:
-    """plotly.js without its module wrapper, which makes browsers parse all of it twice (a third of the start-up).
-
-    A bundle of another form stays as it is.
-    """
-    start, end = source.find(_BODY), source.rfind(_EXPORT)
-    head = source.find("*/") + 2
-    if not 0 < head < start < end:
-        return source
-    return f"{source[:head]}\n{source[start:end]}{_EXPORT}"
-
-
 def _section(section: SectionView, looks: Looks) -> DrawnSection:
-    return DrawnSection(view=section, figures=tuple(_drawn(figure, looks) for row in section.figures for figure in row))
+    rows = [[_drawn(figure, looks) for figure in row] for row in section.figures]
+    return DrawnSection(view=section, figures=tuple(_placed(rows)))
+
+
+def _placed(rows: list[list[Drawn]]) -> list[Drawn]:
+    """The figures in order; a half one without a neighbour takes the whole width.
+
+    The panels of one row are compared, so they start a line of their own.
+    """
+    placed: list[Drawn] = []
+    waiting = False
+    for row in rows:
+        for place, drawn in enumerate(row):
+            if waiting and (drawn.wide or (place == 0 and len(row) > 1)):
+                placed[-1], waiting = replace(placed[-1], wide=True), False
+            placed.append(drawn)
+            waiting = not drawn.wide and not waiting
+    if waiting:
+        placed[-1] = replace(placed[-1], wide=True)
+    return placed
 
 
 def _drawn(figure: FigureView, looks: Looks) -> Drawn:
@@ -132,6 +132,7 @@ def _drawn(figure: FigureView, looks: Looks) -> Drawn:
     }
     return Drawn(
         view=figure,
+        wide=figure.row.wide,
         json=embedded(payload),
         height=int(layout.get("height", 340)),
         choice_name=variants["name"],

@@ -1,6 +1,7 @@
 """Runs gathered into what can be drawn in one frame: a profile each, evaluations that are comparable together."""
 
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import polars as pl
@@ -78,21 +79,35 @@ def eval_panels(sources: tuple[Source, ...]) -> tuple[EvalPanel, ...]:
         if source.kind is RunKind.EVAL:
             groups.setdefault(_comparable(source), []).append(source)
     labels = _labels([group[0] for group in groups.values()])
-    return tuple(_eval_panel(label, tuple(group)) for label, group in zip(labels, groups.values(), strict=True))
+    fitted = _short_forms(sources)
+    return tuple(_eval_panel(label, tuple(group), fitted) for label, group in zip(labels, groups.values(), strict=True))
 
 
-def _eval_panel(label: str, sources: tuple[Source, ...]) -> EvalPanel:
+def _short_forms(sources: tuple[Source, ...]) -> dict[str, str]:
+    """Short forms of the plan runs of the report, by the paths that an evaluation may name them by."""
+    found = {}
+    for source in sources:
+        if (plan := plan_of(source)) is not None:
+            found |= dict.fromkeys((str(source.run.path), str(source.run.path.resolve())), plan.short)
+    return found
+
+
+def _eval_panel(label: str, sources: tuple[Source, ...], fitted: dict[str, str]) -> EvalPanel:
     outcomes: list[Outcome] = []
     parts: dict[str, list[pl.DataFrame]] = {"results": [], "tokens": [], "timing": []}
     generations: list[Generation] = []
     vocabulary: dict[int, str] = {}
     for source in sources:
         taken = {outcome.label for outcome in outcomes}
-        renamed = {}
-        for outcome in outcomes_of(source):
-            name = outcome.name.plan
-            renamed[name] = f"{name} ({source.letter})" if name in taken else name
-            outcomes.append(replace(outcome, label=renamed[name]))
+        renamed: dict[str, str] = {}
+        timing = source.table("timing")
+        for outcome in outcomes_of(source, fitted):
+            name = outcome.name
+            shown = f"{name.short} ({source.letter})" if name.short in taken else name.short
+            if shown in renamed.values():
+                shown = f"{name.short} ({PurePath(name.plan).name})"
+            renamed[name.plan] = shown
+            outcomes.append(replace(beside_its_own_dense(outcome, timing), label=shown))
         for table, frames in parts.items():
             frames.append(source.table(table).with_columns(pl.col("plan").replace(renamed)))
         generations += [_relabel(generation, renamed) for generation in source.generations()]
@@ -107,6 +122,23 @@ def _eval_panel(label: str, sources: tuple[Source, ...]) -> EvalPanel:
         generations=tuple(generations),
         vocabulary=vocabulary,
     )
+
+
+def beside_its_own_dense(outcome: Outcome, timing: pl.DataFrame) -> Outcome:
+    """The outcome with dense times from the very laps that it was paired with.
+
+    The dense row of the results pools the laps of all plans; on a machine whose speed drifts that is another number
+    than the one which the speed-up was measured against.
+    """
+    laps = timing.filter((pl.col("plan") == outcome.name.plan) & (pl.col("arm") == "dense"))
+    decode = laps.filter((pl.col("phase") == "decode") & (pl.col("tokens") > 0))
+    prefill = laps.filter(pl.col("phase") == "prefill")["seconds"].median()
+    step = (decode["seconds"] / decode["tokens"]).median()
+    if isinstance(step, float) and outcome.speedup.value is not None:
+        outcome = replace(outcome, dense_ms=replace(outcome.dense_ms, value=1e3 * step, n=decode.height))
+    if isinstance(prefill, float) and outcome.ttft_ms is not None:
+        outcome = replace(outcome, dense_ttft_ms=1e3 * prefill)
+    return outcome
 
 
 def _relabel(generation: Generation, renamed: dict[str, str]) -> Generation:

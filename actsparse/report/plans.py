@@ -40,9 +40,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanName:
-    """A plan as typed and what it means; `series` is the plan without its amount, shared by the plans of one line."""
+    """A plan as its run names it and what it means.
+
+    `short` is its short form: `plan` itself, or what the plan directory `plan` holds. `series` is the short form
+    without its amount, shared by the plans of one line.
+    """
 
     plan: str
+    short: str
     method: str
     options: str
     amount: float | None
@@ -51,15 +56,27 @@ class PlanName:
 
     @property
     def title(self) -> str:
-        """The plan in words: `GRIFFIN, 50 % of neurons dropped`."""
+        """The plan in words: `GRIFFIN at 50 % of neurons`."""
         if self.role is Role.DENSE:
             return "Dense"
         name = method_title(self.method)
-        if not self.plan.startswith(self.method):
-            return f"{name} ({one_line(self.plan)})"
+        if not is_short(self.short):
+            where = self.short.removeprefix(f"{self.method} ").strip("()")
+            return f"{name} ({one_line(where)})"
+        if (error := self.target_error) is not None:
+            return f"{name} at an error of {error:g}"
         qualifier = self._qualifier()
         head = f"{name} {qualifier}" if qualifier.startswith("by ") else f"{name} ({qualifier})" if qualifier else name
-        return head if self.amount is None else f"{head}, {percent(self.amount, 0)} of {self.unit} dropped"
+        if self.amount is None:
+            return head
+        share = percent(self.amount, 0 if abs(100 * self.amount - round(100 * self.amount)) < 0.05 else 1)
+        return f"{head} at {share} of {self.unit}"
+
+    @property
+    def target_error(self) -> float | None:
+        """The error that the plan was fitted to, where that is all its options say."""
+        options = _options(self.options)
+        return _float(options[0][1]) if len(options) == 1 and options[0][0] in ("target_error", "target") else None
 
     @property
     def unit(self) -> str:
@@ -82,18 +99,33 @@ def method_title(method: str) -> str:
     return one_line(NAMES.get(method, method.replace("-", " ").replace("_", " ")))
 
 
-def parse_plan(plan: str, method: str | None = None) -> PlanName:
-    """The parts of a plan as typed; of a plan directory or an unknown form `method` says the method."""
-    found = _SHORT.match(plan)
+def parse_plan(plan: str, method: str | None = None, short: str | None = None) -> PlanName:
+    """The parts of a plan as its run names it; of a plan directory `short` says the short form, else `method` the
+    method."""
+    short = plan if is_short(plan, method) or short is None else short
+    found = _SHORT.match(short)
     if found is None or (method is not None and found["method"] != method):
         name = method or PurePath(plan).name or plan
-        return PlanName(plan=plan, method=name, options="", amount=None, series=plan, role=role_of(name))
+        known = f"{name} ({PurePath(plan).name})" if method and "/" in plan else plan
+        return PlanName(plan=plan, short=known, method=name, options="", amount=None, series=known, role=role_of(name))
     amount = _float(found["amount"])
     options = found["options"] or ""
     series = f"{found['method']}:{options}" if options else found["method"]
     return PlanName(
-        plan=plan, method=found["method"], options=options, amount=amount, series=series, role=role_of(found["method"])
+        plan=plan,
+        short=short,
+        method=found["method"],
+        options=options,
+        amount=amount,
+        series=series,
+        role=role_of(found["method"]),
     )
+
+
+def is_short(plan: str, method: str | None = None) -> bool:
+    """Whether a plan's name is a short form, and not a directory's."""
+    found = _SHORT.match(plan)
+    return found is not None and (method is None or found["method"] == method)
 
 
 def role_of(method: str) -> Role:

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from actsparse.report.outcomes import Outcome
 from actsparse.report.plans import PROMPT_METHODS, Role
-from actsparse.report.wording import between, change, milliseconds, number, one_line, percent, span, times
+from actsparse.report.wording import between, change, number, one_line, percent, span, times
 from actsparse.results import Verdict
 
 NEUTRAL, USABLE, COSTLY = 0.01, 0.05, 0.20
@@ -25,13 +25,17 @@ class Grade(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentence:
-    """A verdict: the plan it is about (empty: all), its text (which starts with the title), and the grade."""
+    """A verdict: the plan it is about (empty: all), its text (which starts with the title), and the grade.
+
+    `alternative` ends the text of a plan that is not to be used: what to use instead.
+    """
 
     plan: str
     title: str
     text: str
     grade: str
     role: str
+    alternative: str = ""
 
 
 def grade(outcome: Outcome) -> Grade:
@@ -47,9 +51,13 @@ def grade(outcome: Outcome) -> Grade:
 
 
 def verdicts(outcomes: tuple[Outcome, ...]) -> tuple[Sentence, ...]:
-    """A sentence for each compared plan, methods before baselines, and one that says what to use."""
+    """A sentence for each compared plan, methods before baselines, and one that says what to use.
+
+    The plan to use comes first, the others as they were run.
+    """
     compared = [outcome for outcome in outcomes if outcome.name.role is not Role.DENSE]
-    ordered = sorted(compared, key=lambda outcome: outcome.name.role is not Role.METHOD)
+    best = best_usable(compared)
+    ordered = sorted(compared, key=lambda outcome: (outcome is not best, outcome.name.role is not Role.METHOD))
     sentences = [_verdict(outcome, compared) for outcome in ordered]
     if any(outcome.name.role is Role.METHOD for outcome in compared):
         sentences.append(Sentence(plan="", title="", text=recommendation(compared), grade="", role="advice"))
@@ -58,14 +66,39 @@ def verdicts(outcomes: tuple[Outcome, ...]) -> tuple[Sentence, ...]:
 
 def _verdict(outcome: Outcome, compared: list[Outcome]) -> Sentence:
     parts = [speed_phrase(outcome), quality_phrase(outcome)]
-    title = one_line(outcome.name.title) + one_line(outcome.label.removeprefix(outcome.name.plan))
-    if outcome.name.amount is None and (share := outcome.realised.get("neuron_frac")) is not None:
-        title += f" ({percent(share, 0)} of neurons dropped)"
+    title = title_of(outcome)
     judged = grade(outcome)
     said = f"{title}: {', '.join(part for part in parts if part)}"
     text = f"{said}." if outcome.name.role is Role.ORACLE else f"{said}; {judged}."
+    instead = _alternative(outcome, compared)
+    text = f"{text[:-1]}; {instead}." if instead else text
     text += _against_static(outcome, compared)
-    return Sentence(plan=outcome.label, title=title, text=text, grade=judged.name.lower(), role=outcome.name.role.value)
+    return Sentence(
+        plan=outcome.label,
+        title=title,
+        text=text,
+        grade=judged.name.lower(),
+        role=outcome.name.role.value,
+        alternative=instead,
+    )
+
+
+def title_of(outcome: Outcome) -> str:
+    """The plan in words, with what it was counted to drop where its name does not say it."""
+    title = one_line(outcome.name.title) + one_line(outcome.label.removeprefix(outcome.name.short))
+    if outcome.name.amount is None and (share := outcome.realised.get("neuron_frac")) is not None:
+        title += f" ({percent(share, 0)} of neurons)"
+    return title
+
+
+def _alternative(outcome: Outcome, compared: list[Outcome]) -> str:
+    """What to use instead of a method that loses too much or is not faster; empty where nothing is better."""
+    if outcome.name.role is not Role.METHOD or outcome.increase is None:
+        return ""
+    best = best_usable(compared)
+    if best is None or best is outcome or (_within(outcome, USABLE) and outcome.verdict is Verdict.FASTER):
+        return ""
+    return f"the fastest plan within {percent(USABLE, 0, signed=True)} is {title_of(best)}, {times(best.speedup.value)}"
 
 
 def speed_phrase(outcome: Outcome) -> str:
@@ -161,16 +194,16 @@ def recommendation(compared: list[Outcome]) -> str:
     best = best_usable(compared)
     if best is not None:
         return (
-            f"The fastest plan within {percent(USABLE, 0, signed=True)} perplexity is {one_line(best.label)}: "
-            f"{times(best.speedup.value)}, {quality_phrase(best)}, {milliseconds(best.ms_per_token.value)} a token."
+            f"The fastest plan within {percent(USABLE, 0, signed=True)} perplexity is {title_of(best)}: "
+            f"{speed_phrase(best)}, {quality_phrase(best)}."
         )
     text = f"No plan here is both faster for sure and within {percent(USABLE, 0, signed=True)} perplexity."
-    candidates = [outcome for outcome in compared if outcome.name.role is not Role.ORACLE and _loss(outcome) < math.inf]
-    nearest = min(candidates, key=_loss, default=None)
+    methods = [outcome for outcome in compared if outcome.name.role is Role.METHOD and _loss(outcome) < math.inf]
+    nearest = min(methods, key=_loss, default=None)
     if nearest is None:
         return text
-    untimed = ", not timed" if nearest.verdict is None else f", {times(nearest.speedup.value)}"
-    return f"{text} The least loss is {one_line(nearest.label)}: {change(nearest.increase)}{untimed}."
+    speed = "not timed" if nearest.verdict is None else speed_phrase(nearest)
+    return f"{text} The method that loses least is {title_of(nearest)}: {change(nearest.increase)}, {speed}."
 
 
 def _within(outcome: Outcome, limit: float) -> bool:

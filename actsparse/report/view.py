@@ -158,7 +158,7 @@ def _looks(evals: tuple[EvalPanel, ...]) -> Looks:
     for panel in evals:
         for outcome in panel.outcomes:
             if outcome.label not in looks:
-                looks[outcome.label] = looks[outcome.name.plan].opened()
+                looks[outcome.label] = looks[outcome.name.short].opened()
     return looks
 
 

@@ -61,8 +61,8 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]
 
-    def open(self, path: Path, *, width: int = 1440, height: int = 900, dark: bool = False, wait: bool = True) -> None:
-        """Load a file; returns when every figure is drawn."""
+    def open(self, path: Path, *, width: int = 1440, height: int = 900, dark: bool = False, every: bool = True) -> None:
+        """Load a file; returns when every figure is drawn, or without `every` as soon as the first one is."""
         self.problems.clear()
         self.requests.clear()
         self.resize(width, height)
@@ -71,8 +71,14 @@ class Page:
             features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
         self.send("Page.navigate", url=path.resolve().as_uri())
-        if wait:
-            self.wait_for("document.readyState === 'complete' && document.documentElement.dataset.drawn !== undefined")
+        drawn = "documentElement.dataset.drawn !== undefined" if every else "querySelector('[data-figure] svg')"
+        self.wait_for(f"document.readyState === 'complete' && document.{drawn}")
+
+    def show(self, figure: str) -> None:
+        """Scroll to a figure; returns when it is drawn."""
+        plot = f"document.getElementById('plot-{figure}')"
+        self.evaluate(f"{plot}.scrollIntoView({{behavior: 'instant'}})")
+        self.wait_for(f"{plot}.querySelector('svg .trace, svg .hm')")
 
     def resize(self, width: int, height: int) -> None:
         self.send(

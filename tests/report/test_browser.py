@@ -81,7 +81,8 @@ def test_the_theme_follows_the_system_and_switches(page: Page, html: Path) -> No
         "(() => ({page: getComputedStyle(document.body).backgroundColor,"
         " tick: getComputedStyle(document.querySelector('#plot-cett-layers-0 .xtick text')).fill}))()"
     )
-    page.open(html, dark=True)
+    page.open(html, dark=True, every=False)
+    page.show("cett-layers-0")
     dark = page.evaluate(colours)
     page.evaluate("document.getElementById('theme').click()")
     light = page.evaluate(colours)
@@ -93,7 +94,7 @@ def test_the_theme_follows_the_system_and_switches(page: Page, html: Path) -> No
 
 
 def test_tables_sort_by_number_and_filter(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
     column = (
         "[...document.querySelectorAll('#plans-0 tbody tr')].map(row => row.cells[{}].firstChild.textContent.trim())"
     )
@@ -114,7 +115,7 @@ def test_tables_sort_by_number_and_filter(page: Page, html: Path) -> None:
 
 
 def test_missing_numbers_sort_last_both_ways(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
     last = "[...document.querySelectorAll('#plans-0 tbody tr')].at(-1).cells[7].dataset.sort"
     for _ in range(2):
         page.evaluate("document.querySelectorAll('#plans-0 thead button')[7].click()")
@@ -122,7 +123,8 @@ def test_missing_numbers_sort_last_both_ways(page: Page, html: Path) -> None:
 
 
 def test_the_menu_changes_what_sparsity_is_counted_in(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
+    page.show("quality-0")
     title = "document.querySelector('#plot-quality-0 .xtitle').textContent"
     assert "model" in page.evaluate(title)
     page.evaluate(
@@ -133,7 +135,7 @@ def test_the_menu_changes_what_sparsity_is_counted_in(page: Page, html: Path) ->
 
 
 def test_numbers_come_as_a_table_and_as_csv(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
     page.evaluate("document.querySelector('[data-numbers=kl-0] summary').click()")
     page.wait_for("document.querySelector('[data-numbers=kl-0] table')")
     assert page.evaluate("document.querySelectorAll('[data-numbers=kl-0] tbody tr').length") == 9
@@ -148,7 +150,7 @@ def test_numbers_come_as_a_table_and_as_csv(page: Page, html: Path) -> None:
 
 
 def test_help_opens_by_keyboard_and_closes_on_escape(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
     page.evaluate("document.querySelector('#figure-kl-0 .help summary').focus()")
     for kind in ("keyDown", "keyUp"):
         page.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
@@ -172,7 +174,7 @@ def test_hostile_text_is_inert(page: Page, hostile_html: Path, shots: Path) -> N
 
 
 def test_the_policy_is_in_force(page: Page, html: Path) -> None:
-    page.open(html)
+    page.open(html, every=False)
     page.evaluate(
         "(() => { const s = document.createElement('script'); s.textContent = 'window.bad = 1';"
         " document.body.append(s); })()"
@@ -191,7 +193,7 @@ def test_two_models_fit_a_phone(page: Page, pair: tuple[Path, ...], shots: Path,
 
 
 def test_print_draws_every_figure_in_light(page: Page, html: Path, shots: Path) -> None:
-    page.open(html, dark=True)
+    page.open(html, dark=True, every=False)
     page.pdf(shots / "report.pdf")
     page.wait_for("document.querySelector('#plot-cett-layers-0').querySelector('.xtick text')")
     data = (shots / "report.pdf").read_bytes()

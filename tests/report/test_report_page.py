@@ -10,7 +10,9 @@ from pathlib import Path
 
 import example_runs as example
 import pytest
+from plotly.offline import get_plotlyjs_version
 
+from actsparse.report.bundle import VERSION, plotly_js, unwrapped
 from actsparse.report.page import embedded, render
 from actsparse.report.view import ReportView, build_view
 from actsparse.specs import ReportSpec
@@ -85,7 +87,13 @@ def test_no_element_loads_anything(html: str) -> None:
 
 def test_plotly_is_inside_compressed(html: str) -> None:
     text = next(text for attrs, text in Elements(html).scripts if attrs.get("id") == "plotly")
-    assert b"plotly.js v" in gzip.decompress(base64.b64decode(text))[:200]
+    assert f"plotly.js (cartesian - minified) v{VERSION}".encode() in gzip.decompress(base64.b64decode(text))[:200]
+
+
+def test_the_shipped_plotly_fits_the_package_that_draws() -> None:
+    assert get_plotlyjs_version() == VERSION
+    assert unwrapped(plotly_js()) != plotly_js()
+    assert unwrapped("(() => 1)()") == "(() => 1)()"
 
 
 def test_no_figure_uses_webgl(html: str) -> None:
@@ -112,7 +120,7 @@ def test_every_figure_has_titled_axes_a_caption_help_and_csv(html: str) -> None:
 
 
 def test_size(html: str, tmp_path: Path) -> None:
-    assert len(html.encode()) < 3_000_000
+    assert len(html.encode()) < 2_000_000
     from dataclasses import replace
 
     big = replace(example.SMOLLM2, layers=80, heads=64, kv_heads=8, intermediate_size=1000, weights_sha256="80" * 32)

@@ -10,13 +10,13 @@ from actsparse.report.plans import Role, parse_plan
     ("plan", "method", "role", "amount", "title"),
     [
         ("dense", "dense", Role.DENSE, None, "Dense"),
-        ("griffin@0.5", "griffin", Role.METHOD, 0.5, "GRIFFIN, 50\u202f% of neurons dropped"),
-        ("tda:target_error=0.2", "tda", Role.METHOD, None, "TDA (target error 0.2)"),
+        ("griffin@0.5", "griffin", Role.METHOD, 0.5, "GRIFFIN at 50\u202f% of neurons"),
+        ("tda:target_error=0.2", "tda", Role.METHOD, None, "TDA at an error of 0.2"),
         ("static:stat=griffin@0.5", "static", Role.STATIC, 0.5,
-         "Static mask by GRIFFIN's statistic, 50\u202f% of neurons dropped"),
-        ("random@0.25", "random", Role.RANDOM, 0.25, "Random mask, 25\u202f% of neurons dropped"),
-        ("teal@0.4", "teal", Role.METHOD, 0.4, "TEAL, 40\u202f% of input channels dropped"),
-        ("oracle-a@0.5", "oracle-a", Role.ORACLE, 0.5, "Oracle by |a|, 50\u202f% of neurons dropped"),
+         "Static mask by GRIFFIN's statistic at 50\u202f% of neurons"),
+        ("random@0.25", "random", Role.RANDOM, 0.25, "Random mask at 25\u202f% of neurons"),
+        ("teal@0.4", "teal", Role.METHOD, 0.4, "TEAL at 40\u202f% of input channels"),
+        ("oracle-a@0.5", "oracle-a", Role.ORACLE, 0.5, "Oracle by |a| at 50\u202f% of neurons"),
     ],
 )  # fmt: skip
 def test_short_forms(plan: str, method: str, role: Role, amount: float | None, title: str) -> None:
@@ -27,7 +27,13 @@ def test_short_forms(plan: str, method: str, role: Role, amount: float | None, t
 def test_a_plan_directory_takes_its_method_from_the_summary() -> None:
     name = parse_plan("runs/SmolLM2/plan-3f9c1e", "tda")
     assert (name.method, name.role) == ("tda", Role.METHOD)
-    assert name.title == "TDA (runs/SmolLM2/plan-3f9c1e)"
+    assert (name.short, name.title) == ("tda (plan-3f9c1e)", "TDA (plan-3f9c1e)")
+
+
+def test_a_plan_directory_is_called_by_its_short_form_where_that_is_known() -> None:
+    name = parse_plan("runs/SmolLM2/plan-3f9c1e", "tda", "tda:target_error=0.2")
+    assert (name.plan, name.short) == ("runs/SmolLM2/plan-3f9c1e", "tda:target_error=0.2")
+    assert name.title == "TDA at an error of 0.2"
 
 
 def test_looks_tell_plans_apart_and_keep_a_series_together() -> None:

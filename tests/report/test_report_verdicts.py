@@ -29,11 +29,13 @@ def test_the_sentence_in_the_manner_of_the_issue(tmp_path: Path) -> None:
         ExamplePlan(plan="cats@0.2", ppl=23.0, speed=1.12),
     )
     assert texts(found) == [
-        "GRIFFIN, 50 % of neurons dropped: 1.24× faster decode (1.21\u20131.28, ceiling 1.42×), "
-        "perplexity 22.5 → 88.5 (+293 %); not usable here.",
-        "CATS, 20 % of neurons dropped: 1.12× faster decode (1.09\u20131.16, ceiling 1.42×), "
+        "CATS at 20 % of neurons: 1.12× faster decode (1.09\u20131.16, ceiling 1.42×), "
         "perplexity 22.5 → 23.0 (+2.2 %); usable.",
-        "The fastest plan within +5 % perplexity is cats@0.2: 1.12×, perplexity 22.5 → 23.0 (+2.2 %), 21.5 ms a token.",
+        "GRIFFIN at 50 % of neurons: 1.24× faster decode (1.21\u20131.28, ceiling 1.42×), "
+        "perplexity 22.5 → 88.5 (+293 %); not usable here; "
+        "the fastest plan within +5 % is CATS at 20 % of neurons, 1.12×.",
+        "The fastest plan within +5 % perplexity is CATS at 20 % of neurons: "
+        "1.12× faster decode (1.09\u20131.16, ceiling 1.42×), perplexity 22.5 → 23.0 (+2.2 %).",
     ]
     assert headline(list(found[1:])) is found[2]
 
@@ -46,7 +48,7 @@ def test_no_plan_is_good_enough(tmp_path: Path) -> None:
     assert "speed not measured (no engine yet: quality only)" in said[1]
     assert said[-1] == (
         "No plan here is both faster for sure and within +5 % perplexity. "
-        "The least loss is cats@0.5: +23.6 %, not timed."
+        "The method that loses least is CATS at 50 % of neurons: +23.6 %, not timed."
     )
 
 

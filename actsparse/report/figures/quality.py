@@ -38,7 +38,7 @@ def data(panel: EvalPanel) -> pl.DataFrame:
 
 
 def _row(outcome: Outcome) -> tuple[object, ...]:
-    suffix = outcome.label.removeprefix(outcome.name.plan)
+    suffix = outcome.label.removeprefix(outcome.name.short)
     shares = outcome.realised or outcome.predicted
     return (
         *(outcome.label, outcome.name.series + suffix, outcome.name.role.value),
