@@ -1,0 +1,593 @@
+// The operators of a decode step on the CPU, and the loop that runs a list of them.
+//
+// A step is bound by the bytes of its weights, so every product streams whole rows; each thread owns a slice of the
+// output, hence no atomics and the same result with any number of threads. The structures mirror the dataclasses of
+// ops.py field by field: pointers, int64 and double, eight bytes each.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int ROWS = 4;          // rows of a product in flight
+constexpr int DEEP = 8;          // input rows added at once
+constexpr i64 CHUNK = 64;        // neurons that are decided before the second matrix is read
+constexpr i64 GRAIN = 1 << 15;   // bytes of weights below which a second thread does not pay
+constexpr i64 MAX_HEAD = 512;
+constexpr int MAX_BATCH = 8;
+
+struct Norm {
+  const float *x, *weight;
+  float* out;
+  i64 batch, width;
+  double epsilon, scale;
+  i64 add;
+};
+
+struct Rows {
+  const void* weight;
+  const float *x, *bias;
+  const int32_t* index;
+  const int32_t* count;
+  float* out;
+  i64 bfloat, batch, rows, width, stride, out_stride;
+  double scale;
+  i64 add;
+  double softcap;
+};
+
+struct Gated {
+  const void *gate, *up;
+  const float *x, *gate_bias, *up_bias, *fill;
+  const int32_t* index;
+  const int32_t* count;
+  const uint8_t* mask;
+  float* out;
+  i64 bfloat, batch, rows, width, stride, activation;
+};
+
+struct NeuronSparse {
+  const void *first, *second;
+  const float *x, *first_bias, *second_bias, *threshold, *fill;
+  float* out;
+  i64* read;
+  i64 bfloat, batch, rows, width, stride, step, activation, gate_first;
+};
+
+struct Columns {
+  const void* weight;
+  const float *x, *score, *threshold, *base;
+  const int32_t* index;
+  const int32_t* count;
+  float *out, *dropped, *scratch;
+  int32_t* list;
+  i64* read;
+  i64 bfloat, batch, inputs, outputs, stride, keep, top, out_stride, add;
+  double scale;
+};
+
+struct Multiply {
+  const float* halves;
+  float* out;
+  i64 batch, neurons, activation;
+};
+
+struct Top {
+  const float* score;
+  const int32_t* members;
+  int32_t* index;
+  int32_t* count;
+  uint8_t* mask;
+  i64* read;
+  i64 batch, units, top, members_each, neurons;
+};
+
+struct Attend {
+  float* qkv;
+  const float *q_norm, *k_norm, *cosine, *sine;
+  void *keys, *values;
+  const int32_t* position;
+  const i64* left;
+  const uint8_t* active;
+  float *out, *scores;
+  i64 bfloat, batch, heads, kv_heads, head_dim, length, rotary, window;
+  double scale, softcap, epsilon;
+};
+
+struct Embed {
+  const void* embedding;
+  const i64* token;
+  float* out;
+  i64 bfloat, batch, width;
+  double scale;
+};
+
+struct Next {
+  const float* logits;
+  const i64* forced;
+  i64 *token, *tokens;
+  int32_t* position;
+  i64 batch, vocab, length;
+};
+
+template <class T, int R, int B>
+inline void dots(const T* const* rows, const float* x, i64 step, i64 n, float (*out)[B]) {
+  constexpr int U = R * B <= 4 ? 2 : 1;  // independent sums per result, so that additions overlap
+  V acc[U][R][B] = {};
+  i64 i = 0;
+  for (; i + U * LANES <= n; i += U * LANES)
+    for (int u = 0; u < U; ++u) {
+      V w[R];
+      for (int r = 0; r < R; ++r) w[r] = load(rows[r] + i + u * LANES);
+      for (int b = 0; b < B; ++b) {
+        V xv = load(x + b * step + i + u * LANES);
+        for (int r = 0; r < R; ++r) acc[u][r][b] += w[r] * xv;
+      }
+    }
+  for (; i + LANES <= n; i += LANES)
+    for (int b = 0; b < B; ++b)
+      for (int r = 0; r < R; ++r) acc[0][r][b] += load(rows[r] + i) * load(x + b * step + i);
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < B; ++b) {
+      V total = acc[0][r][b];
+      for (int u = 1; u < U; ++u) total += acc[u][r][b];
+      float rest = sum(total);
+      for (i64 j = i; j < n; ++j) rest += one(rows[r][j]) * x[b * step + j];
+      out[r][b] = rest;
+    }
+}
+
+template <class T, int B, class Row, class Use>
+inline void products(i64 begin, i64 end, const float* x, i64 width, Row row, Use use) {
+  // `row(i)` is the address of row i, `use(i, values)` takes its products with every sequence
+  float out[ROWS][B];
+  const T* rows[ROWS];
+  i64 i = begin;
+  for (; i + ROWS <= end; i += ROWS) {
+    for (int r = 0; r < ROWS; ++r) rows[r] = row(i + r);
+    dots<T, ROWS, B>(rows, x, width, width, out);
+    for (int r = 0; r < ROWS; ++r) use(i + r, out[r]);
+  }
+  for (; i < end; ++i) {
+    rows[0] = row(i);
+    dots<T, 1, B>(rows, x, width, width, out);
+    use(i, out[0]);
+  }
+}
+
+i64 grain(i64 row_bytes) { return std::max<i64>(ROWS, GRAIN / std::max<i64>(1, row_bytes)); }
+
+template <class F>
+void over(i64 count, i64 row_bytes, const F& body) {
+  at::parallel_for(0, count, grain(row_bytes), body);
+}
+
+void run(const Norm& a) {
+  for (i64 b = 0; b < a.batch; ++b) {
+    const float* x = a.x + b * a.width;
+    float* out = a.out + b * a.width;
+    V acc = {};
+    i64 i = 0;
+    for (; i + LANES <= a.width; i += LANES) acc += load(x + i) * load(x + i);
+    float total = sum(acc);
+    for (; i < a.width; ++i) total += x[i] * x[i];
+    float size = float(a.scale) / std::sqrt(total / float(a.width) + float(a.epsilon));
+    if (a.add)
+      for (i = 0; i < a.width; ++i) out[i] += x[i] * size * a.weight[i];
+    else
+      for (i = 0; i < a.width; ++i) out[i] = x[i] * size * a.weight[i];
+  }
+}
+
+template <class T, int B>
+void run(const Rows& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  float scale = float(a.scale), cap = float(a.softcap);
+  auto at = [&](i64 i) { return a.index ? i64(a.index[i]) : i; };
+  over(a.index ? *a.count : a.rows, a.width * sizeof(T), [&](i64 begin, i64 end) {
+    products<T, B>(begin, end, a.x, a.width, [&](i64 i) { return weight + at(i) * a.stride; },
+                   [&](i64 place, const float* y) {
+                     i64 i = at(place);
+                     for (int b = 0; b < B; ++b) {
+                       float value = scale * (y[b] + (a.bias ? a.bias[i] : 0.0f));
+                       if (cap > 0) value = cap * std::tanh(value / cap);
+                       float& out = a.out[b * a.out_stride + i];
+                       out = a.add ? out + value : value;
+                     }
+                   });
+  });
+}
+
+template <class T, int B>
+void run(const Gated& a) {
+  const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
+  i64 count = a.index ? *a.count : a.rows;
+  over(count, 2 * a.width * sizeof(T), [&](i64 begin, i64 end) {
+    float out[ROWS][B];
+    const T* rows[ROWS];
+    for (i64 i = begin; i < end; i += 2) {  // two neurons: four rows in flight
+      int pairs = int(std::min<i64>(2, end - i));
+      for (int p = 0; p < pairs; ++p) {
+        i64 at = (a.index ? a.index[i + p] : i + p) * a.stride;
+        rows[2 * p] = gate + at;
+        rows[2 * p + 1] = up + at;
+      }
+      if (pairs == 2)
+        dots<T, 4, B>(rows, a.x, a.width, a.width, out);
+      else
+        dots<T, 2, B>(rows, a.x, a.width, a.width, out);
+      for (int p = 0; p < pairs; ++p) {
+        i64 neuron = a.index ? a.index[i + p] : i + p;
+        for (int b = 0; b < B; ++b) {
+          float g = out[2 * p][b] + (a.gate_bias ? a.gate_bias[neuron] : 0.0f);
+          float u = out[2 * p + 1][b] + (a.up_bias ? a.up_bias[neuron] : 0.0f);
+          float value = activate(g, a.activation) * u;
+          if (a.fill) value -= a.fill[neuron];
+          if (a.mask && !a.mask[b * a.rows + neuron]) value = 0;
+          a.out[b * a.rows + i + p] = value;
+        }
+      }
+    }
+  });
+}
+
+template <class T, int B>
+void run(const NeuronSparse& a) {
+  const T *first = static_cast<const T*>(a.first), *second = static_cast<const T*>(a.second);
+  std::atomic<i64> total{0};
+  over(a.rows, 2 * a.width * sizeof(T), [&](i64 begin, i64 end) {
+    i64 list[CHUNK], read = 0;
+    for (i64 at = begin; at < end; at += CHUNK) {
+      i64 stop = std::min(end, at + CHUNK), kept = 0;
+      products<T, B>(at, stop, a.x, a.width, [&](i64 i) { return first + i * a.stride; },
+                     [&](i64 i, const float* y) {
+                       bool any = false;
+                       for (int b = 0; b < B; ++b) {
+                         float z = y[b] + (a.first_bias ? a.first_bias[i] : 0.0f);
+                         float value = a.gate_first ? activate(z, a.activation) : z;
+                         bool keep = std::fabs(value) >= a.threshold[i * a.step];
+                         a.out[b * a.rows + i] = keep ? value : 0.0f;
+                         any |= keep;
+                       }
+                       list[kept] = i;
+                       kept += any;
+                     });
+      read += kept;
+      products<T, B>(0, kept, a.x, a.width, [&](i64 j) { return second + list[j] * a.stride; },
+                     [&](i64 j, const float* y) {
+                       i64 i = list[j];
+                       for (int b = 0; b < B; ++b) {
+                         float& out = a.out[b * a.rows + i];
+                         // a sequence that drops the neuron holds 0 here, unless its kept value was 0 too
+                         bool keep = out != 0.0f || a.threshold[i * a.step] <= 0.0f;
+                         float z = y[b] + (a.second_bias ? a.second_bias[i] : 0.0f);
+                         float value = out * (a.gate_first ? z : activate(z, a.activation));
+                         out = keep && a.fill ? value - a.fill[i] : value;
+                       }
+                     });
+    }
+    total += read;
+  });
+  *a.read += total;
+}
+
+// The inputs of a product that are kept, in order, with a coefficient per sequence; sequences that drop one get 0.
+template <int B>
+i64 compact(const Columns& a) {
+  const float* value = a.x;
+  float* coefficient = a.scratch;  // [kept, batch]
+  i64 count = a.index ? *a.count : a.inputs;
+  float least[B];
+  i64 ties[B];
+  for (int b = 0; b < B; ++b) {
+    least[b] = a.threshold && a.top <= 0 ? *a.threshold : 0.0f;
+    ties[b] = std::numeric_limits<i64>::max();
+    if (a.top > 0 && a.top < count) {
+      std::vector<float> sizes(count);
+      for (i64 i = 0; i < count; ++i)
+        sizes[i] = std::fabs(value[b * a.inputs + i]) * (a.score ? a.score[i] : 1.0f);
+      std::nth_element(sizes.begin(), sizes.begin() + (a.top - 1), sizes.end(), std::greater<float>());
+      least[b] = sizes[a.top - 1];
+      ties[b] = a.top - std::count_if(sizes.begin(), sizes.begin() + a.top,
+                                      [&](float size) { return size > least[b]; });
+    }
+  }
+  i64 kept = 0;
+  for (i64 i = 0; i < count; ++i) {
+    bool any = false;
+    for (int b = 0; b < B; ++b) {
+      float x = value[b * a.inputs + i];
+      float size = std::fabs(x) * (a.score ? a.score[i] : 1.0f);
+      bool keep = a.keep ? x != 0.0f : !(size < least[b]);  // NaN is kept, and seen
+      if (keep && a.top > 0 && size == least[b]) keep = ties[b]-- > 0;
+      coefficient[kept * B + b] = keep ? x : 0.0f;
+      if (a.dropped) a.dropped[b * a.inputs + i] = keep ? 0.0f : x;
+      any |= keep;
+    }
+    a.list[kept] = a.index ? a.index[i] : int32_t(i);
+    kept += any;
+  }
+  return kept;
+}
+
+template <class T, int B, int D>
+inline void add_rows(const T* const* rows, const float* coefficient, i64 begin, i64 end, float* out, i64 step) {
+  V c[B][D];
+  for (int b = 0; b < B; ++b)
+    for (int d = 0; d < D; ++d) c[b][d] = spread(coefficient[d * B + b]);
+  i64 j = begin;
+  for (; j + LANES <= end; j += LANES) {
+    V w[D];
+    for (int d = 0; d < D; ++d) w[d] = load(rows[d] + j);
+    for (int b = 0; b < B; ++b) {
+      V even = load(out + b * step + j), odd = {};
+      for (int d = 0; d < D; d += 2) {
+        even += c[b][d] * w[d];
+        if (d + 1 < D) odd += c[b][d + 1] * w[d + 1];
+      }
+      store(out + b * step + j, even + odd);
+    }
+  }
+  for (; j < end; ++j)
+    for (int b = 0; b < B; ++b) {
+      float value = out[b * step + j];
+      for (int d = 0; d < D; ++d) value += coefficient[d * B + b] * one(rows[d][j]);
+      out[b * step + j] = value;
+    }
+}
+
+template <class T, int B>
+void run(const Columns& a) {
+  const T* weight = static_cast<const T*>(a.weight);
+  i64 kept = compact<B>(a);
+  *a.read += kept;
+  const float* coefficient = a.scratch;
+  float* sums = a.scratch + B * a.inputs;  // [batch, outputs]
+  float scale = float(a.scale);
+  i64 tiles = (a.outputs + CHUNK - 1) / CHUNK;
+  i64 tile_bytes = std::max<i64>(1, kept) * CHUNK * sizeof(T);
+  at::parallel_for(0, tiles, std::max<i64>(1, GRAIN / tile_bytes), [&](i64 from, i64 to) {
+    i64 begin = from * CHUNK, end = std::min(a.outputs, to * CHUNK);
+    for (int b = 0; b < B; ++b) std::fill(sums + b * a.outputs + begin, sums + b * a.outputs + end, 0.0f);
+    const T* rows[DEEP];
+    i64 i = 0;
+    for (; i + DEEP <= kept; i += DEEP) {
+      for (int d = 0; d < DEEP; ++d) rows[d] = weight + a.list[i + d] * a.stride;
+      add_rows<T, B, DEEP>(rows, coefficient + i * B, begin, end, sums, a.outputs);
+    }
+    for (; i < kept; ++i) {
+      rows[0] = weight + a.list[i] * a.stride;
+      add_rows<T, B, 1>(rows, coefficient + i * B, begin, end, sums, a.outputs);
+    }
+    for (int b = 0; b < B; ++b)
+      for (i64 j = begin; j < end; ++j) {
+        float value = scale * (sums[b * a.outputs + j] + (a.base ? a.base[j] : 0.0f));
+        float& out = a.out[b * a.out_stride + j];
+        out = a.add ? out + value : value;
+      }
+  });
+}
+
+void run(const Multiply& a) {
+  at::parallel_for(0, a.batch * a.neurons, 1024, [&](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; ++i) {
+      const float* gate = a.halves + (i / a.neurons) * 2 * a.neurons + i % a.neurons;
+      a.out[i] = activate(*gate, a.activation) * gate[a.neurons];
+    }
+  });
+}
+
+void run(const Top& a) {
+  // the `top` units of highest score of every sequence; the union is listed, each sequence's own marked in `mask`
+  std::fill(a.mask, a.mask + a.batch * a.neurons, uint8_t(0));
+  std::vector<int32_t> order(a.units);
+  for (i64 b = 0; b < a.batch; ++b) {
+    const float* score = a.score + b * a.units;
+    for (i64 i = 0; i < a.units; ++i) order[i] = int32_t(i);
+    auto better = [&](int32_t p, int32_t q) { return score[p] != score[q] ? score[p] > score[q] : p < q; };
+    i64 top = std::min(a.top, a.units);
+    if (top < a.units) std::nth_element(order.begin(), order.begin() + top, order.end(), better);
+    for (i64 i = 0; i < top; ++i)
+      for (i64 m = 0; m < a.members_each; ++m) {
+        i64 neuron = a.members ? a.members[order[i] * a.members_each + m] : order[i];
+        if (neuron >= 0) a.mask[b * a.neurons + neuron] = 1;
+      }
+  }
+  i64 kept = 0;
+  for (i64 i = 0; i < a.neurons; ++i) {
+    uint8_t any = 0;
+    for (i64 b = 0; b < a.batch; ++b) any |= a.mask[b * a.neurons + i];
+    a.index[kept] = int32_t(i);
+    kept += any;
+  }
+  *a.count = int32_t(kept);
+  *a.read += kept;
+}
+
+// One head's vector, normed and rotated (half-split pairs over the first `rotary` channels).
+inline void turn(const float* x, const float* norm, const Attend& a, i64 position, float* out) {
+  float size = 1.0f;
+  if (norm) {
+    float total = 0;
+    for (i64 i = 0; i < a.head_dim; ++i) total += x[i] * x[i];
+    size = 1.0f / std::sqrt(total / float(a.head_dim) + float(a.epsilon));
+  }
+  for (i64 i = 0; i < a.head_dim; ++i) out[i] = norm ? x[i] * size * norm[i] : x[i];
+  if (!a.cosine) return;
+  i64 half = a.rotary / 2;
+  const float *cosine = a.cosine + position * half, *sine = a.sine + position * half;
+  for (i64 i = 0; i < half; ++i) {
+    float low = out[i], high = out[i + half];
+    out[i] = low * cosine[i] - high * sine[i];
+    out[i + half] = high * cosine[i] + low * sine[i];
+  }
+}
+
+template <class T>
+inline void weigh(const T* value, const float* share, i64 first, i64 last, i64 head_dim, float* out) {
+  std::fill(out, out + head_dim, 0.0f);
+  i64 t = first;
+  const T* rows[4];
+  for (; t + 4 <= last; t += 4) {
+    for (int d = 0; d < 4; ++d) rows[d] = value + (t + d) * head_dim;
+    add_rows<T, 1, 4>(rows, share + t, 0, head_dim, out, head_dim);
+  }
+  for (; t < last; ++t) {
+    rows[0] = value + t * head_dim;
+    add_rows<T, 1, 1>(rows, share + t, 0, head_dim, out, head_dim);
+  }
+}
+
+template <class T>
+void run(const Attend& a) {
+  T *keys = static_cast<T*>(a.keys), *values = static_cast<T*>(a.values);
+  const i64 at = *a.position, group = a.heads / a.kv_heads;
+  const i64 query = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim, total = query + 2 * kv;
+  float turned[MAX_HEAD];
+  for (i64 b = 0; b < a.batch; ++b)
+    for (i64 h = 0; h < a.kv_heads; ++h) {
+      const float* key = a.qkv + b * total + query + h * a.head_dim;
+      T* k = keys + ((b * a.kv_heads + h) * a.length + at) * a.head_dim;
+      T* v = values + ((b * a.kv_heads + h) * a.length + at) * a.head_dim;
+      turn(key, a.k_norm, a, at - a.left[b], turned);
+      for (i64 i = 0; i < a.head_dim; ++i) put(k + i, turned[i]), put(v + i, key[kv + i]);
+    }
+  i64 bytes = 2 * at * a.head_dim * sizeof(T);
+  at::parallel_for(0, a.batch * a.heads, std::max<i64>(1, GRAIN / std::max<i64>(1, bytes)), [&](i64 from, i64 to) {
+    float q[MAX_HEAD];
+    for (i64 unit = from; unit < to; ++unit) {
+      i64 b = unit / a.heads, head = unit % a.heads, h = head / group;
+      float* out = a.out + unit * a.head_dim;
+      if (a.active && !a.active[b * a.kv_heads + h]) {
+        std::fill(out, out + a.head_dim, 0.0f);
+        continue;
+      }
+      i64 first = a.left[b];
+      if (a.window > 0) first = std::max(first, at - a.window + 1);
+      turn(a.qkv + b * total + head * a.head_dim, a.q_norm, a, at - a.left[b], q);
+      for (i64 i = 0; i < a.head_dim; ++i) q[i] *= float(a.scale);
+      const T* key = keys + (b * a.kv_heads + h) * a.length * a.head_dim;
+      float* score = a.scores + unit * a.length;
+      float cap = float(a.softcap), best = -std::numeric_limits<float>::infinity();
+      products<T, 1>(first, at + 1, q, a.head_dim, [&](i64 t) { return key + t * a.head_dim; },
+                     [&](i64 t, const float* y) {
+                       score[t] = cap > 0 ? cap * std::tanh(y[0] / cap) : y[0];
+                       best = std::max(best, score[t]);
+                     });
+      V acc = {};
+      i64 t = first;
+      for (; t + LANES <= at + 1; t += LANES) {
+        V share = exponential(load(score + t) - best);
+        store(score + t, share);
+        acc += share;
+      }
+      float mass = sum(acc);
+      for (; t <= at; ++t) mass += score[t] = std::exp(score[t] - best);
+      weigh(values + (b * a.kv_heads + h) * a.length * a.head_dim, score, first, at + 1, a.head_dim, out);
+      for (i64 i = 0; i < a.head_dim; ++i) out[i] /= mass;
+    }
+  });
+}
+
+template <class T>
+void run(const Embed& a) {
+  for (i64 b = 0; b < a.batch; ++b) {
+    const T* row = static_cast<const T*>(a.embedding) + a.token[b] * a.width;
+    for (i64 i = 0; i < a.width; ++i) a.out[b * a.width + i] = float(a.scale) * one(row[i]);
+  }
+}
+
+void run(const Next& a) {
+  i64 following = std::min<i64>(*a.position + 1, a.length - 1);
+  for (i64 b = 0; b < a.batch; ++b) {
+    i64 token = a.forced[b * a.length + following];
+    if (token < 0) {
+      const float* logits = a.logits + b * a.vocab;
+      token = 0;
+      for (i64 i = 1; i < a.vocab; ++i) token = logits[i] > logits[token] ? i : token;
+    }
+    a.token[b] = a.tokens[b * a.length + following] = token;
+  }
+  *a.position = int32_t(following);
+}
+
+template <class T, class A>
+void by_batch(const A& a) {
+  switch (a.batch) {
+    case 1: return run<T, 1>(a);
+    case 2: return run<T, 2>(a);
+    case 3: return run<T, 3>(a);
+    case 4: return run<T, 4>(a);
+    case 5: return run<T, 5>(a);
+    case 6: return run<T, 6>(a);
+    case 7: return run<T, 7>(a);
+    case 8: return run<T, 8>(a);
+  }
+}
+
+template <class A>
+void by_type(const A& a) {
+  if (a.bfloat)
+    by_batch<bf16>(a);
+  else
+    by_batch<float>(a);
+}
+
+struct Step {
+  i64 kind;
+  const void* arguments;
+};
+
+void run(const Step& step) {
+  const void* a = step.arguments;
+  switch (step.kind) {
+    case 0: return run(*static_cast<const Norm*>(a));
+    case 1: return by_type(*static_cast<const Rows*>(a));
+    case 2: return by_type(*static_cast<const Gated*>(a));
+    case 3: return by_type(*static_cast<const NeuronSparse*>(a));
+    case 4: return by_type(*static_cast<const Columns*>(a));
+    case 5: return run(*static_cast<const Top*>(a));
+    case 6: {
+      const Attend& attend = *static_cast<const Attend*>(a);
+      return attend.bfloat ? run<bf16>(attend) : run<float>(attend);
+    }
+    case 7: {
+      const Embed& embed = *static_cast<const Embed*>(a);
+      return embed.bfloat ? run<bf16>(embed) : run<float>(embed);
+    }
+    case 8: return run(*static_cast<const Next*>(a));
+    case 9: return run(*static_cast<const Multiply*>(a));
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int actsparse_max_batch() { return MAX_BATCH; }
+
+void actsparse_run(const Step* steps, i64 count, i64 times) {
+  for (i64 t = 0; t < times; ++t)
+    for (i64 i = 0; i < count; ++i) run(steps[i]);
+}
+
+// Bytes [0, size) read once by all threads: the ceiling of anything that streams weights.
+double actsparse_read(const float* data, i64 count) {
+  std::vector<double> partial(at::get_num_threads() + 1, 0.0);
+  at::parallel_for(0, count / (4 * LANES), 1 << 12, [&](i64 begin, i64 end) {
+    V acc[4] = {};
+    for (i64 i = begin; i < end; ++i)
+      for (int u = 0; u < 4; ++u) acc[u] += load(data + (i * 4 + u) * LANES);
+    partial[at::get_thread_num()] += sum(acc[0] + acc[1] + acc[2] + acc[3]);
+  });
+  double total = 0;
+  for (double one_thread : partial) total += one_thread;
+  return total;
+}
+
+}  // extern "C"

@@ -1,0 +1,74 @@
+// Sixteen floats at a time, in whatever registers the machine has; weights are float32 or bfloat16, sums float32.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef int64_t i64;
+typedef uint16_t bf16;
+typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t VI __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t VU __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t VH __attribute__((vector_size(32), aligned(2), may_alias));
+constexpr i64 LANES = 16;
+
+inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
+inline V load(const bf16* p) {
+  return (V)(__builtin_convertvector(*reinterpret_cast<const VH*>(p), VU) << 16);
+}
+inline float one(float value) { return value; }
+inline float one(bf16 value) {
+  uint32_t bits = uint32_t(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline void put(float* p, float value) { *p = value; }
+inline void put(bf16* p, float value) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *p = value != value ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void store(float* p, V value) { *reinterpret_cast<V*>(p) = value; }
+inline V spread(float value) { return value - V{}; }
+
+inline float sum(V v) {
+  float total = 0;
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+  total = v[0];
+  return total;
+}
+
+// exp to 2 ulp in the range of float; below -87.3 it is 0 (Cephes' expf).
+inline V exponential(V x) {
+  V low = spread(-87.3f), high = spread(88.3f);
+  VI under = x < low;
+  x = x > high ? high : x;
+  x = under ? low : x;
+  V n = x * 1.44269504088896341f;
+  VI whole = __builtin_convertvector(n + (n < V{} ? spread(-0.5f) : spread(0.5f)), VI);
+  V w = __builtin_convertvector(whole, V);
+  V r = x - w * 0.693359375f - w * -2.12194440e-4f;
+  V p = spread(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  V scale = (V)((whole + 127) << 23);
+  return under ? V{} : p * scale;
+}
+
+enum Activation : i64 { SILU, GELU_TANH, RELU, GELU, IDENTITY };
+
+inline float activate(float x, i64 activation) {
+  switch (activation) {
+    case SILU: return x / (1.0f + std::exp(-x));
+    case GELU_TANH: return 0.5f * x * (1.0f + std::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    case RELU: return x > 0 || x != x ? x : 0.0f;
+    case GELU: return 0.5f * x * (1.0f + std::erf(x * 0.7071067811865476f));
+    default: return x;
+  }
+}
