@@ -21,6 +21,7 @@ from actsparse.engine.cpu.ops import (
     bfloat,
 )
 from actsparse.engine.cpu.plans import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
+from actsparse.engine.step import sliced
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights, Weights
 from actsparse.results import SiteKind
@@ -49,11 +50,12 @@ class StepBuilder:
         shape = weights.shape
         # what routers read: two buffers a site, since a lookahead reads the layer before
         self._inputs = {kind: [self._floats(shape.width) for _ in range(2)] for kind in ("attn", "mlp")}
-        widest = max(shape.neurons, shape.width, shape.query_width)
+        widest = max(sliced.capacity_for(shape.neurons), shape.width, shape.query_width)
         self._scratch = torch.zeros(self.batch * (2 * widest + max(widest, shape.qkv_width, 2 * shape.neurons)))
         self._list = torch.zeros(widest, dtype=torch.int32)
         self._dropped, self._rotated = self._floats(widest), self._floats(widest)
         self._scores = torch.zeros(self.batch * shape.heads * state.max_length)
+        self._neurons = torch.zeros(self.batch * widest)
         self._token = torch.zeros(self.batch, dtype=torch.int64)
 
     def layers(self) -> list[Op]:
@@ -154,7 +156,7 @@ class StepBuilder:
         match work.mlp:
             case None if not work.channels.keys() & {"gate", "up"}:
                 self._gated(layer, x)
-                self._project(index, "down", work, layer.down, state.neurons, target, bias=layer.down_bias, add=add)
+                self._project(index, "down", work, layer.down, self._compact(self.weights.shape.neurons), target, bias=layer.down_bias, add=add)
             case None:
                 self._by_channels(index, layer, work, x, target, add)
             case Listed() as listed:
@@ -167,7 +169,7 @@ class StepBuilder:
                     index,
                     "neuron",
                     scored.down_rows,
-                    state.neurons,
+                    self._compact(self.weights.shape.neurons),
                     target,
                     base=_sum(layer.down_bias, scored.base),
                     score=scored.score,
@@ -190,13 +192,13 @@ class StepBuilder:
         self.ops.append(
             Multiply(
                 halves=state.halves,
-                out=state.neurons,
+                out=self._compact(neurons),
                 batch=self.batch,
                 neurons=neurons,
                 activation=ACTIVATIONS[self.weights.shape.activation],
             )
         )
-        self._project(index, "down", work, layer.down, state.neurons, target, bias=layer.down_bias, add=add)
+        self._project(index, "down", work, layer.down, self._compact(self.weights.shape.neurons), target, bias=layer.down_bias, add=add)
 
     def _listed(self, index: int, mlp: Listed, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
         self._gated(
@@ -223,7 +225,7 @@ class StepBuilder:
                 second_bias=second_bias,
                 threshold=mlp.threshold,
                 fill=mlp.fill,
-                out=self.state.neurons,
+                out=self._compact(shape.neurons),
                 read=self._counter(index, "second", shape.neurons),
                 bfloat=bfloat(first),
                 batch=self.batch,
@@ -236,7 +238,7 @@ class StepBuilder:
             )
         )
         base = _sum(layer.down_bias, mlp.base)
-        self._columns(index, "neuron", mlp.down_rows, self.state.neurons, target, base=base, keep=1, add=add)
+        self._columns(index, "neuron", mlp.down_rows, self._compact(self.weights.shape.neurons), target, base=base, keep=1, add=add)
 
     def _routed(self, index: int, mlp: Routed, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
         neurons = self.weights.shape.neurons
@@ -454,8 +456,8 @@ class StepBuilder:
         )
 
     def _compact(self, rows: int) -> Tensor:
-        """Room for the activations of `rows` neurons a sequence, at the front of the state's buffer."""
-        return self.state.neurons.view(-1)[: self.batch * rows].view(self.batch, rows)
+        """Room for the activations of `rows` neurons a sequence, at the front of one buffer."""
+        return self._neurons[: self.batch * rows].view(self.batch, rows)
 
     def _floats(self, width: int) -> Tensor:
         return torch.zeros(self.batch, width)
