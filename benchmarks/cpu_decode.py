@@ -19,6 +19,7 @@ from torch import Tensor
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.engine import CpuEngine, as_gate_plan
+from actsparse.engine.cpu.ops import Gated, Rows
 from actsparse.engine.cpu.program import Program
 from actsparse.engine.cpu.step import StepBuilder
 from actsparse.engine.decode import new_cache, prefill
@@ -127,17 +128,20 @@ def profile(bench: Bench) -> None:
     ops = builder.layers()
     bench.run(DensePlan())
     seconds: dict[str, float] = {}
-    bytes_: dict[str, int] = {}
+    bytes_: dict[str, float] = {}
     for _ in range(5):
         for op in ops:
             program = Program([op], build.library())
             began = time.perf_counter()
             program.run()
-            name = type(op).__name__ + (f" {op.rows}x{op.width}" if hasattr(op, "rows") else "")
-            seconds[name] = seconds.get(name, 0.0) + (time.perf_counter() - began) / 5
-            if hasattr(op, "rows"):
-                size = 2 if op.bfloat else 4
-                bytes_[name] = bytes_.get(name, 0) + op.rows * op.width * size * (2 if hasattr(op, "gate") else 1) // 5
+            elapsed = (time.perf_counter() - began) / 5
+            name = type(op).__name__
+            if isinstance(op, Rows | Gated):
+                name += f" {op.rows}x{op.width}"
+                matrices = 2 if isinstance(op, Gated) else 1
+                size = matrices * op.rows * op.width * weights.gate_up.element_size()
+                bytes_[name] = bytes_.get(name, 0.0) + size / 5
+            seconds[name] = seconds.get(name, 0.0) + elapsed
     for name, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
         rate = f"{bytes_[name] / value / 1e9:6.1f} GB/s" if name in bytes_ else ""
         print(f"    {name:22s} {value * 1e3:8.2f} ms a token {rate}")
@@ -160,14 +164,18 @@ def main() -> None:
     gbps = read_gbps()
     size = weights.gate_up.element_size()
     dense_bytes = shape.step_bytes(position=asked.prompt, itemsize=size)
-    print(f"{asked.model} {asked.dtype}, {torch.get_num_threads()} threads, prompt {asked.prompt}, {asked.tokens} tokens")
+    print(
+        f"{asked.model} {asked.dtype}, {torch.get_num_threads()} threads, prompt {asked.prompt}, {asked.tokens} tokens"
+    )
     print(f"a read-only reduction: {gbps:.1f} GB/s; a dense step reads {dense_bytes / 1e6:.0f} MB")
     dense = DensePlan()
 
     def line(name: str, baseline: Callable[[], float], contender: Callable[[], float], note: str = "") -> None:
         found = paired(baseline, contender, pairs=asked.pairs)
         target = TARGETS.get(name)
-        verdict = "" if target is None else ("reached" if found.low > target or found.speedup >= target > 1 else "MISSED")
+        verdict = (
+            "" if target is None else ("reached" if found.low > target or found.speedup >= target > 1 else "MISSED")
+        )
         print(
             f"  {name:22s} {found.contender_ms:7.2f} ms against {found.baseline_ms:7.2f}"
             f"  {found.speedup:5.2f}x [{found.low:.2f}, {found.high:.2f}] {verdict} {note}",
@@ -204,13 +212,24 @@ def main() -> None:
     if "cats" in parts:
         threshold = torch.tensor([[cut(i, SiteKind.GATE)] for i in layers])
         cats = NeuronPlan(threshold=threshold, down_rows=down_rows)
-        line(f"cats {share * 100:.0f} %", lambda: bench.run(dense), lambda: bench.run(cats), f"density {bench.density(cats):.2f}")
+        line(
+            f"cats {share * 100:.0f} %",
+            lambda: bench.run(dense),
+            lambda: bench.run(cats),
+            f"density {bench.density(cats):.2f}",
+        )
     if "teal" in parts:
         places = (SiteKind.ATTN_IN,) * 3 + (SiteKind.ATTN_OUT,) + (SiteKind.MLP_IN,) * 2 + (SiteKind.NEURON,)
         teal = InputPlan(
-            weights=input_rows(weights, down_rows), threshold=torch.tensor([[cut(i, k) for k in places] for i in layers])
+            weights=input_rows(weights, down_rows),
+            threshold=torch.tensor([[cut(i, k) for k in places] for i in layers]),
         )
-        line(f"teal {share * 100:.0f} %", lambda: bench.run(dense), lambda: bench.run(teal), f"density {bench.density(teal):.2f}")
+        line(
+            f"teal {share * 100:.0f} %",
+            lambda: bench.run(dense),
+            lambda: bench.run(teal),
+            f"density {bench.density(teal):.2f}",
+        )
     if "profile" in parts:
         profile(bench)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from actsparse.engine.cpu.ops import (
     NeuronSparse,
     Next,
     Norm,
-    Op,
     Rows,
     Top,
     bfloat,
@@ -60,7 +60,7 @@ def counter() -> Tensor:
     return torch.zeros(1, dtype=torch.int64)
 
 
-def agree(make: Callable[[], Op], outputs: tuple[str, ...] = ("out",)) -> tuple[Op, Op]:
+def agree(make: Callable[[], Any], outputs: tuple[str, ...] = ("out",)) -> tuple[Any, Any]:
     """Run the compiled and the torch operator on equal tensors and compare what they wrote."""
     ours, theirs = make(), make()
     Program([ours], build.library()).run()
@@ -77,9 +77,7 @@ def test_norm(batch: int, width: int, add: int) -> None:
     x, weights = drawn(batch, width), drawn(width)
     out = drawn(batch, width, seed=3) if add else poisoned(batch, width)
     agree(
-        lambda: Norm(
-            x=x, weight=weights, out=out.clone(), batch=batch, width=width, epsilon=1e-5, scale=0.5, add=add
-        )
+        lambda: Norm(x=x, weight=weights, out=out.clone(), batch=batch, width=width, epsilon=1e-5, scale=0.5, add=add)
     )
 
 
@@ -91,14 +89,18 @@ def test_rows(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
     some = torch.arange(rows)[::3].int()
     listed = torch.full((rows,), -(2**30), dtype=torch.int32)
     listed[: len(some)] = some
-    common = {"weight": matrix, "x": x, "bfloat": bfloat(matrix), "batch": batch, "rows": rows, "width": width,
-              "out_stride": rows}  # fmt: skip
-    for extra, out in (
+    common: dict[str, Any] = {"weight": matrix, "x": x, "bfloat": bfloat(matrix), "batch": batch, "rows": rows}
+    common |= {"width": width, "out_stride": rows}
+    cases: list[tuple[dict[str, Any], Tensor]] = [
         ({"bias": None}, poisoned(batch, rows)),
         ({"bias": bias, "scale": 0.3, "add": 1}, drawn(batch, rows, seed=5)),
         ({"bias": None, "scale": 3.0, "softcap": 2.0}, poisoned(batch, rows)),
-        ({"index": listed, "count": torch.tensor([len(some)], dtype=torch.int32), "add": 1, "bias": bias}, drawn(batch, rows, seed=6)),
-    ):
+        (
+            {"index": listed, "count": torch.tensor([len(some)], dtype=torch.int32), "add": 1, "bias": bias},
+            drawn(batch, rows, seed=6),
+        ),
+    ]
+    for extra, out in cases:
         agree(lambda e=extra, o=out: Rows(**common, **e, out=o.clone(), stride=matrix.stride(0)))
 
 
@@ -138,11 +140,16 @@ def test_gated(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate_first", [0, 1])
 def test_neuron_sparse(width: int, rows: int, batch: int, dtype: torch.dtype, gate_first: int) -> None:
     first, second, x = weight(rows, width, dtype), weight(rows, width, dtype, seed=9), drawn(batch, width)
-    for threshold, fill in ((torch.tensor([0.25]), None), (drawn(rows).abs(), drawn(rows, seed=4)), (counter().float(), None)):
-        ours, theirs = agree(
+    for threshold, fill in (
+        (torch.tensor([0.25]), None),
+        (drawn(rows).abs(), drawn(rows, seed=4)),
+        (counter().float(), None),
+    ):
+        ours, _ = agree(
             lambda t=threshold, f=fill: NeuronSparse(
                 first=first, second=second, x=x, threshold=t, fill=f,
-                first_bias=None if f is None else drawn(rows, seed=5), second_bias=f, out=poisoned(batch, rows), read=counter(),
+                first_bias=None if f is None else drawn(rows, seed=5), second_bias=f,
+                out=poisoned(batch, rows), read=counter(),
                 bfloat=bfloat(first), batch=batch, rows=rows, width=width, stride=first.stride(0),
                 step=int(t.numel() > 1), activation=ACTIVATIONS["silu"], gate_first=gate_first,
             ),
@@ -164,7 +171,7 @@ def test_rows_of_dropped_neurons_are_not_read() -> None:
     assert int(op.read) == int((value.abs() >= 0.2).sum())
 
 
-def columns(matrix: Tensor, x: Tensor, **changes: object) -> Columns:
+def columns(matrix: Tensor, x: Tensor, **changes: Any) -> Columns:
     inputs, outputs = matrix.shape
     batch = len(x)
     plain = Columns(
@@ -176,7 +183,7 @@ def columns(matrix: Tensor, x: Tensor, **changes: object) -> Columns:
     return replace(plain, **changes)
 
 
-def copied(value: object) -> object:
+def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -195,7 +202,9 @@ def test_columns(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
         {"top": rows, "base": drawn(width)},
     ):
         agree(
-            lambda c=changes: columns(matrix, x, **{n: copied(v) for n, v in c.items()}, **({"out": out.clone()} if c.get("add") else {})),
+            lambda c=changes: columns(
+                matrix, x, **{n: copied(v) for n, v in c.items()}, **({"out": out.clone()} if c.get("add") else {})
+            ),
             ("out", "read", *(("dropped",) if "dropped" in changes else ())),
         )
 
@@ -209,7 +218,15 @@ def test_columns_of_listed_inputs_into_a_part_of_the_output(dtype: torch.dtype) 
     whole = poisoned(2, 100)
     ours, theirs = (whole.clone() for _ in range(2))
     for out, handle in ((ours, build.library()), (theirs, None)):
-        part = columns(matrix, x, index=listed, count=torch.tensor([41], dtype=torch.int32), keep=1, out=out[:, 20:90], out_stride=100)
+        part = columns(
+            matrix,
+            x,
+            index=listed,
+            count=torch.tensor([41], dtype=torch.int32),
+            keep=1,
+            out=out[:, 20:90],
+            out_stride=100,
+        )
         Program([part], handle).run()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, equal_nan=True)
     assert ours[:, 20:90].isfinite().all()
@@ -234,9 +251,10 @@ def test_top(batch: int) -> None:
     for units, each, neurons in ((None, 1, 40), (members, 3, 120)):
         for top in (1, 13, 40):
 
-            def make(units=units, each=each, neurons=neurons, top=top) -> Top:  # noqa: ANN001
+            def make(units: Any = units, each: int = each, neurons: int = neurons, top: int = top) -> Top:
                 return Top(
-                    score=score, members=units, index=torch.full((neurons,), -1, dtype=torch.int32), count=counter().int(),
+                    score=score, members=units, index=torch.full((neurons,), -1, dtype=torch.int32),
+                    count=counter().int(),
                     mask=torch.full((batch, neurons), 9, dtype=torch.uint8), read=counter(), batch=batch,
                     units=40, top=top, members_each=each, neurons=neurons,
                 )  # fmt: skip
@@ -253,7 +271,12 @@ def test_top(batch: int) -> None:
 @batches
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rotary", "window", "softcap", "norms"),
-    [(4, 4, 16, 16, 0, 0.0, False), (9, 3, 64, 64, 0, 0.0, True), (6, 1, 24, 12, 5, 3.0, False), (2, 2, 8, 0, 40, 0.0, True)],
+    [
+        (4, 4, 16, 16, 0, 0.0, False),
+        (9, 3, 64, 64, 0, 0.0, True),
+        (6, 1, 24, 12, 5, 3.0, False),
+        (2, 2, 8, 0, 40, 0.0, True),
+    ],
 )
 def test_attend(
     batch: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, rotary: int, window: int, softcap: float,
@@ -320,7 +343,6 @@ def test_embed_and_next(dtype: torch.dtype) -> None:
         )  # fmt: skip
 
     ours, _ = agree(make, ("token", "tokens", "position"))
-    assert isinstance(ours, Next)
     assert ours.token.tolist() == [int(logits[0].argmax()), 17]
 
 

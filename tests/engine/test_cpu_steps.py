@@ -128,7 +128,7 @@ def test_bfloat16_is_near_float32_and_reads_bfloat16() -> None:
     model, ids = make_model("llama"), token_ids(1, PROMPT)
     exact = decoder(model, ids, CpuEngine())
     exact.decode(1)
-    half = decoder(model.to(torch.bfloat16), ids, CpuEngine())
+    half = decoder(model.bfloat16(), ids, CpuEngine())
     theirs = decoder(model, ids, None)
     for one in (half, theirs):
         one.start(exact.state.tokens[:, PROMPT], PROMPT)

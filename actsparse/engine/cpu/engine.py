@@ -107,9 +107,7 @@ def _work(plan: Plan, weights: Weights, layer: int) -> LayerWork:
             )
         case NeuronPlan():
             threshold = plan.threshold[layer].contiguous()
-            decided = Decided(
-                threshold=threshold, down_rows=plan.down_rows[layer], gate_first=plan.first == "gate"
-            )
+            decided = Decided(threshold=threshold, down_rows=plan.down_rows[layer], gate_first=plan.first == "gate")
             return LayerWork(mlp=decided)
         case InputPlan():
             return LayerWork(channels=_channels(plan, weights, layer))

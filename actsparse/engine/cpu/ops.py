@@ -31,8 +31,8 @@ class Norm:
 class Rows:
     """out = scale * (weight x + bias), or out += that; with `softcap` c > 0, c * tanh(. / c).
 
-    weight [rows, width]; x [batch, width]; bias [rows] float32; out [batch, .], rows `out_stride` apart, of which only the rows listed in
-    index [rows] int32 up to count [1] int32 are written where there is a list.
+    weight [rows, width]; x [batch, width]; bias [rows] float32; out [batch, .], rows `out_stride` apart, of which only
+    those listed in index [rows] int32 up to count [1] int32 are written where there is a list.
     """
 
     weight: Tensor
@@ -110,8 +110,9 @@ class Columns:
     """out = scale * (sum of x_i * weight_i over kept inputs + base), or out += that; weight [inputs, outputs].
 
     Kept: x_i != 0 (`keep`), else the `top` largest of |x_i| * score_i per sequence (0: those at or over threshold [1]).
-    index [inputs] int32, count [1]: x is compact and input i is row index_i. A row is read
-    when any sequence keeps it. out [batch, .], rows `out_stride` apart; scratch: batch * (inputs + outputs) floats; list [inputs] int32; read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept.
+    index [inputs] int32, count [1] int32: x is compact and input i is row index_i. A row is read when any sequence
+    keeps it. out [batch, .], rows `out_stride` apart; scratch: batch * (inputs + outputs) floats; list [inputs] int32;
+    read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept.
     """
 
     weight: Tensor
@@ -165,8 +166,8 @@ class Attend:
 
     qkv [batch, (heads + 2 * kv_heads) * head_dim]; q_norm, k_norm [head_dim] or None; cosine, sine [length,
     rotary / 2] or None (no rotation); keys, values [batch, kv_heads, length, head_dim]; position [1] int32; left
-    [batch] int64: positions of padding in front; active [batch, kv_heads] uint8 or None: other groups give 0 and are not read;
-    out [batch, heads * head_dim]; scores [batch * heads * length] scratch; window 0: all positions.
+    [batch] int64: positions of padding in front; active [batch, kv_heads] uint8 or None: other groups give 0 and are
+    not read; out [batch, heads * head_dim]; scores [batch * heads * length] scratch; window 0: all positions.
     """
 
     qkv: Tensor
@@ -211,7 +212,8 @@ class Embed:
 class Next:
     """The next token of every sequence: the forced one where there is one, else the argmax; position + 1.
 
-    logits [batch, vocab]; forced, tokens [batch, length] int64, forced -1 where free; token [batch]; position [1] int32.
+    logits [batch, vocab]; forced, tokens [batch, length] int64, forced -1 where free; token [batch] int64; position
+    [1] int32.
     """
 
     logits: Tensor

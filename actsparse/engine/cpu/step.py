@@ -156,7 +156,16 @@ class StepBuilder:
         match work.mlp:
             case None if not work.channels.keys() & {"gate", "up"}:
                 self._gated(layer, x)
-                self._project(index, "down", work, layer.down, self._compact(self.weights.shape.neurons), target, bias=layer.down_bias, add=add)
+                self._project(
+                    index,
+                    "down",
+                    work,
+                    layer.down,
+                    self._compact(self.weights.shape.neurons),
+                    target,
+                    bias=layer.down_bias,
+                    add=add,
+                )
             case None:
                 self._by_channels(index, layer, work, x, target, add)
             case Listed() as listed:
@@ -198,7 +207,16 @@ class StepBuilder:
                 activation=ACTIVATIONS[self.weights.shape.activation],
             )
         )
-        self._project(index, "down", work, layer.down, self._compact(self.weights.shape.neurons), target, bias=layer.down_bias, add=add)
+        self._project(
+            index,
+            "down",
+            work,
+            layer.down,
+            self._compact(self.weights.shape.neurons),
+            target,
+            bias=layer.down_bias,
+            add=add,
+        )
 
     def _listed(self, index: int, mlp: Listed, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
         self._gated(
@@ -238,7 +256,16 @@ class StepBuilder:
             )
         )
         base = _sum(layer.down_bias, mlp.base)
-        self._columns(index, "neuron", mlp.down_rows, self._compact(self.weights.shape.neurons), target, base=base, keep=1, add=add)
+        self._columns(
+            index,
+            "neuron",
+            mlp.down_rows,
+            self._compact(self.weights.shape.neurons),
+            target,
+            base=base,
+            keep=1,
+            add=add,
+        )
 
     def _routed(self, index: int, mlp: Routed, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
         neurons = self.weights.shape.neurons
