@@ -7,7 +7,7 @@ weighted by parameters), `mlp_bytes_frac` and `model_bytes_frac` (weight bytes o
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class SiteKind(StrEnum):
@@ -30,6 +30,38 @@ class SiteKind(StrEnum):
 
 SHARED_EXPERT = -1
 """The number of the expert that serves every token, beside the routed ones (counted from 0)."""
+
+
+class Unit(StrEnum):
+    """What is kept or dropped: neurons of an MLP, input channels of a projection (fused ones are `qkv`, `gate_up`), or
+    KV groups of heads."""
+
+    NEURON = "neuron"
+    Q = "q"
+    K = "k"
+    V = "v"
+    QKV = "qkv"
+    O = "o"
+    GATE = "gate"
+    UP = "up"
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    KV_GROUP = "kv_group"
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether the units are input channels of a projection."""
+        return self not in (Unit.NEURON, Unit.KV_GROUP)
+
+
+class KvPolicy(StrEnum):
+    """What becomes of the keys and values of a head that is dropped at a token (methods.md, section 3)."""
+
+    COMPUTE_ALL = "compute_all"
+    DROP = "drop"
+    ZERO = "zero"
+    LAZY = "lazy"
+    COPY_PREV = "copy_prev"
 
 
 class RunKind(StrEnum):
@@ -163,13 +195,18 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLayerRow:
-    """What a plan did in one layer over one block: share of neurons kept over the sparse positions, and mean local
-    error of the MLP output on dense inputs (`rel_err`) and on the sparse path's own (`rel_err_path`)."""
+    """What a plan did to one unit of one layer over one block: the share kept over the sparse positions, and the mean
+    local error on dense inputs (`rel_err`) and on the sparse path's own (`rel_err_path`).
+
+    `unit` is `neuron` (errors of the MLP's output), a projection (`q`, `down`, ...: of its own output), or `kv_group`
+    (of the output projection's output).
+    """
 
     plan: str
     replica: int
     block: int
     layer: int
+    unit: str
     positions: int
     kept_frac: float
     rel_err: float
@@ -229,13 +266,14 @@ class StepBytes:
     """Weight bytes that one dense batch-1 decode step reads (methods.md, section 0).
 
     `mlp`: bytes of each MLP matrix of one layer (`gate`, `up`, `down`; no `gate` in a non-gated FFN; of experts, those
-    that one token reads, and the mean where layers differ); `attention` and
-    `head` over the whole model; `total`: all parameters once, a tied embedding being the lm_head, less an untied
-    input embedding.
+    that one token reads, and the mean where layers differ); `projections`: those of each attention matrix of one layer
+    (`q`, `k`, `v`, `o`; parts of a fused one by their rows); `attention` and `head` over the whole model; `total`: all
+    parameters once, a tied embedding being the lm_head, less an untied input embedding.
     """
 
     layers: int
     mlp: dict[str, int]
+    projections: dict[str, int]
     attention: int
     head: int
     total: int
@@ -313,22 +351,30 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sparsity:
-    """Shares not used in a decode step, each on its own basis; None where a basis does not apply."""
+    """Shares not used in a decode step, each on its own basis; None where a basis does not apply.
+
+    `neuron_frac`: neurons; `channel_frac`: input channels, weighted by the bytes of the projections; `head_frac`: KV
+    groups of heads.
+    """
 
     neuron_frac: float | None
     mlp_bytes_frac: float
     model_bytes_frac: float
     channel_frac: float | None = None
+    head_frac: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """What a plan does in one layer: neurons kept of `width` (None: decided at run time) and its threshold."""
+    """What a plan does to one unit of one layer: how many of `width` are kept (None: decided at run time), its
+    threshold, and the share that it is predicted to drop."""
 
     layer: int
+    unit: Unit = Unit.NEURON
     width: int
     kept: int | None = None
     threshold: float | None = None
+    dropped: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,25 +1,134 @@
-"""One gate in one layer at work: what it has seen of the prompt, and the masks that it opens with."""
+"""Gates at work on one batch of sequences: what they have seen of the prompt, and the edits that they make.
+
+A gate edits the input of the projection that reads its units: neurons that of `down`, channels that of their own
+projection, KV groups that of `o`. Masked runs, probes and generation all ask for the same edits.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from actsparse.methods.base import FixedGate, Gate, PrefillGate, Statistic
-from actsparse.results import SiteKind
+from actsparse.methods.gates import (
+    ChannelRule,
+    FixedGate,
+    HeadGate,
+    LayerGates,
+    NeuronGate,
+    PrefillGate,
+    Statistic,
+    TokenGate,
+)
+from actsparse.results import Site, SiteKind, Unit
+
+
+class SiteValues:
+    """The values last seen at the sites that rules read, in the layer at work and the one before it."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, SiteKind], Tensor] = {}
+
+    def see(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
+        """Keep the values of a site; those of two layers ago are let go."""
+        self._values[site.layer, site.kind] = x
+        self._values.pop((site.layer - 2, site.kind), None)
+
+    def of(self, gate: TokenGate | HeadGate, layer: int) -> Float[Tensor, "batch seq width"]:
+        """What the gate of a layer reads: its site, there or in the layer before."""
+        return self._values[max(0, layer - gate.ahead), gate.site]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a gate makes of the input of a projection: the mask of its units [batch, seq, units], the input that is
+    left, and the correction (U, V) that adds U V^T (x - kept) to the output."""
+
+    mask: Bool[Tensor, "batch seq units"]
+    kept: Float[Tensor, "batch seq in"]
+    correction: tuple[Tensor, Tensor] | None = None
+
+    def added(self, x: Float[Tensor, "batch seq in"]) -> Float[Tensor, "batch seq out"] | None:
+        """What is added to the output of the projection whose whole input was x."""
+        if self.correction is None:
+            return None
+        outer, inner = (one.to(device=x.device, dtype=x.dtype) for one in self.correction)
+        return (x - self.kept) @ inner @ outer.T
+
+
+class PlanState:
+    """The gates of every layer over one batch of sequences that share prompt length and positions."""
+
+    def __init__(self, gates: Sequence[LayerGates], *, prompt_length: int, sink_tokens: int) -> None:
+        self.gates = list(gates)
+        self.neurons = [
+            None
+            if layer.neurons is None
+            else GateState(layer.neurons, prompt_length=prompt_length, sink_tokens=sink_tokens)
+            for layer in gates
+        ]
+
+    def observe(self, layer: int, a: Tensor, start: int, padding: Sequence[int] = ()) -> None:
+        """See the neuron activations of positions `start` and on, see `GateState.observe`."""
+        state = self.neurons[layer]
+        if state is not None:
+            state.observe(a, start, padding)
+
+    def edit(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, sparse: slice) -> Edit | None:
+        """The edit of the input x [batch, seq, width] at its positions `sparse`; None without a gate for the unit."""
+        gates, part = self.gates[layer], x[:, sparse]
+        if unit is Unit.NEURON:
+            state = self.neurons[layer]
+            return None if state is None else neuron_edit(state, x, values, layer, sparse)
+        if unit is Unit.KV_GROUP:
+            return (
+                None if gates.heads is None else head_edit(gates.heads, part, values.of(gates.heads, layer)[:, sparse])
+            )
+        rule = gates.rules.get(unit)
+        return None if rule is None else channel_edit(rule, part)
+
+
+def neuron_edit(state: "GateState", a: Tensor, values: SiteValues, layer: int, sparse: slice) -> Edit:
+    """Dropped neurons are 0, or what the gate fills in."""
+    read = values.of(state.gate, layer) if isinstance(state.gate, TokenGate) else a
+    part = a[:, sparse]
+    mask = state.masks(read, sparse).expand_as(part)
+    fill = state.gate.fill
+    return Edit(mask, torch.where(mask, part, 0.0 if fill is None else fill.to(device=a.device, dtype=a.dtype)))
+
+
+def channel_edit(rule: ChannelRule, x: Float[Tensor, "batch seq in"]) -> Edit:
+    """Dropped channels are 0, in the rule's own basis."""
+    if rule.basis is None:
+        mask = rule.rule.keep(x)
+        return Edit(mask, torch.where(mask, x, 0.0), rule.correction)
+    basis = rule.basis.to(device=x.device, dtype=x.dtype)
+    rotated = x @ basis
+    mask = rule.rule.keep(rotated)
+    # rotating there and back costs rounding, which a token that keeps everything need not pay
+    whole = mask.all(dim=-1, keepdim=True)
+    return Edit(mask, torch.where(whole, x, torch.where(mask, rotated, 0.0) @ basis.T), rule.correction)
+
+
+def head_edit(gate: HeadGate, x: Float[Tensor, "batch seq heads_width"], read: Tensor) -> Edit:
+    """The heads of dropped groups add nothing; heads of a group lie side by side."""
+    mask = gate.rule.keep(read)
+    wide = mask.repeat_interleave(x.shape[-1] // mask.shape[-1], dim=-1)
+    return Edit(mask, torch.where(wide, x, 0.0))
 
 
 class GateState:
-    """The state of a gate over one batch of sequences that share prompt length and positions."""
+    """The state of a neuron gate over one batch of sequences."""
 
-    def __init__(self, gate: Gate, *, prompt_length: int, sink_tokens: int) -> None:
+    def __init__(self, gate: NeuronGate, *, prompt_length: int, sink_tokens: int) -> None:
         self.gate = gate
         self.prompt_length = prompt_length
         self.sink_tokens = sink_tokens
         self._statistics: list[Statistic] = []
         self._seen: list[int] = []
         self._chosen: Bool[Tensor, "batch neurons"] | None = None
+        self._decoded = 0
 
     def observe(self, a: Float[Tensor, "batch seq neurons"], start: int, padding: Sequence[int] = ()) -> None:
         """See the neuron activations of positions `start` and on; only prompt tokens after the sink tokens count.
@@ -38,23 +147,36 @@ class GateState:
                 self._statistics[index].add(rows)
                 self._seen[index] += len(rows)
 
-    def masks(
-        self, values: Mapping[SiteKind, Float[Tensor, "batch seq width"]], sparse: slice
-    ) -> Bool[Tensor, "batch #seq neurons"]:
-        """Masks for the positions `sparse` of the activations at hand ([batch, 1, neurons]: the same for all).
+    def masks(self, read: Float[Tensor, "batch seq width"], sparse: slice) -> Bool[Tensor, "batch #seq neurons"]:
+        """Masks for the positions `sparse` ([batch, 1, neurons]: the same for all). To be asked once a position.
 
+        `read`: the values that the gate decides from; the neuron activations unless it decides by token.
         A prompt of sink tokens alone shows nothing to choose from: everything is kept.
         """
         if isinstance(self.gate, FixedGate):
-            a = values[SiteKind.NEURON]
-            return self.gate.mask.to(a.device).expand(a.shape[0], 1, -1)
-        if isinstance(self.gate, PrefillGate):
-            a = values[SiteKind.NEURON]
-            return self.chosen()[:, None, :] if self.ready else torch.ones_like(a[:, :1], dtype=torch.bool)
-        return self.gate.keep(values[self.gate.site][:, sparse])
+            return self.gate.mask.to(read.device).expand(read.shape[0], 1, -1)
+        if isinstance(self.gate, TokenGate):
+            return self.gate.rule.keep(read[:, sparse])
+        if self.gate.refresh_every:
+            return self._refreshed(read[:, sparse], self.gate.refresh_every)
+        return self.chosen()[:, None, :] if self.ready else torch.ones_like(read[:, :1], dtype=torch.bool)
+
+    def _refreshed(self, a: Float[Tensor, "batch seq neurons"], every: int) -> Bool[Tensor, "batch seq neurons"]:
+        """Every `every`-th decoded token runs dense and joins the statistic; the next ones use what it chose."""
+        masks = torch.ones_like(a, dtype=torch.bool)
+        for index in range(a.shape[1]):
+            self._decoded += 1
+            if self._decoded % every == 0:
+                for sequence, statistic in enumerate(self._statistics):
+                    statistic.add(a[sequence, index : index + 1])
+                    self._seen[sequence] += 1
+                self._chosen = None
+            elif self.ready:
+                masks[:, index] = self.chosen()
+        return masks
 
     def chosen(self) -> Bool[Tensor, "batch neurons"]:
-        """The masks that the prompts chose; decided once."""
+        """The masks that the prompts chose; decided once, and again after a refresh."""
         assert isinstance(self.gate, PrefillGate)
         if self._chosen is None:
             rule = self.gate.rule
@@ -65,3 +187,16 @@ class GateState:
     def ready(self) -> bool:
         """Whether the prompt showed anything to choose from."""
         return not isinstance(self.gate, PrefillGate) or (bool(self._seen) and min(self._seen) > 0)
+
+
+def units_of(plans: Sequence[Sequence[LayerGates]]) -> frozenset[Unit]:
+    """The units that any gate of these plans decides about."""
+    layers = [layer for plan in plans for layer in plan]
+    found = {unit for layer in layers for unit in layer.rules}
+    found |= {Unit.NEURON} if any(layer.neurons for layer in layers) else set()
+    return frozenset(found | ({Unit.KV_GROUP} if any(layer.heads for layer in layers) else set()))
+
+
+EDITED: Mapping[Unit, SiteKind] = {Unit.NEURON: SiteKind.NEURON, Unit.KV_GROUP: SiteKind.ATTN_OUT}
+READER: Mapping[Unit, Unit] = {Unit.NEURON: Unit.DOWN, Unit.KV_GROUP: Unit.O}
+"""The site that units other than channels are edited at, and the projection that reads it."""

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from actsparse.engine.gating import GateState
+from actsparse.engine.gating import PlanState, SiteValues
+from actsparse.engine.points import Replaced, visited
 from actsparse.engine.slicing import SlicedMlps, sliceable
-from actsparse.methods.base import FixedGate, Gate, TokenGate
+from actsparse.engine.sparse import chosen_mask, why_not_sliced
+from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
-from actsparse.models.taps import Callback, ForwardPass, tapped, watched
-from actsparse.results import Site, SiteKind
+from actsparse.models.taps import ForwardPass, tapped, watched
+from actsparse.results import Site, SiteKind, Unit
 
 WHOLE_PROMPT = 2**31
 
@@ -24,11 +26,11 @@ WHOLE_PROMPT = 2**31
 class _Phases:
     """Follows the forward passes of a model: which gates have seen what, and whether the pass at work is decode."""
 
-    def __init__(self, gates: Sequence[Gate], sink_tokens: int) -> None:
-        self.gates = gates
+    def __init__(self, gates: Sequence[LayerGates], sink_tokens: int) -> None:
+        self.gates = list(gates)
         self.sink_tokens = sink_tokens
         self.at_work = ForwardPass(batch=1, tokens=1, past=0, padding=())
-        self.states: list[GateState] = []
+        self.state = PlanState(gates, prompt_length=WHOLE_PROMPT, sink_tokens=sink_tokens)
         self.decoded = False
         self.ever_decoded = False
         self.passes = 0
@@ -40,31 +42,39 @@ class _Phases:
         self.ever_decoded |= self.decoding
         if forward.past == 0:
             self.decoded = False
-            self.states = [
-                GateState(gate, prompt_length=WHOLE_PROMPT, sink_tokens=self.sink_tokens) for gate in self.gates
-            ]
+            self.state = PlanState(self.gates, prompt_length=WHOLE_PROMPT, sink_tokens=self.sink_tokens)
 
     @property
     def decoding(self) -> bool:
         """Whether the pass at work decodes one token after a prompt."""
         return self.at_work.past > 0 and self.at_work.tokens == 1
 
-    def observe(self, site: Site, a: Tensor) -> None:
+    def observe(self, layer: int, a: Tensor) -> None:
         """See a prompt's activations; what is fed after the first decoded token changes no mask."""
         if not self.decoding and not self.decoded:
-            self.states[site.layer].observe(a, self.at_work.past, self.at_work.padding)
+            self.state.observe(layer, a, self.at_work.past, self.at_work.padding)
+
+    def edited(self, unit: Unit, layer: int, x: Tensor, values: SiteValues) -> Replaced | None:
+        """The input of a projection under the plan: as it is in a prompt, edited for a decoded token."""
+        if unit is Unit.NEURON:
+            self.observe(layer, x)
+        if not self.decoding:
+            return None
+        self.decoded = True
+        edit = self.state.edit(unit, layer, x, values, slice(0, None))
+        return None if edit is None else Replaced(edit.kept, edit.added(x))
 
 
 @contextmanager
-def sparse_generation(sites: ModelSites, gates: Sequence[Gate], *, sink_tokens: int) -> Iterator[None]:
+def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int) -> Iterator[None]:
     """Every decode step of the model runs under the gates while the block runs; then the model is as before.
 
-    Batch 1 under gates that decide by the end of the prompt: weights are sliced. Otherwise, each sequence's own mask is
-    applied to its activations: exact, and not faster.
+    Batch 1 under gates over neurons that decide by the end of the prompt: weights are sliced. Otherwise, each
+    sequence's own gates are applied to its activations: exact, and not faster.
     """
     phases = _Phases(gates, sink_tokens)
-    if any(isinstance(gate, TokenGate) for gate in gates):
-        with _masked(sites, phases):
+    if why_not_sliced(gates):
+        with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited):
             yield
     else:
         with sliceable(sites) as mlps, _sliced(sites, phases, mlps), torch.no_grad():
@@ -77,27 +87,9 @@ def sparse_generation(sites: ModelSites, gates: Sequence[Gate], *, sink_tokens: 
 
 
 @contextmanager
-def _masked(sites: ModelSites, phases: _Phases) -> Iterator[None]:
-    values: dict[SiteKind, Tensor] = {}
-
-    def on_value(site: Site, x: Tensor) -> Tensor | None:
-        values[site.kind] = x
-        if site.kind is not SiteKind.NEURON:
-            return None
-        phases.observe(site, x)
-        if not phases.decoding:
-            return None
-        phases.decoded = True
-        return torch.where(phases.states[site.layer].masks(values, slice(None)), x, 0.0)
-
-    kinds = {SiteKind.NEURON} | {gate.site for gate in phases.gates if isinstance(gate, TokenGate)}
-    callbacks: dict[SiteKind, Callback] = dict.fromkeys(kinds, on_value)
-    with watched(sites, phases.begin), tapped(sites, callbacks):
-        yield
-
-
-@contextmanager
 def _sliced(sites: ModelSites, phases: _Phases, mlps: SlicedMlps) -> Iterator[None]:
+    values = SiteValues()
+
     def begin(forward: ForwardPass) -> None:
         phases.begin(forward)
         if not phases.decoding or forward.batch > 1:
@@ -105,21 +97,14 @@ def _sliced(sites: ModelSites, phases: _Phases, mlps: SlicedMlps) -> Iterator[No
         elif phases.decoded:
             mlps.sparse()
         else:
-            mlps.keep([_mask(state, mlps.neurons) for state in phases.states])
+            mlps.keep([chosen_mask(state, mlps.neurons) for state in phases.state.neurons])
             phases.decoded = True
 
     def on_value(site: Site, a: Tensor) -> Tensor | None:
-        phases.observe(site, a)
-        if not phases.decoding or phases.at_work.batch == 1:
+        if phases.decoding and phases.at_work.batch == 1:
             return None
-        phases.decoded = True
-        return torch.where(phases.states[site.layer].masks({SiteKind.NEURON: a}, slice(None)), a, 0.0)
+        found = phases.edited(Unit.NEURON, site.layer, a, values)
+        return None if found is None else found.input
 
     with watched(sites, begin), tapped(sites, {SiteKind.NEURON: on_value}):
         yield
-
-
-def _mask(state: GateState, neurons: int) -> Tensor:
-    if isinstance(state.gate, FixedGate):
-        return state.gate.mask
-    return state.chosen()[0] if state.ready else torch.ones(neurons, dtype=torch.bool)

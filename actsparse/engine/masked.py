@@ -1,125 +1,156 @@
-"""The masked path: a plan's masks applied to a dense model. Exact at any shape, and never faster than dense.
+"""The masked path: a plan's gates applied to a dense model. Exact at any shape, and never faster than dense.
 
-The one place where masks are applied and counted. Positions before the prompt's end run dense; from there on dropped
-neurons are zero.
+The one place where gates are applied and counted over whole texts. Positions before the prompt's end run dense; from
+there on what was dropped is zero.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from actsparse.engine.gating import GateState
-from actsparse.methods.base import Gate, TokenGate
-from actsparse.models.sites import ModelSites
-from actsparse.models.taps import Callback, tapped
-from actsparse.results import Site, SiteKind
+from actsparse.engine.gating import READER, Edit, PlanState, SiteValues
+from actsparse.engine.points import Replaced, visited
+from actsparse.methods.gates import LayerGates
+from actsparse.models.sites import ModelSites, Projection
+from actsparse.models.taps import ForwardPass, watched
+from actsparse.results import Unit
+
+
+@dataclass
+class Tally:
+    """What was counted of one unit in one layer over sparse positions: units kept of all, and the sum of
+    ||y - y_mask|| / ||y||."""
+
+    kept: float = 0.0
+    units: int = 0
+    positions: int = 0
+    errors: float = 0.0
+
+    def count(self, mask: Bool[Tensor, "batch seq units"]) -> None:
+        """Count the kept units of sparse positions."""
+        self.kept += float(mask.count_nonzero())
+        self.units += mask.numel()
+        self.positions += mask.shape[0] * mask.shape[1]
+
+    @property
+    def kept_frac(self) -> float:
+        """The share of units kept; 1 where nothing was sparse."""
+        return self.kept / self.units if self.units else 1.0
+
+    @property
+    def mean_error(self) -> float:
+        """The mean relative error over the positions counted."""
+        return self.errors / max(1, self.positions)
 
 
 class MaskedPlan:
-    """The gates of one plan over one batch of sequences, with what they did, layer by layer.
+    """The gates of one plan over one batch of sequences, with what they did, by unit and layer."""
 
-    `kept` and `positions` count kept neurons over sparse positions; `errors` sums ||y - y_mask|| / ||y|| over them.
-    """
-
-    def __init__(self, gates: Sequence[Gate], *, prompt_length: int, sink_tokens: int) -> None:
-        self.states = [GateState(gate, prompt_length=prompt_length, sink_tokens=sink_tokens) for gate in gates]
+    def __init__(self, gates: Sequence[LayerGates], *, prompt_length: int, sink_tokens: int) -> None:
+        self.gates = list(gates)
+        self.state = PlanState(gates, prompt_length=prompt_length, sink_tokens=sink_tokens)
         self.prompt_length = prompt_length
-        self.sites = {SiteKind.NEURON} | {gate.site for gate in gates if isinstance(gate, TokenGate)}
-        self.kept = torch.zeros(len(gates), dtype=torch.float64)
-        self.errors = torch.zeros(len(gates), dtype=torch.float64)
-        self.positions = torch.zeros(len(gates), dtype=torch.int64)
+        self.tallies: dict[tuple[Unit, int], Tally] = {}
 
-    def masks(
-        self, layer: int, values: dict[SiteKind, Tensor], start: int
-    ) -> tuple[slice, Bool[Tensor, "batch #seq neurons"] | None]:
-        """Which of the positions at hand are sparse, and their masks (None when none is)."""
-        a = values[SiteKind.NEURON]
-        self.states[layer].observe(a, start)
-        sparse = slice(max(0, self.prompt_length - start), a.shape[1])
-        if sparse.start >= sparse.stop:
-            return sparse, None
-        return sparse, self.states[layer].masks(values, sparse)
+    def edit(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, start: int) -> tuple[slice, Edit | None]:
+        """Which of the positions at hand are sparse, and the edit there (None: nothing to do)."""
+        if unit is Unit.NEURON:
+            self.state.observe(layer, x, start)
+        sparse = slice(max(0, self.prompt_length - start), x.shape[1])
+        edit = self.state.edit(unit, layer, x, values, sparse) if sparse.start < sparse.stop else None
+        if edit is not None:
+            self.tally(unit, layer).count(edit.mask)
+        return sparse, edit
 
-    def count(self, layer: int, mask: Bool[Tensor, "batch seq neurons"]) -> None:
-        """Count the kept neurons of sparse positions."""
-        self.kept[layer] += float(mask.sum())
-        self.positions[layer] += mask.shape[0] * mask.shape[1]
+    def tally(self, unit: Unit, layer: int) -> Tally:
+        """The counts of a unit in a layer."""
+        return self.tallies.setdefault((unit, layer), Tally())
 
-    def kept_frac(self, widths: Sequence[int]) -> list[float]:
-        """The share of neurons kept in each layer, over the sparse positions counted so far."""
-        pairs = zip(self.kept.tolist(), self.positions.tolist(), widths, strict=True)
-        return [kept / (positions * width) if positions else 1.0 for kept, positions, width in pairs]
+    def kept_frac(self, unit: Unit = Unit.NEURON) -> list[float]:
+        """The share kept of a unit in each layer, over the sparse positions counted so far."""
+        return [self.tally(unit, layer).kept_frac for layer in range(len(self.gates))]
 
 
-class _Layers:
-    """What passes through the taps of one forward pass: values of the layer at work, and positions."""
+class _Positions:
+    """Where the forward pass at work stands in its sequences: passes follow each other without a gap."""
 
     def __init__(self) -> None:
-        self.values: dict[SiteKind, Tensor] = {}
         self.start = 0
         self.stop = 0
 
-    def see(self, site: Site, x: Tensor) -> None:
-        if site.layer == 0 and site.kind is SiteKind.NEURON:
-            self.start, self.stop = self.stop, self.stop + x.shape[1]
-        self.values[site.kind] = x
+    def begin(self, forward: ForwardPass) -> None:
+        self.start, self.stop = self.stop, self.stop + forward.tokens
 
 
 @contextmanager
 def masked(sites: ModelSites, plan: MaskedPlan, *, errors: bool = False) -> Iterator[None]:
     """Run the model's forward passes under a plan: one pass over whole blocks, or prefill and then token by token.
 
-    With `errors`, the relative error of each layer's MLP output on the sparse path's own inputs is added up.
+    With `errors`, the relative error of the projections' outputs on the sparse path's own inputs is added up.
     """
-    seen = _Layers()
+    at = _Positions()
 
-    def on_value(site: Site, x: Tensor) -> Tensor | None:
-        seen.see(site, x)
-        if site.kind is not SiteKind.NEURON:
+    def visit(unit: Unit, layer: int, x: Tensor, values: SiteValues) -> Replaced | None:
+        sparse, edit = plan.edit(unit, layer, x, values, at.start)
+        if edit is None:
             return None
-        sparse, mask = plan.masks(site.layer, seen.values, seen.start)
-        if mask is None:
-            return None
-        mask = mask.expand(-1, sparse.stop - sparse.start, -1)
-        plan.count(site.layer, mask)
-        edited = x.clone()
-        edited[:, sparse] = torch.where(mask, x[:, sparse], 0.0)
+        part = x[:, sparse]
         if errors:
-            down = sites.layers[site.layer].down_matrix(x.shape[-1])
-            plan.errors[site.layer] += float(relative_errors(x[:, sparse], mask, down).sum())
-        return edited
+            reader = reader_of(sites, unit, layer)
+            plan.tally(unit, layer).errors += float(edit_errors(reader, part, edit).sum())
+        edited = x.clone()
+        edited[:, sparse] = edit.kept
+        return Replaced(edited, _at_positions(edit.added(part), sparse))
 
-    callbacks: dict[SiteKind, Callback] = dict.fromkeys(plan.sites, on_value)
-    with tapped(sites, callbacks):
+    with watched(sites, at.begin), visited(sites, [plan.gates], visit):
         yield
 
 
 @contextmanager
 def probed(sites: ModelSites, plans: Sequence[MaskedPlan]) -> Iterator[None]:
-    """Run forward passes dense, and measure what each plan's masks would do to them: counts and local errors."""
-    seen = _Layers()
-    kinds = {kind for plan in plans for kind in plan.sites}
+    """Run forward passes dense, and measure what each plan's gates would do to them: counts and local errors."""
+    at = _Positions()
 
-    def on_value(site: Site, x: Tensor) -> None:
-        seen.see(site, x)
-        if site.kind is not SiteKind.NEURON:
-            return
-        down = sites.layers[site.layer].down_matrix(x.shape[-1])
-        dense: Tensor | None = None
+    def visit(unit: Unit, layer: int, x: Tensor, values: SiteValues) -> None:
+        reader = reader_of(sites, unit, layer)
+        dense: dict[int, Tensor] = {}
         for plan in plans:
-            sparse, mask = plan.masks(site.layer, seen.values, seen.start)
-            if mask is not None:
-                mask = mask.expand(-1, sparse.stop - sparse.start, -1)
-                plan.count(site.layer, mask)
-                dense = (x[:, sparse].float() @ down.T.float()).norm(dim=-1) if dense is None else dense
-                plan.errors[site.layer] += float(relative_errors(x[:, sparse], mask, down, dense).sum())
+            sparse, edit = plan.edit(unit, layer, x, values, at.start)
+            if edit is not None:
+                part = x[:, sparse]
+                if sparse.start not in dense:
+                    dense[sparse.start] = reader.product(part).norm(dim=-1)
+                found = edit_errors(reader, part, edit, dense[sparse.start])
+                plan.tally(unit, layer).errors += float(found.sum())
 
-    callbacks: dict[SiteKind, Callback] = dict.fromkeys(kinds, on_value)
-    with tapped(sites, callbacks):
+    with watched(sites, at.begin), visited(sites, [plan.gates for plan in plans], visit):
         yield
+
+
+def reader_of(sites: ModelSites, unit: Unit, layer: int) -> Projection:
+    """The projection that reads a unit: its own for channels, `down` for neurons, `o` for KV groups."""
+    return sites.layers[layer].projections[READER.get(unit, unit)]
+
+
+def edit_errors(
+    reader: Projection,
+    x: Float[Tensor, "batch seq in"],
+    edit: Edit,
+    dense: Float[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, "batch seq"]:
+    """||y - y_mask|| / ||y|| at every position, y = W x without bias, in float32; 0 where y is zero.
+
+    `dense` is ||y|| where it is known.
+    """
+    change, added = reader.product(x - edit.kept), edit.added(x)
+    lost = (change if added is None else change - added).norm(dim=-1)
+    if dense is None:
+        dense = reader.product(x).norm(dim=-1)
+    return torch.where(dense > 0, lost / dense, 0.0)
 
 
 def relative_errors(
@@ -128,9 +159,16 @@ def relative_errors(
     down: Float[Tensor, "hidden neurons"],
     dense: Float[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch seq"]:
-    """||y - y_mask|| / ||y|| at every position, in float32; 0 where y is zero. `dense` is ||y|| where it is known."""
+    """The same of the MLP output under a mask over neurons, with the down projection as a matrix."""
     weight = down.T.float()
     dropped = (torch.where(mask, 0.0, a.float()) @ weight).norm(dim=-1)
     if dense is None:
         dense = (a.float() @ weight).norm(dim=-1)
     return torch.where(dense > 0, dropped / dense, 0.0)
+
+
+def _at_positions(added: Tensor | None, sparse: slice) -> Tensor | None:
+    """What is added at sparse positions, with zeros before them."""
+    if added is None:
+        return None
+    return torch.nn.functional.pad(added, (0, 0, sparse.start, 0))

@@ -12,7 +12,7 @@ from actsparse.engine.decode import prefill
 from actsparse.engine.gating import GateState
 from actsparse.engine.slicing import SlicedMlps, sliceable
 from actsparse.errors import PlanError
-from actsparse.methods.base import FixedGate, Gate, PrefillGate, TokenGate
+from actsparse.methods.gates import FixedGate, LayerGates, NeuronGate, PrefillGate, TokenGate, neurons_only
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind
@@ -24,7 +24,7 @@ class SparseDecoder:
     Batch 1: `prefill` watches the prompt, `select` decides and gathers; then every pass reads kept neurons only.
     """
 
-    def __init__(self, sites: ModelSites, gates: Sequence[Gate], mlps: SlicedMlps, *, sink_tokens: int) -> None:
+    def __init__(self, sites: ModelSites, gates: Sequence[NeuronGate], mlps: SlicedMlps, *, sink_tokens: int) -> None:
         self.sites = sites
         self.width = mlps.neurons
         self.gates = gates
@@ -54,15 +54,8 @@ class SparseDecoder:
 
     def select(self) -> None:
         """Decide the masks of the prompt that was prefilled, and gather the kept weights."""
-        self._masks = [self._mask(state) for state in self._states]
+        self._masks = [chosen_mask(state, self.width) for state in self._states]
         self._mlps.keep(self._masks)
-
-    def _mask(self, state: GateState) -> Bool[Tensor, " neurons"]:
-        if isinstance(state.gate, FixedGate):
-            return state.gate.mask
-        if not state.ready:
-            return torch.ones(self.width, dtype=torch.bool)
-        return state.chosen()[0]
 
     def sparse(self) -> None:
         """Decode sparse from now on, with the masks selected last (nothing is gathered again)."""
@@ -78,13 +71,35 @@ class SparseDecoder:
         return self._masks
 
 
-@contextmanager
-def sparse_decoder(sites: ModelSites, gates: Sequence[Gate], *, sink_tokens: int) -> Iterator[SparseDecoder]:
-    """A decoder of `sites` under sequence-level gates; the model is as before when the block ends.
+def chosen_mask(state: GateState | None, neurons: int) -> Bool[Tensor, " neurons"]:
+    """The mask that holds for the whole sequence; a prompt that showed nothing to choose from keeps everything."""
+    if state is None or not state.ready:
+        return torch.ones(neurons, dtype=torch.bool)
+    return state.gate.mask if isinstance(state.gate, FixedGate) else state.chosen()[0]
 
-    Raises PlanError where a gate decides token by token, or where weights cannot be sliced.
+
+def why_not_sliced(gates: Sequence[LayerGates]) -> str | None:
+    """Why sliced decode cannot run these gates; None where it can."""
+    neurons = neurons_only(gates)
+    if neurons is None:
+        return "this plan drops more than neurons"
+    if any(isinstance(gate, TokenGate) for gate in neurons):
+        return "this plan decides token by token"
+    if any(gate.fill is not None for gate in neurons):
+        return "this plan fills in dropped neurons"
+    if any(isinstance(gate, PrefillGate) and gate.refresh_every for gate in neurons):
+        return "this plan chooses again while it decodes"
+    return None
+
+
+@contextmanager
+def sparse_decoder(sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int) -> Iterator[SparseDecoder]:
+    """A decoder of `sites` under sequence-level gates over neurons; the model is as before when the block ends.
+
+    Raises PlanError where gates are of another kind, ModelError where weights cannot be sliced.
     """
-    if any(isinstance(gate, TokenGate) for gate in gates):
-        raise PlanError("this plan decides token by token and has no engine yet", "evaluate its quality without timing")
+    reason, neurons = why_not_sliced(gates), neurons_only(gates)
+    if reason or neurons is None:
+        raise PlanError(f"{reason} and has no engine yet", "evaluate its quality without timing")
     with sliceable(sites) as mlps, torch.no_grad():
-        yield SparseDecoder(sites, gates, mlps, sink_tokens=sink_tokens)
+        yield SparseDecoder(sites, neurons, mlps, sink_tokens=sink_tokens)

@@ -1,11 +1,7 @@
-"""The one protocol of every method: fit a plan, then open a gate for each layer.
-
-A gate says what to keep; it never touches activations. One place (`engine.masked`) applies and counts masks, another
-(`engine.slicing`) leaves out the weights of dropped neurons, so both mean the same.
-"""
+"""The one protocol of every method: fit a plan, then open the gates of each layer (`methods.gates`)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import ClassVar, Protocol
@@ -17,10 +13,9 @@ from torch import Tensor
 from actsparse.core.cett import CettPoint
 from actsparse.core.quantiles import LogHistogram, share_below
 from actsparse.errors import PlanError
+from actsparse.methods.gates import ALL_MATRICES, LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
-from actsparse.results import LayerPlan, SiteKind
-
-ALL_MATRICES = frozenset({"gate", "up", "down"})
+from actsparse.results import LayerPlan, SiteKind, Unit
 
 
 class Decides(StrEnum):
@@ -29,44 +24,6 @@ class Decides(StrEnum):
     OFFLINE = "offline"
     PREFILL = "end of prefill"
     TOKEN = "per token"
-
-
-class Statistic(Protocol):
-    """A running statistic of the prompt's activations of one sequence in one layer."""
-
-    def add(self, rows: Float[Tensor, "tokens neurons"]) -> None:
-        """Add prompt tokens (sink tokens left out)."""
-        ...
-
-    def value(self) -> Float[Tensor, " neurons"]:
-        """The statistic over everything added so far."""
-        ...
-
-
-@dataclass(frozen=True)
-class FixedGate:
-    """Keeps the same neurons for every token: mask [neurons]."""
-
-    mask: Bool[Tensor, " neurons"]
-
-
-@dataclass(frozen=True)
-class PrefillGate:
-    """Chooses one mask at the end of the prompt: a statistic of the prompt, and a rule from it to a mask [neurons]."""
-
-    statistic: Callable[[], Statistic]
-    rule: Callable[[Float[Tensor, " neurons"]], Bool[Tensor, " neurons"]]
-
-
-@dataclass(frozen=True)
-class TokenGate:
-    """Chooses for every token from the activations at `site`: keep [..., width] -> mask [..., neurons]."""
-
-    site: SiteKind
-    keep: Callable[[Float[Tensor, "*tokens width"]], Bool[Tensor, "*tokens neurons"]]
-
-
-Gate = FixedGate | PrefillGate | TokenGate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +111,22 @@ class PromptReplay(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What a fit found: one entry a layer, tensors by name, the share that it predicts to drop in each layer, and the
-    share that it did drop on the calibration text (empty where that was not counted)."""
+    """What a fit found: one entry a layer and unit, tensors by name, the share that it predicts to drop in each entry,
+    and the share that it did drop on the calibration text (empty where that was not counted)."""
 
     layers: tuple[LayerPlan, ...]
     predicted_drop: tuple[float, ...]
     realised_drop: tuple[float, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the model."""
+        return 1 + max(one.layer for one in self.layers)
+
+    def of(self, layer: int, unit: Unit = Unit.NEURON) -> LayerPlan:
+        """The entry of a unit in a layer."""
+        return next(one for one in self.layers if (one.layer, one.unit) == (layer, unit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +149,6 @@ class Method(ABC):
     takes_error_target: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
 
-    def saved_matrices(self, gated: bool) -> frozenset[str]:
-        """The matrices that a dropped neuron's bytes are not read of.
-
-        In a non-gated FFN the activations come from the first matrix, `up`: a rule that reads them has read it.
-        """
-        reads_first = self.decides is Decides.TOKEN and not self.ideal and not gated
-        return self.saves - {"up"} if reads_first else self.saves
-
     @property
     def needs_replay(self) -> bool:
         """Whether a fit asks for the model and the text again, and not for a profile's tables alone."""
@@ -201,8 +159,8 @@ class Method(ABC):
         """Derive what the gates need from calibration text; raises PlanError where the budget cannot be met."""
 
     @abstractmethod
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        """The gate of one layer."""
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        """The gates of one layer."""
 
     def replicas(self) -> tuple["Method", ...]:
         """The runs whose mean is this method's result (a random control is the mean over several seeds)."""
@@ -276,6 +234,6 @@ def histogram_fit(
 
 def threshold_of(layer: int, fit: Fit) -> float:
     """The threshold that a fit found for a layer."""
-    threshold = fit.layers[layer].threshold
+    threshold = fit.of(layer).threshold
     assert threshold is not None
     return threshold

@@ -7,13 +7,12 @@ from actsparse.methods.base import (
     Calibration,
     Decides,
     Fit,
-    Gate,
     Method,
-    TokenGate,
     drop_of,
     quantile_fit,
     threshold_of,
 )
+from actsparse.methods.gates import LayerGates, Threshold, TokenGate
 from actsparse.results import SiteKind
 
 
@@ -33,6 +32,6 @@ class Cats(Method):
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         return quantile_fit(calibration, SiteKind.GATE, drop_of(budget, self.name))
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        threshold = threshold_of(layer, fit)
-        return TokenGate(SiteKind.GATE, lambda gate: gate.abs() >= threshold)
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        rule = Threshold(threshold_of(layer, fit))
+        return LayerGates(neurons=TokenGate(SiteKind.GATE, rule, saves=self.saves))

@@ -2,21 +2,17 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
-from torch import Tensor
-
 from actsparse.methods.base import (
     Budget,
     Calibration,
     Decides,
     Fit,
-    Gate,
     Method,
-    TokenGate,
     histogram_fit,
     threshold_fit,
     threshold_of,
 )
+from actsparse.methods.gates import LayerGates, Threshold, TokenGate
 from actsparse.results import SiteKind
 
 DEFAULT_TARGET = 0.2
@@ -54,10 +50,6 @@ class Cett(Method):
         drops = [one.sparsity for one in points]
         return threshold_fit([one.eps for one in points], widths, predicted=drops, realised=drops, tensors=tensors)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        eps, norms = threshold_of(layer, fit), fit.tensors[f"layers.{layer}.norms"]
-
-        def keep(a: Float[Tensor, "*tokens neurons"]) -> Bool[Tensor, "*tokens neurons"]:
-            return a.abs().float() * norms.to(a.device) >= eps
-
-        return TokenGate(SiteKind.NEURON, keep)
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        rule = Threshold(threshold_of(layer, fit), fit.tensors[f"layers.{layer}.norms"])
+        return LayerGates(neurons=TokenGate(SiteKind.NEURON, rule, saves=self.saves))

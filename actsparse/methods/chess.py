@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.methods.base import (
@@ -11,13 +11,12 @@ from actsparse.methods.base import (
     Calibration,
     Decides,
     Fit,
-    Gate,
     Method,
-    TokenGate,
     drop_of,
     histogram_fit,
     threshold_of,
 )
+from actsparse.methods.gates import LayerGates, Threshold, TokenGate
 from actsparse.results import SiteKind
 
 
@@ -49,13 +48,9 @@ class Chess(Method):
         scores = calibration.magnitudes(SiteKind.GATE, usual_up)
         return histogram_fit(scores, calibration, drop, {f"layers.{i}.usual_up": up for i, up in enumerate(usual_up)})
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
         tau = neuron_thresholds(threshold_of(layer, fit), fit.tensors[f"layers.{layer}.usual_up"])
-
-        def keep(gate: Float[Tensor, "*tokens neurons"]) -> Bool[Tensor, "*tokens neurons"]:
-            return gate.abs() >= tau.to(gate.device)
-
-        return TokenGate(SiteKind.GATE, keep)
+        return LayerGates(neurons=TokenGate(SiteKind.GATE, Threshold(tau), saves=self.saves))
 
 
 def neuron_thresholds(root_theta: float, usual_up: Float[Tensor, " neurons"]) -> Float[Tensor, " neurons"]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from actsparse.core.masks import kept_count, top_mask
 from actsparse.core.overlap import topk_masks
 from actsparse.errors import PlanError
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Gate, Method, PrefillGate, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.results import LayerPlan
 
 
@@ -62,7 +63,8 @@ class CoreInfer(Method):
         layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
         return counted_fit(layers)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
         kept = fit.layers[layer].kept
         assert kept is not None
-        return PrefillGate(partial(CoreShare, self.token_frac), lambda shares: top_mask(shares, kept))
+        gate = PrefillGate(partial(CoreShare, self.token_frac), lambda shares: top_mask(shares, kept))
+        return LayerGates(neurons=gate)

@@ -7,13 +7,12 @@ from actsparse.methods.base import (
     Calibration,
     Decides,
     Fit,
-    Gate,
     Method,
-    TokenGate,
     drop_of,
     quantile_fit,
     threshold_of,
 )
+from actsparse.methods.gates import LayerGates, Threshold, TokenGate
 from actsparse.results import SiteKind
 
 
@@ -34,6 +33,6 @@ class Countdown(Method):
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         return quantile_fit(calibration, SiteKind.UP, drop_of(budget, self.name))
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        threshold = threshold_of(layer, fit)
-        return TokenGate(SiteKind.UP, lambda up: up.abs() >= threshold)
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        rule = Threshold(threshold_of(layer, fit))
+        return LayerGates(neurons=TokenGate(SiteKind.UP, rule, saves=self.saves))

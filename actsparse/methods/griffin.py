@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from actsparse.core.masks import kept_count, top_mask
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Gate, PrefillGate, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, counted_fit, drop_of
+from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.prompt_method import PromptMethod
 from actsparse.results import LayerPlan
 
@@ -22,7 +23,8 @@ class Griffin(PromptMethod):
         layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
         return counted_fit(layers, self.norm_tensors(calibration))
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
         kept = fit.layers[layer].kept
         assert kept is not None
-        return PrefillGate(self.statistic(layer, fit), lambda statistic: top_mask(statistic, kept))
+        gate = PrefillGate(self.statistic(layer, fit), lambda statistic: top_mask(statistic, kept))
+        return LayerGates(neurons=gate)

@@ -7,12 +7,11 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.core.masks import kept_count
-from actsparse.core.overlap import topk_masks
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Gate, Method, TokenGate, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.gates import LayerGates, TokenGate, TopK
 from actsparse.results import LayerPlan, SiteKind
 
 
@@ -31,9 +30,13 @@ class Oracle(Method, ABC):
         layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
         return counted_fit(layers)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        density = kept_share(layer, fit)
-        return TokenGate(self.site, lambda x: topk_masks(x.abs(), density))
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        gate = TokenGate(self.site, TopK(kept_units(layer, fit), self.weights(layer, fit)), ideal=True)
+        return LayerGates(neurons=gate)
+
+    def weights(self, layer: int, fit: Fit) -> Tensor | None:
+        """What magnitudes are multiplied by before they are ranked."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +65,8 @@ class OracleN(Oracle):
         norms = {f"layers.{one.layer}.norms": calibration.down_norms(one.layer) for one in layers}
         return counted_fit(list(layers), norms)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        density, norms = kept_share(layer, fit), fit.tensors[f"layers.{layer}.norms"]
-
-        def keep(a: Float[Tensor, "*tokens neurons"]) -> Bool[Tensor, "*tokens neurons"]:
-            return topk_masks(a.abs().float() * norms.to(a.device), density)
-
-        return TokenGate(self.site, keep)
+    def weights(self, layer: int, fit: Fit) -> Tensor | None:
+        return fit.tensors[f"layers.{layer}.norms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +91,8 @@ class OracleUp(Oracle):
     site = SiteKind.UP
 
 
-def kept_share(layer: int, fit: Fit) -> float:
-    """The density that keeps exactly the fitted number of neurons."""
-    plan = fit.layers[layer]
-    assert plan.kept is not None
-    return plan.kept / plan.width
+def kept_units(layer: int, fit: Fit) -> int:
+    """The number of neurons that a fit keeps in a layer."""
+    kept = fit.of(layer).kept
+    assert kept is not None
+    return kept

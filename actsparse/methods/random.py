@@ -6,7 +6,8 @@ import torch
 
 from actsparse.core.masks import kept_count
 from actsparse.errors import PlanError
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, FixedGate, Gate, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.results import LayerPlan
 
 SEEDS = 3
@@ -41,5 +42,5 @@ class Random(Method):
             layers.append(LayerPlan(layer=layer, width=width, kept=kept))
         return counted_fit(layers, masks)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        return FixedGate(fit.tensors[f"layers.{layer}.mask"])
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        return LayerGates(neurons=FixedGate(fit.tensors[f"layers.{layer}.mask"]))

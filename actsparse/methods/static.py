@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actsparse.core.masks import kept_count, top_mask
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, FixedGate, Gate, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.results import LayerPlan
 
 
@@ -30,5 +31,5 @@ class Static(Method):
             layers.append(LayerPlan(layer=layer, width=width, kept=kept))
         return counted_fit(layers, masks)
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
-        return FixedGate(fit.tensors[f"layers.{layer}.mask"])
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
+        return LayerGates(neurons=FixedGate(fit.tensors[f"layers.{layer}.mask"]))

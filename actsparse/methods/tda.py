@@ -12,12 +12,11 @@ from actsparse.methods.base import (
     Calibration,
     Decides,
     Fit,
-    Gate,
-    PrefillGate,
     PromptReplay,
     threshold_fit,
     threshold_of,
 )
+from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.length_aware import Margin, fitting_lengths
 from actsparse.methods.prompt_method import PromptMethod
 
@@ -61,13 +60,14 @@ class Tda(PromptMethod):
             tensors=self.norm_tensors(calibration) | self._by_length(replay, len(widths), budget),
         )
 
-    def gate(self, layer: int, fit: Fit) -> Gate:
+    def gates(self, layer: int, fit: Fit) -> LayerGates:
         statistic = self.statistic(layer, fit)
         if self.length_aware:
             lengths, thresholds = fit.tensors["lengths"].tolist(), fit.tensors["length_thresholds"][layer].tolist()
-            return PrefillGate(lambda: Margin(statistic(), lengths, thresholds), lambda margin: over(margin, 0.0))
+            gate = PrefillGate(lambda: Margin(statistic(), lengths, thresholds), lambda margin: over(margin, 0.0))
+            return LayerGates(neurons=gate)
         threshold, root = threshold_of(layer, fit), sqrt(fit.layers[layer].width)
-        return PrefillGate(statistic, lambda value: over(value * root, threshold))
+        return LayerGates(neurons=PrefillGate(statistic, lambda value: over(value * root, threshold)))
 
     def _fit_at(
         self, tokens: int | None, replay: PromptReplay, layer: int, budget: Budget

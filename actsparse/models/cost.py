@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actsparse.models.shape import shape_of
 from actsparse.models.sites import LayerSites, ModelSites
 from actsparse.results import StepBytes
 
@@ -19,6 +20,7 @@ def step_bytes(sites: ModelSites) -> StepBytes:
     return StepBytes(
         layers=len(sites.layers),
         mlp=_mean_mlp_bytes(sites),
+        projections=_attention_bytes(sites.layers[0], sites),
         attention=sum(_bytes(module) for layer in sites.layers for module in (*layer.qkv, layer.output)),
         head=head.numel() * head.element_size(),
         total=total,
@@ -67,6 +69,17 @@ def _idle_bytes(layer: LayerSites) -> int:
         return 0
     whole = sum(one.numel() * one.element_size() for one in layer.experts.stacked())
     return whole - whole * layer.experts.top_k // layer.experts.count
+
+
+def _attention_bytes(layer: LayerSites, sites: ModelSites) -> dict[str, int]:
+    """Bytes of q, k, v and o; a fused matrix is divided as its rows are."""
+    output = _bytes(layer.output)
+    if len(layer.qkv) == 3:
+        return {name: _bytes(one) for name, one in zip(("q", "k", "v"), layer.qkv, strict=True)} | {"o": output}
+    shape = shape_of(sites.model.config)
+    whole, rows = _bytes(layer.qkv[0]), shape.heads + 2 * shape.kv_heads
+    kv = whole * shape.kv_heads // rows
+    return {"q": whole - 2 * kv, "k": kv, "v": kv, "o": output}
 
 
 def _buffers(module: nn.Module) -> int:

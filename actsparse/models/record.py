@@ -5,6 +5,7 @@ from pathlib import Path
 
 from actsparse.models.cost import embedding_and_head, step_bytes
 from actsparse.models.home import file_sha256
+from actsparse.models.shape import optional_int, shape_of
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
 from actsparse.results import ExpertsRecord, ModelRecord
@@ -15,8 +16,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model", "
 def record(requested: str, source: Source, sites: ModelSites, family_sha256: str | None = None) -> ModelRecord:
     """What is known of the model behind `sites`; `family_sha256`: the hash of a row that was brought for it."""
     model, config = sites.model, sites.model.config
-    heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    shape = shape_of(config)
     embedding, head = embedding_and_head(sites)
     parameters = sum(p.numel() for p in model.parameters())
     quantization = getattr(config, "quantization_config", None)
@@ -28,15 +28,15 @@ def record(requested: str, source: Source, sites: ModelSites, family_sha256: str
         activation=activation_of(sites),
         gated=sites.gated,
         layers=len(sites.layers),
-        hidden_size=hidden,
+        hidden_size=shape.hidden,
         intermediate_size=_intermediate_size(sites),
-        heads=heads,
-        kv_heads=_kv_heads(config, heads),
-        head_dim=_optional(config, "head_dim") or hidden // heads,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         vocab_size=config.vocab_size,
         parameters=parameters,
         tied_embeddings=embedding is head,
-        max_positions=_optional(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+        max_positions=optional_int(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
         dtype=str(model.dtype).removeprefix("torch."),
         bytes_per_weight=_bytes_per_weight(sites),
         step=step_bytes(sites),
@@ -47,17 +47,6 @@ def record(requested: str, source: Source, sites: ModelSites, family_sha256: str
         experts=_experts(sites),
         family_sha256=family_sha256,
     )
-
-
-def _first(config: object, *names: str) -> int:
-    found = _optional(config, *names)
-    if found is None:
-        raise AttributeError(f"the configuration has none of {names}")
-    return found
-
-
-def _optional(config: object, *names: str) -> int | None:
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _intermediate_size(sites: ModelSites) -> int:
@@ -120,10 +109,3 @@ def _combined(files: list[Path]) -> str:
     for file in files:
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _kv_heads(config: object, heads: int) -> int:
-    """Key-value heads; Falcon's multi-query models have one, whatever `num_kv_heads` says."""
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        return 1
-    return _optional(config, "num_key_value_heads", "num_kv_heads") or heads

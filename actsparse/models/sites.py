@@ -6,13 +6,16 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from actsparse.errors import ModelError
 from actsparse.models.families import Family, family_of
-from actsparse.results import SHARED_EXPERT
+from actsparse.models.shape import shape_of
+from actsparse.results import SHARED_EXPERT, Unit
 
 COVERAGE = 0.95
+WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,36 @@ class Experts:
                 "load the model with --dequantize",
             )
         return gate_up, down
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear of a decoder layer, y = W x + b; `path` leads to it from `parent`."""
+
+    unit: Unit
+    module: nn.Module
+    parent: nn.Module
+    path: str
+    transposed: bool
+    width: int
+
+    @property
+    def bias(self) -> Float[Tensor, " out"] | None:
+        return self.module._parameters.get("bias")
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """W as numbers, also where it is stored quantised."""
+        if is_plain(self.module):
+            return dense_weight(self.module, self.transposed, self.path)[0].detach()
+        return materialise(self.module, self.width, next(p for p in self.parent.parameters() if p.is_floating_point()))
+
+    def product(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens out"]:
+        """W x in float32 (float64 stays), without the bias."""
+        if is_plain(self.module):
+            weight = self.matrix()
+            return F.linear(x, weight) if x.dtype in WIDE else F.linear(x.float(), weight.float())
+        bias, y = self.bias, self.module.forward(x)
+        return (y if bias is None else y - bias).float()
 
 
 @dataclass(frozen=True)
@@ -141,6 +174,29 @@ class LayerSites:
         if self.gate is not None and not self.family.fused_gate_up:
             found.append(self.gate)
         return tuple(found)
+
+    @cached_property
+    def projections(self) -> dict[Unit, Projection]:
+        """Every projection of the layer by its name; fused ones once, as `qkv` and `gate_up`. Of a mixture of experts
+        those of the attention."""
+        row = self.family
+        qkv = (Unit.Q, Unit.K, Unit.V) if len(row.qkv) == 3 else (Unit.QKV,)
+        found = [(unit, self.attention, path) for unit, path in zip(qkv, row.qkv, strict=True)]
+        found.append((Unit.O, self.attention, row.output))
+        if self.experts is None:
+            found += self._mlp_paths()
+        return {unit: self._projection(unit, parent, path) for unit, parent, path in found}
+
+    def _mlp_paths(self) -> list[tuple[Unit, nn.Module, str]]:
+        row = self.family
+        if row.fused_gate_up:
+            return [(Unit.GATE_UP, self.mlp, row.up), (Unit.DOWN, self.mlp, row.down)]
+        gate = [(Unit.GATE, self.mlp, row.gate)] if row.gate else []
+        return [*gate, (Unit.UP, self.mlp, row.up), (Unit.DOWN, self.mlp, row.down)]
+
+    def _projection(self, unit: Unit, parent: nn.Module, path: str) -> Projection:
+        module = _part(parent, path, self.index)
+        return Projection(unit, module, parent, path, self.family.transposed, _input_width(module, self.family))
 
     def mlp_weights(self) -> MlpWeights:
         """The MLP's matrices as stored, views where the layout allows; raises ModelError on quantised weights."""
@@ -235,6 +291,12 @@ class ModelSites:
         return tuple(layer.index for layer in self.layers if layer.experts is not None)
 
 
+def unit_widths(sites: ModelSites) -> dict[Unit, int]:
+    """How many units a layer has, by kind; layers are alike."""
+    widths = {unit: one.width for unit, one in sites.layers[0].projections.items()}
+    return widths | {Unit.NEURON: sites.ffns[0].width, Unit.KV_GROUP: shape_of(sites.model.config).kv_heads}
+
+
 def resolve(model: PreTrainedModel, family: Family | None = None) -> ModelSites:
     """The sites of `model`; raises ModelError on an unknown type, a wrong path, or parameters behind no site."""
     row = family or family_of(model.config.model_type)
@@ -286,6 +348,13 @@ def materialise(linear: nn.Module, width: int, like: Tensor) -> Float[Tensor, "o
         units[torch.arange(stop - start), torch.arange(start, stop)] = 1
         columns.append((linear.forward(units) - zero).float())
     return torch.cat(columns).t()
+
+
+def _input_width(module: nn.Module, family: Family) -> int:
+    """Input channels of a projection."""
+    if is_plain(module):
+        return dense_weight(module, family.transposed, "")[0].shape[1]
+    return in_features(module, type(module).__name__)
 
 
 def _walk(root: nn.Module, path: str) -> nn.Module | None:

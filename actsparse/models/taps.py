@@ -5,7 +5,7 @@ observes; one that returns a tensor of the same shape replaces the activation. I
 site of its own, with rows of zeros where a token went elsewhere: `Tap.routed` says which are its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from actsparse.errors import ModelError
 from actsparse.models.experts import Observer, observed
 from actsparse.models.sites import LayerSites, ModelSites
-from actsparse.results import SHARED_EXPERT, Site, SiteKind
+from actsparse.results import SHARED_EXPERT, Site, SiteKind, Unit
 
 Callback = Callable[[Site, Tensor], Tensor | None]
+ProjectionCallback = Callable[[int, Unit, Tensor], Tensor | None]
 IN_EXPERTS = frozenset({SiteKind.GATE, SiteKind.UP, SiteKind.NEURON})
 
 
@@ -53,6 +54,35 @@ def tapped(
         if experts:
             stack.enter_context(observed(sites.model, experts))
         yield tap
+
+
+@contextmanager
+def projections_tapped(
+    sites: ModelSites,
+    units: Collection[Unit],
+    on_input: ProjectionCallback,
+    on_output: ProjectionCallback | None = None,
+) -> Iterator[None]:
+    """Call `on_input(layer, unit, x)` before and `on_output(layer, unit, y)` after these projections run.
+
+    x [batch, seq, in], y [batch, seq, out]. Inside a `tapped` block it sees inputs as the site callbacks left them.
+    """
+    handles: list[RemovableHandle] = []
+    shape = _TokenShape()
+    try:
+        handles.append(_trunk(sites).register_forward_pre_hook(shape.note, with_kwargs=True))
+        for layer in sites.layers:
+            for unit, projection in layer.projections.items():
+                if unit in units:
+                    before = partial(_ask_projection, on_input, layer.index, unit, shape)
+                    handles.append(projection.module.register_forward_pre_hook(partial(_replace_input, before)))
+                    if on_output is not None:
+                        after = partial(_ask_projection, on_output, layer.index, unit, shape)
+                        handles.append(projection.module.register_forward_hook(partial(_replace_output, after)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +224,13 @@ def _attach_up(layer: LayerSites, at: Callable[[Tensor], Tensor | None]) -> Remo
 
 def _ask(callback: Callback, site: Site, shape: _TokenShape, x: Tensor) -> Tensor | None:
     edited = callback(site, shape.view(x))
+    return None if edited is None else edited.reshape(x.shape)
+
+
+def _ask_projection(
+    callback: ProjectionCallback, layer: int, unit: Unit, shape: _TokenShape, x: Tensor
+) -> Tensor | None:
+    edited = callback(layer, unit, shape.view(x))
     return None if edited is None else edited.reshape(x.shape)
 
 

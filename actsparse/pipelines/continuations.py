@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.engine.masked import MaskedPlan, masked
-from actsparse.methods.base import Gate
+from actsparse.methods.gates import LayerGates
 from actsparse.models.load import LoadedModel
 
 
@@ -32,7 +32,7 @@ class Continuations:
     """
 
     loaded: LoadedModel
-    gates: Sequence[Gate] | None
+    gates: Sequence[LayerGates] | None
     sink_tokens: int = 4
     back: int = 0
     max_length: int | None = None

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, bootstrap_ratio
-from actsparse.core.cost import ceiling, saved
+from actsparse.core.cost import attention_bytes_unread, ceiling, nothing_saved, saved
 from actsparse.engine.timing import Speed
+from actsparse.methods.plan import drops_of
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.speed import PlanSpeed, Speeds
 from actsparse.pipelines.task_tables import task_document
-from actsparse.results import EvalRow, Sparsity, StepBytes, param
+from actsparse.results import EvalRow, Sparsity, StepBytes, Unit, param
 
 
 def result_rows(
@@ -23,7 +24,7 @@ def result_rows(
 ) -> list[EvalRow]:
     """Every measured number of an evaluation, dense first."""
     rows = quality_rows(DENSE, tokens) + _dense_speed_rows(speeds)
-    rows += _byte_rows(DENSE, cost, Sparsity(neuron_frac=0.0, mlp_bytes_frac=0.0, model_bytes_frac=0.0))
+    rows += _byte_rows(DENSE, cost, nothing_saved())
     for group in groups:
         kept = layers.filter(pl.col("plan") == group.name)
         realised = _realised(group, kept, cost)
@@ -164,23 +165,26 @@ def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
 
 def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity:
     """Sparsity counted over the sparse positions of the scored blocks."""
-    by_layer = kept.group_by("layer").agg(pl.col("kept_frac").mean()).sort("layer")["kept_frac"].to_list()
-    return saved(cost, group.plan.method.saved_matrices("gate" in cost.mlp), [1 - share for share in by_layer])
+    means = kept.group_by("unit", "layer").agg(pl.col("kept_frac").mean())
+    dropped = {(Unit(unit), int(layer)): 1 - share for unit, layer, share in means.iter_rows()}
+    return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp))
 
 
 def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | None:
     """What the engine did not read; nothing for an oracle, whose masks are known too late; None without an engine."""
     if group.plan.method.ideal:
-        return Sparsity(neuron_frac=0.0, mlp_bytes_frac=0.0, model_bytes_frac=0.0)
+        return nothing_saved()
     if not found.useful_kept:
         return None
-    return saved(cost, group.plan.method.saved_matrices("gate" in cost.mlp), [1 - share for share in found.useful_kept])
+    dropped = {(Unit.NEURON, layer): 1 - share for layer, share in enumerate(found.useful_kept)}
+    return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp))
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:
     values = {
         "neuron_frac": sparsity.neuron_frac,
         "channel_frac": sparsity.channel_frac,
+        "head_frac": sparsity.head_frac,
         "mlp_bytes_frac": sparsity.mlp_bytes_frac,
         "model_bytes_frac": sparsity.model_bytes_frac,
     }
@@ -195,20 +199,37 @@ def _byte_rows(name: str, cost: StepBytes, sparsity: Sparsity) -> list[EvalRow]:
     """Weight bytes of one decode step by component."""
     mlp = cost.mlp_total * (1 - sparsity.mlp_bytes_frac)
     other = cost.total - cost.mlp_total - cost.attention - cost.head
-    values = {"bytes_mlp": mlp, "bytes_attention": cost.attention, "bytes_head": cost.head, "bytes_other": other}
+    attention = cost.attention - attention_bytes_unread(cost, sparsity)
+    values = {"bytes_mlp": mlp, "bytes_attention": attention, "bytes_head": cost.head, "bytes_other": other}
     return [EvalRow(plan=name, metric=metric, value=float(v), unit="bytes", n=1) for metric, v in values.items()]
 
 
 def _layer_rows(name: str, kept: pl.DataFrame) -> list[EvalRow]:
     metrics = {"kept_frac": "share", "rel_err": "1", "rel_err_path": "1"}
-    means = kept.group_by("layer").agg(*(pl.col(m).mean() for m in metrics), pl.col("positions").sum()).sort("layer")
+    means = (
+        kept.group_by("layer", "unit", maintain_order=True)
+        .agg(*(pl.col(m).mean() for m in metrics), pl.col("positions").sum())
+        .sort("layer", "unit", maintain_order=True)
+    )
     return [
         EvalRow(
-            plan=name, metric=metric, param=param(layer=row["layer"]), value=row[metric], unit=unit, n=row["positions"]
+            plan=name,
+            metric=metric,
+            param=_place(row["layer"], Unit(row["unit"])),
+            value=row[metric],
+            unit=unit,
+            n=row["positions"],
         )
         for row in means.iter_rows(named=True)
         for metric, unit in metrics.items()
     ]
+
+
+def _place(layer: int, unit: Unit) -> str:
+    """Where a row of a layer belongs: neurons need no name."""
+    if unit is Unit.NEURON:
+        return param(layer=layer)
+    return param(layer=layer, proj=unit.value) if unit.is_projection else param(layer=layer, unit=unit.value)
 
 
 def _dense_speed_rows(speeds: Speeds) -> list[EvalRow]:

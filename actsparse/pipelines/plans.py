@@ -9,7 +9,7 @@ from actsparse.methods.base import Calibration
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
 from actsparse.methods.short import DENSE, ShortForm, parse
 from actsparse.models.load import LoadedModel
-from actsparse.pipelines.calibration import widths_of
+from actsparse.models.sites import unit_widths
 from actsparse.results import StepBytes, TextRecord
 from actsparse.store import tensors
 from actsparse.store.runs import PlanRun
@@ -99,7 +99,7 @@ def _group(name: str, loaded: LoadedModel, calibration: Calibration, cost: StepB
     stored = tensors.read(run.path / "plan.safetensors")
     check_model(run.plan, name, loaded.record)
     plan = from_record(run.plan, stored, name)
-    check_layers(plan, widths_of(loaded.record))
+    check_layers(plan, loaded.record.layers, unit_widths(loaded.sites))
     plan.method.check(loaded.record.gated)
     return PlanGroup(name, (plan,), calibration=run.plan.calibration)
 

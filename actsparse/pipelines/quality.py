@@ -90,7 +90,7 @@ def _score_block(
                 logits = scored_logits(loaded, block, prompt_length)
             scores = _scores(dense, logits.log_softmax(dim=-1), targets)
             frames.append(_frame(name, replica, index, prompt_length, targets, scores))
-            layer_rows += _layer_rows(name, replica, index, run, probe, plan)
+            layer_rows += _layer_rows(name, replica, index, run, probe)
             advance(len(block))
     return pl.concat(frames), layer_rows
 
@@ -121,22 +121,20 @@ def _frame(name: str, replica: int, index: int, prompt_length: int, targets: Ten
     return pl.DataFrame(columns, schema=tables.schema_of(TokenRow))
 
 
-def _layer_rows(
-    name: str, replica: int, index: int, run: MaskedPlan, probe: MaskedPlan, plan: Plan
-) -> list[BlockLayerRow]:
-    kept = run.kept_frac([one.width for one in plan.fit.layers])
+def _layer_rows(name: str, replica: int, index: int, run: MaskedPlan, probe: MaskedPlan) -> list[BlockLayerRow]:
     return [
         BlockLayerRow(
             plan=name,
             replica=replica,
             block=index,
             layer=layer,
-            positions=int(run.positions[layer]),
-            kept_frac=kept[layer],
-            rel_err=float(probe.errors[layer]) / max(1, int(probe.positions[layer])),
-            rel_err_path=float(run.errors[layer]) / max(1, int(run.positions[layer])),
+            unit=unit.value,
+            positions=found.positions,
+            kept_frac=found.kept_frac,
+            rel_err=probe.tally(unit, layer).mean_error,
+            rel_err_path=found.mean_error,
         )
-        for layer in range(len(kept))
+        for (unit, layer), found in sorted(run.tallies.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
 
 

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from actsparse.engine.generation import sparse_generation
 from actsparse.errors import PlanError
-from actsparse.methods.base import Gate
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import check_layers, from_record
 from actsparse.methods.short import parse
 from actsparse.models.family_file import read_family
 from actsparse.models.record import activation_of
-from actsparse.models.sites import ModelSites, resolve
+from actsparse.models.sites import ModelSites, resolve, unit_widths
 from actsparse.pipelines.calibration import TextCalibration
 from actsparse.results import ModelRecord
 from actsparse.store import tensors
@@ -38,19 +38,19 @@ def sparsify(
         yield model
 
 
-def _gates(sites: ModelSites, plan: str | Path) -> list[Gate]:
+def _gates(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
     widths = tuple(layer.mlp_weights().down.shape[1] for layer in sites.layers)
     path = Path(plan).expanduser()
     if path.is_dir():
         run = PlanRun.open(path)
         read = from_record(run.plan, tensors.read(run.path / "plan.safetensors"), str(plan))
-        check_layers(read, widths)
+        check_layers(read, len(sites.layers), unit_widths(sites))
         _check_shape(sites, run.plan.model, str(plan))
         return read.gates()
     short = parse(str(plan))
     short.method.check(sites.gated)
     fit = short.method.fit(TextCalibration(widths, _needs_text, _needs_text), short.budget)
-    return [short.method.gate(layer, fit) for layer in range(len(widths))]
+    return [short.method.gates(layer, fit) for layer in range(len(widths))]
 
 
 def _check_shape(sites: ModelSites, fitted: ModelRecord, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from actsparse.engine import timing
 from actsparse.engine.decode import forced, greedy, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
-from actsparse.engine.sparse import SparseDecoder, sparse_decoder
+from actsparse.engine.sparse import SparseDecoder, sparse_decoder, why_not_sliced
 from actsparse.errors import DataError, ModelError
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
@@ -109,7 +109,7 @@ class _Runner:
         """One plan: with an engine timed, checked and sampled; without one sampled in the masked path."""
         if not group.named:
             return PlanSpeed(plan=group.name, reason="a control added for quality; name it with --plan to time it")
-        if not group.plan.method.has_engine:
+        if why_not_sliced(group.plan.gates()):
             samples = self.masked_samples(group, dense)
             reason = f"{group.plan.method.name} has no engine yet: its masked run is exact, and never faster"
             return PlanSpeed(plan=group.name, reason=reason, generations=samples)

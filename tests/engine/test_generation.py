@@ -13,7 +13,7 @@ from actsparse.engine.decode import greedy, new_cache, prefill
 from actsparse.engine.generation import sparse_generation
 from actsparse.engine.sparse import sparse_decoder
 from actsparse.errors import PlanError
-from actsparse.methods.base import PrefillGate, TokenGate
+from actsparse.methods.gates import Custom, LayerGates, PrefillGate, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.sites import resolve
 from actsparse.results import SiteKind
@@ -39,10 +39,11 @@ def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -
     return found[:, ids.shape[1] :]
 
 
-def half_gates(model: PreTrainedModel) -> list[PrefillGate]:
+def half_gates(model: PreTrainedModel) -> list[LayerGates]:
     """The stronger half of every layer's neurons on the prompt."""
     count = len(resolve(model).layers)
-    return [PrefillGate(PromptStatistic, lambda s: s >= s.median()) for _ in range(count)]
+    gate = PrefillGate(PromptStatistic, lambda s: s >= s.median())
+    return [LayerGates(neurons=gate)] * count
 
 
 def test_nothing_dropped_is_the_dense_text(model: PreTrainedModel) -> None:
@@ -112,7 +113,8 @@ def test_a_prompt_in_chunks_chooses_the_mask_of_the_whole_prompt() -> None:
 def test_token_gates_mask_decoded_tokens_only() -> None:
     model = make_model("llama")
     sites = resolve(model)
-    nothing = [TokenGate(SiteKind.GATE, lambda g: torch.zeros_like(g, dtype=torch.bool)) for _ in sites.layers]
+    gate = TokenGate(SiteKind.GATE, Custom(lambda g: torch.zeros_like(g, dtype=torch.bool)))
+    nothing = [LayerGates(neurons=gate) for _ in sites.layers]
     ids = token_ids(1, 20)
     with torch.no_grad(), sparse_generation(sites, nothing, sink_tokens=SINK):
         cache = new_cache(model, 30)

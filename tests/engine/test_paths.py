@@ -16,14 +16,15 @@ from actsparse.engine.masked import MaskedPlan, masked, probed, relative_errors
 from actsparse.engine.slicing import sliceable
 from actsparse.engine.sparse import sparse_decoder
 from actsparse.errors import PlanError
-from actsparse.methods.base import Fit, FixedGate, Gate, PrefillGate, TokenGate
+from actsparse.methods.base import Fit
+from actsparse.methods.gates import Custom, FixedGate, LayerGates, NeuronGate, PrefillGate, Threshold, TokenGate
 from actsparse.methods.griffin import Griffin
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.methods.tda import Tda
 from actsparse.models.families import FAMILIES
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.taps import tapped
-from actsparse.results import LayerPlan, Site, SiteKind
+from actsparse.results import LayerPlan, Site, SiteKind, Unit
 
 PROMPT, LENGTH = 7, 15
 every_family = pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.experts is None])
@@ -62,22 +63,28 @@ def naive_decode(sites: ModelSites, masks: Sequence[Tensor], ids: Tensor) -> Ten
         return pruned(input_ids=ids[:, PROMPT:], position_ids=positions, past_key_values=cache, use_cache=True).logits
 
 
-def in_one_pass(sites: ModelSites, gates: Sequence[Gate], ids: Tensor, sink: int = 2) -> tuple[Tensor, MaskedPlan]:
-    plan = MaskedPlan(gates, prompt_length=PROMPT, sink_tokens=sink)
+def layers_of(gates: Sequence[NeuronGate]) -> list[LayerGates]:
+    return [LayerGates(neurons=gate) for gate in gates]
+
+
+def in_one_pass(
+    sites: ModelSites, gates: Sequence[NeuronGate], ids: Tensor, sink: int = 2
+) -> tuple[Tensor, MaskedPlan]:
+    plan = MaskedPlan(layers_of(gates), prompt_length=PROMPT, sink_tokens=sink)
     with masked(sites, plan), torch.no_grad():
         return sites.model(input_ids=ids, use_cache=False).logits, plan
 
 
-def token_by_token(sites: ModelSites, gates: Sequence[Gate], ids: Tensor, sink: int = 2) -> Tensor:
-    plan = MaskedPlan(gates, prompt_length=PROMPT, sink_tokens=sink)
+def token_by_token(sites: ModelSites, gates: Sequence[NeuronGate], ids: Tensor, sink: int = 2) -> Tensor:
+    plan = MaskedPlan(layers_of(gates), prompt_length=PROMPT, sink_tokens=sink)
     cache = new_cache(sites.model, LENGTH + 1)
     with masked(sites, plan):
         first = prefill(sites.model, ids[:, :PROMPT], cache)
         return torch.cat([first[:, None], forced(sites.model, ids[:, PROMPT:], cache, PROMPT)], dim=1)
 
 
-def sliced(sites: ModelSites, gates: Sequence[Gate], ids: Tensor, sink: int = 2) -> tuple[Tensor, list[Tensor]]:
-    with sparse_decoder(sites, gates, sink_tokens=sink) as decoder:
+def sliced(sites: ModelSites, gates: Sequence[NeuronGate], ids: Tensor, sink: int = 2) -> tuple[Tensor, list[Tensor]]:
+    with sparse_decoder(sites, layers_of(gates), sink_tokens=sink) as decoder:
         cache = new_cache(sites.model, LENGTH + 1)
         decoder.prefill(ids[:, :PROMPT], cache)
         decoder.select()
@@ -106,10 +113,10 @@ def naive_statistic(a: Tensor) -> Tensor:
     return (total / used).sqrt()
 
 
-def griffin_gates(width: int, kept: int) -> list[Gate]:
+def griffin_gates(width: int, kept: int) -> list[NeuronGate]:
     layers = tuple(LayerPlan(layer=i, width=width, kept=kept) for i in range(LAYERS))
     fit = Fit(layers=layers, predicted_drop=(0.5,) * LAYERS)
-    return [Griffin().gate(i, fit) for i in range(LAYERS)]
+    return [Griffin().gates(i, fit).neurons for i in range(LAYERS)]
 
 
 @every_family
@@ -175,9 +182,9 @@ def test_token_by_token_equals_one_pass(family: str) -> None:
 def test_a_token_gate_token_by_token_equals_one_pass_in_float64(family: str) -> None:
     sites = resolve(make_model(family).double())
     ids = token_ids(2, LENGTH, seed=14)
-    gate = TokenGate(SiteKind.GATE, lambda x: x.abs() >= 0.2)
+    gate = TokenGate(SiteKind.GATE, Threshold(0.2))
     whole, plan = in_one_pass(sites, [gate] * LAYERS, ids)
-    assert all(0.1 < kept < 0.9 for kept in plan.kept_frac([WIDTHS[family]] * LAYERS))
+    assert all(0.1 < kept < 0.9 for kept in plan.kept_frac())
     torch.testing.assert_close(token_by_token(sites, [gate] * LAYERS, ids), whole[:, PROMPT - 1 :], atol=1e-5, rtol=0)
 
 
@@ -185,7 +192,7 @@ def test_a_token_gate_token_by_token_equals_one_pass_in_float64(family: str) -> 
 def test_a_token_gate_equals_a_naive_layer(family: str) -> None:
     sites = resolve(tiny_model(family))
     ids, threshold = token_ids(1, LENGTH, seed=15), 0.3
-    gate = TokenGate(SiteKind.GATE, lambda x: x.abs() >= threshold)
+    gate = TokenGate(SiteKind.GATE, Threshold(threshold))
     found, plan = in_one_pass(sites, [gate] * LAYERS, ids)
     kept: list[float] = []
 
@@ -207,7 +214,7 @@ def test_a_token_gate_equals_a_naive_layer(family: str) -> None:
     with torch.no_grad():
         naive = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, naive, atol=1e-5, rtol=1e-5)
-    assert plan.kept_frac([WIDTHS[family]] * LAYERS) == pytest.approx(kept)
+    assert plan.kept_frac() == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
@@ -227,7 +234,7 @@ def test_tda_keeps_what_a_naive_selection_keeps(family: str) -> None:
     ids = token_ids(1, LENGTH, seed=17)
     layers = tuple(LayerPlan(layer=i, width=width, threshold=0.8 + 0.2 * i) for i in range(LAYERS))
     fit = Fit(layers=layers, predicted_drop=(0.5,) * LAYERS)
-    _, masks = sliced(sites, [Tda().gate(i, fit) for i in range(LAYERS)], ids, sink)
+    _, masks = sliced(sites, [Tda().gates(i, fit).neurons for i in range(LAYERS)], ids, sink)
     for a, mask, layer in zip(prompt_activations(sites, ids[:, :PROMPT]), masks, layers, strict=True):
         naive = naive_statistic(a[0, sink:]) * sqrt(width) >= layer.threshold
         assert torch.equal(mask, naive)
@@ -236,7 +243,7 @@ def test_tda_keeps_what_a_naive_selection_keeps(family: str) -> None:
 
 def test_tda_keeps_the_strongest_neuron_where_none_is_over_the_threshold() -> None:
     fit = Fit(layers=(LayerPlan(layer=0, width=4, threshold=100.0),), predicted_drop=(0.5,))
-    gate = Tda().gate(0, fit)
+    gate = Tda().gates(0, fit).neurons
     assert isinstance(gate, PrefillGate)
     assert gate.rule(torch.tensor([0.1, 0.4, 0.3, 0.2])).tolist() == [False, True, False, False]
 
@@ -245,13 +252,13 @@ def test_tda_keeps_the_strongest_neuron_where_none_is_over_the_threshold() -> No
 def test_a_prompt_no_longer_than_the_sink_keeps_everything(prompt: int) -> None:
     sites, width = resolve(tiny_model("llama")), WIDTHS["llama"]
     ids = token_ids(1, LENGTH, seed=18)
-    with sparse_decoder(sites, griffin_gates(width, 4), sink_tokens=3) as decoder:
+    with sparse_decoder(sites, layers_of(griffin_gates(width, 4)), sink_tokens=3) as decoder:
         cache = new_cache(sites.model, LENGTH)
         decoder.prefill(ids[:, :prompt], cache)
         decoder.select()
         assert [int(mask.sum()) for mask in decoder.masks] == [width] * LAYERS
         found = forced(sites.model, ids[:, prompt:], cache, prompt)
-    plan = MaskedPlan(griffin_gates(width, 4), prompt_length=prompt, sink_tokens=3)
+    plan = MaskedPlan(layers_of(griffin_gates(width, 4)), prompt_length=prompt, sink_tokens=3)
     with torch.no_grad():
         dense = sites.model(input_ids=ids, use_cache=False).logits
         with masked(sites, plan):
@@ -261,7 +268,7 @@ def test_a_prompt_no_longer_than_the_sink_keeps_everything(prompt: int) -> None:
 
 def test_one_token_after_the_sink_is_enough_to_choose() -> None:
     sites, width = resolve(tiny_model("llama")), WIDTHS["llama"]
-    with sparse_decoder(sites, griffin_gates(width, 4), sink_tokens=3) as decoder:
+    with sparse_decoder(sites, layers_of(griffin_gates(width, 4)), sink_tokens=3) as decoder:
         decoder.prefill(token_ids(1, 4), new_cache(sites.model, LENGTH))
         decoder.select()
         assert [int(mask.sum()) for mask in decoder.masks] == [4] * LAYERS
@@ -276,9 +283,9 @@ def test_nothing_of_one_sequence_is_left_for_the_next() -> None:
         decoder.select()
         return [mask.tolist() for mask in decoder.masks]
 
-    with sparse_decoder(sites, griffin_gates(width, 9), sink_tokens=2) as decoder:
+    with sparse_decoder(sites, layers_of(griffin_gates(width, 9)), sink_tokens=2) as decoder:
         alone = masks(decoder, second)
-    with sparse_decoder(sites, griffin_gates(width, 9), sink_tokens=2) as decoder:
+    with sparse_decoder(sites, layers_of(griffin_gates(width, 9)), sink_tokens=2) as decoder:
         other = masks(decoder, first)
         after = masks(decoder, second)
     assert after == alone
@@ -289,7 +296,7 @@ def test_prefill_is_dense_again_after_a_sparse_text() -> None:
     sites = resolve(tiny_model("llama"))
     ids = token_ids(1, LENGTH, seed=21)
     dense = prefill(sites.model, ids, new_cache(sites.model, LENGTH))
-    with sparse_decoder(sites, griffin_gates(WIDTHS["llama"], 4), sink_tokens=2) as decoder:
+    with sparse_decoder(sites, layers_of(griffin_gates(WIDTHS["llama"], 4)), sink_tokens=2) as decoder:
         decoder.prefill(ids, new_cache(sites.model, LENGTH))
         decoder.select()
         assert torch.equal(decoder.prefill(ids, new_cache(sites.model, LENGTH)), dense)
@@ -299,7 +306,7 @@ def test_a_batch_of_two_equals_two_batches_of_one() -> None:
     sites, width = resolve(tiny_model("llama")), WIDTHS["llama"]
     ids = token_ids(2, LENGTH, seed=22)
     both, plan = in_one_pass(sites, griffin_gates(width, 9), ids)
-    assert not torch.equal(plan.states[0].chosen()[0], plan.states[0].chosen()[1])
+    assert not torch.equal(plan.state.neurons[0].chosen()[0], plan.state.neurons[0].chosen()[1])
     for i in range(2):
         one, _ = in_one_pass(sites, griffin_gates(width, 9), ids[i : i + 1])
         torch.testing.assert_close(both[i : i + 1], one, atol=1e-5, rtol=0)
@@ -307,8 +314,11 @@ def test_a_batch_of_two_equals_two_batches_of_one() -> None:
 
 def test_a_token_gate_has_no_engine() -> None:
     sites = resolve(tiny_model("llama"))
-    gate = TokenGate(SiteKind.GATE, lambda x: x.abs() > 0)
-    with pytest.raises(PlanError, match="token by token"), sparse_decoder(sites, [gate] * LAYERS, sink_tokens=2):
+    gate = TokenGate(SiteKind.GATE, Custom(lambda x: x.abs() > 0))
+    with (
+        pytest.raises(PlanError, match="token by token"),
+        sparse_decoder(sites, layers_of([gate] * LAYERS), sink_tokens=2),
+    ):
         pass
 
 
@@ -329,18 +339,18 @@ def test_probed_counts_and_leaves_the_pass_dense() -> None:
     sites, width = resolve(tiny_model("llama")), WIDTHS["llama"]
     ids = token_ids(1, LENGTH, seed=23)
     masks = masks_of(width, "half")
-    plan = MaskedPlan([FixedGate(mask) for mask in masks], prompt_length=PROMPT, sink_tokens=2)
+    plan = MaskedPlan(layers_of([FixedGate(mask) for mask in masks]), prompt_length=PROMPT, sink_tokens=2)
     with torch.no_grad():
         dense = sites.model(input_ids=ids, use_cache=False).logits
         with probed(sites, [plan]):
             assert torch.equal(sites.model(input_ids=ids, use_cache=False).logits, dense)
-    assert plan.kept_frac([width] * LAYERS) == pytest.approx([float(mask.float().mean()) for mask in masks])
+    assert plan.kept_frac() == pytest.approx([float(mask.float().mean()) for mask in masks])
     for layer, a in enumerate(prompt_activations(sites, ids)):
         weights = sites.layers[layer].mlp_weights()
         y = a[0, PROMPT:] @ weights.down.T
         dropped = (a[0, PROMPT:] * ~masks[layer]) @ weights.down.T
         naive = (dropped.norm(dim=1) / y.norm(dim=1)).sum()
-        assert float(plan.errors[layer]) == pytest.approx(float(naive), rel=1e-4)
+        assert plan.tally(Unit.NEURON, layer).errors == pytest.approx(float(naive.detach()), rel=1e-4)
 
 
 def test_a_gate_state_ignores_sink_tokens_and_what_follows_the_prompt() -> None:

@@ -23,13 +23,13 @@ def mean_cett(a: Tensor, down: Tensor, eps: float) -> float:
 @pytest.mark.parametrize("target", [0.1, 0.2, 0.5])
 def test_the_threshold_is_the_largest_that_meets_the_target(target, loaded, calibration, dense) -> None:
     plan = fit_plan(parse(f"cett:target_error={target}"), calibration, loaded.record.step, gated=True)[0]
-    for layer, gate in enumerate(plan.gates()):
+    for layer, gate in enumerate(layer.neurons for layer in plan.gates()):
         a, down = dense(SiteKind.NEURON, layer).flatten(0, 1), loaded.sites.layers[layer].down.weight.detach().double()
         eps = plan.fit.layers[layer].threshold
         assert mean_cett(a, down, eps) <= target + 1e-5
         assert mean_cett(a, down, eps * 1.005) > target
-        assert torch.equal(gate.keep(a.float()), a.abs() * down.norm(dim=0) >= eps)
-        kept = float(gate.keep(a.float()).double().mean())
+        assert torch.equal(gate.rule.keep(a.float()), a.abs() * down.norm(dim=0) >= eps)
+        kept = float(gate.rule.keep(a.float()).double().mean())
         assert plan.fit.realised_drop[layer] == pytest.approx(1 - kept, abs=1e-3)
 
 

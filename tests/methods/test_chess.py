@@ -20,7 +20,7 @@ def test_thresholds_against_a_sort(drop, loaded, calibration, dense) -> None:
         theta = scores[int(drop * len(scores))]
         tau = (theta / square_up).sqrt()
         assert plan.fit.layers[layer].threshold == pytest.approx(theta**0.5, rel=6e-4)
-        mask, naive = plan.gates()[layer].keep(gate.float()), gate.abs() >= tau
+        mask, naive = plan.gates()[layer].neurons.rule.keep(gate.float()), gate.abs() >= tau
         unsure = ((gate.abs() / tau) - 1).abs() < 6e-4
         assert torch.equal(mask | unsure, naive | unsure)
         assert unsure.float().mean() < 0.01
@@ -30,11 +30,11 @@ def test_thresholds_against_a_sort(drop, loaded, calibration, dense) -> None:
 
 def test_thresholds_differ_from_neuron_to_neuron(loaded, calibration, dense) -> None:
     chess, cats = (
-        fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0]
+        fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0].neurons
         for name in ("chess", "cats")
     )
     gate = dense(SiteKind.GATE, 0).float()
-    assert not torch.equal(chess.keep(gate), cats.keep(gate))
+    assert not torch.equal(chess.rule.keep(gate), cats.rule.keep(gate))
 
 
 def test_a_neuron_whose_up_is_always_zero_is_dropped_unless_nothing_is() -> None:

@@ -16,7 +16,8 @@ from actsparse.data.sequences import Sequences, blocks_of
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.errors import PlanError
 from actsparse.methods import registry
-from actsparse.methods.base import Decides, FixedGate
+from actsparse.methods.base import Decides
+from actsparse.methods.gates import FixedGate
 from actsparse.methods.griffin import Griffin
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record, to_record
 from actsparse.methods.registry import all_methods, method_class
@@ -25,7 +26,7 @@ from actsparse.methods.tda import over, threshold_for_share
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
 from actsparse.pipelines.progress import Silent
-from actsparse.results import SiteKind, ThresholdPlan
+from actsparse.results import SiteKind, ThresholdPlan, Unit
 from actsparse.store import tensors
 from actsparse.store.codec import decode, encode
 
@@ -61,7 +62,7 @@ def kept_on(plan: Plan, loaded: LoadedModel, ids: Tensor, prompt: int = PROMPT) 
         probe = MaskedPlan(plan.gates(), prompt_length=prompt, sink_tokens=SINK)
         with probed(loaded.sites, [probe]), torch.no_grad():
             loaded.model(input_ids=block[None], use_cache=False)
-        kept += torch.tensor(probe.kept_frac([FFN] * LAYERS), dtype=torch.float64)
+        kept += torch.tensor(probe.kept_frac(), dtype=torch.float64)
     return (kept / len(ids)).tolist()
 
 
@@ -82,7 +83,7 @@ def test_target_0_keeps_all_and_equals_dense(
             run = MaskedPlan(plan.gates(), prompt_length=PROMPT, sink_tokens=SINK)
             with masked(loaded.sites, run):
                 sparse = loaded.model(input_ids=ids, use_cache=False).logits
-            assert run.kept_frac([FFN] * LAYERS) == [1.0] * LAYERS
+            assert run.kept_frac() == [1.0] * LAYERS
             assert torch.equal(sparse, dense)
             assert plan.predicted.neuron_frac == 0
 
@@ -168,9 +169,9 @@ def test_a_plan_of_another_model_is_refused(
 
 def test_a_plan_of_other_layers_is_refused(loaded: LoadedModel, calibration: TextCalibration) -> None:
     plan = fitted("griffin@0.4", loaded, calibration)[0]
-    check_layers(plan, [FFN] * LAYERS)
+    check_layers(plan, LAYERS, {Unit.NEURON: FFN})
     with pytest.raises(PlanError, match="the model has 3"):
-        check_layers(plan, [FFN] * 3)
+        check_layers(plan, 3, {Unit.NEURON: FFN})
 
 
 def test_a_plan_with_unknown_options_is_refused(loaded: LoadedModel, calibration: TextCalibration) -> None:
@@ -236,13 +237,13 @@ def test_random_is_three_seeds_of_the_definition(loaded: LoadedModel, calibratio
     k = max(1, floor(0.7 * FFN + 0.5))
     for seed, plan in enumerate(plans):
         g = torch.Generator().manual_seed(seed)
-        for gate in plan.gates():
+        for gate in (layer.neurons for layer in plan.gates()):
             naive = sorted(torch.randperm(FFN, generator=g)[:k].tolist())
             assert isinstance(gate, FixedGate)
             assert gate.mask.nonzero().squeeze(1).tolist() == naive
     alone = fitted("random:seed=1@0.3", loaded, calibration)
     assert len(alone) == 1
-    assert torch.equal(alone[0].gates()[1].mask, plans[1].gates()[1].mask)
+    assert torch.equal(alone[0].gates()[1].neurons.mask, plans[1].gates()[1].neurons.mask)
 
 
 def test_static_masks_are_the_top_of_their_statistic(
@@ -261,7 +262,7 @@ def test_static_masks_are_the_top_of_their_statistic(
             norms = loaded.sites.layers[layer].down.weight.double().norm(dim=0)
             scores = ((a / a.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt() if stat else a.abs().mean(0) * norms
             naive = sorted(scores.topk(kept_count(0.5, FFN)).indices.tolist())
-            assert gate.mask.nonzero().squeeze(1).tolist() == naive
+            assert gate.neurons.mask.nonzero().squeeze(1).tolist() == naive
 
 
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.999, 1.0])

@@ -7,8 +7,8 @@ import torch
 from tiny import FFN
 
 from actsparse.errors import PlanError
-from actsparse.methods.base import PrefillGate
 from actsparse.methods.coreinfer import CoreShare
+from actsparse.methods.gates import PrefillGate
 from actsparse.methods.plan import fit_plan
 from actsparse.methods.short import parse
 from actsparse.results import SiteKind
@@ -17,7 +17,7 @@ from actsparse.results import SiteKind
 @pytest.mark.parametrize("token_frac", [0.1, 0.4, 1.0])
 def test_shares_and_masks_against_counting(token_frac, loaded, calibration, dense) -> None:
     text = f"coreinfer:token_frac={token_frac}@0.5"
-    gate = fit_plan(parse(text), calibration, loaded.record.step, gated=True)[0].gates()[0]
+    gate = fit_plan(parse(text), calibration, loaded.record.step, gated=True)[0].gates()[0].neurons
     assert isinstance(gate, PrefillGate)
     rows = dense(SiteKind.NEURON, 0)[0, :12].float()
     top = max(1, floor(token_frac * FFN + 0.5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import LAYERS
 
-from actsparse.methods.base import TokenGate
+from actsparse.methods.gates import TokenGate
 from actsparse.methods.plan import fit_plan
 from actsparse.methods.short import parse
 from actsparse.results import SiteKind
@@ -19,8 +19,8 @@ def test_thresholds_against_a_sort(drop, loaded, calibration, dense) -> None:
         ordered = sorted(up.abs().flatten().tolist())
         threshold = ordered[int(drop * len(ordered))]
         assert plan.fit.layers[layer].threshold == pytest.approx(threshold, rel=6e-4)
-        gate = plan.gates()[layer]
+        gate = plan.gates()[layer].neurons
         assert isinstance(gate, TokenGate)
         assert gate.site is SiteKind.UP
         naive, unsure = up.abs() >= threshold, (up.abs() / threshold - 1).abs() < 6e-4
-        assert torch.equal(gate.keep(up.float()) | unsure, naive | unsure)
+        assert torch.equal(gate.rule.keep(up.float()) | unsure, naive | unsure)

@@ -8,7 +8,7 @@ from tiny import FFN, LAYERS
 from torch import Tensor
 
 from actsparse.errors import PlanError
-from actsparse.methods.base import TokenGate
+from actsparse.methods.gates import TokenGate
 from actsparse.methods.plan import fit_plan
 from actsparse.methods.short import parse
 from actsparse.results import SiteKind
@@ -35,19 +35,19 @@ def naive(scores: Tensor, k: int) -> Tensor:
 def test_gates_keep_the_exact_top_of_every_token(name, drop, loaded, calibration, dense, norms) -> None:
     plan = fit_plan(parse(f"{name}@{drop}"), calibration, loaded.record.step, gated=True)[0]
     k = max(1, floor((1 - drop) * FFN + 0.5))
-    for layer, gate in enumerate(plan.gates()):
+    for layer, gate in enumerate(layer.neurons for layer in plan.gates()):
         assert isinstance(gate, TokenGate)
         assert gate.site is SITES[name]
         x = dense(SITES[name], layer)[:2].float()
         scores = x.abs() * norms[layer].float() if name == "oracle-n" else x.abs()
-        mask = gate.keep(x)
+        mask = gate.rule.keep(x)
         assert torch.equal(mask, naive(scores, k))
         assert (mask.sum(dim=-1) == k).all()
 
 
 def test_the_oracles_differ(loaded, calibration, dense) -> None:
     one, other = (
-        fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0].keep
+        fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0].neurons.rule.keep
         for name in ("oracle-a", "oracle-n")
     )
     a = dense(SiteKind.NEURON, 0)
@@ -56,8 +56,8 @@ def test_the_oracles_differ(loaded, calibration, dense) -> None:
 
 @every_oracle
 def test_rows_of_equal_scores_keep_the_count(name, loaded, calibration) -> None:
-    gate = fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0]
-    assert gate.keep(torch.zeros(3, FFN)).sum(dim=-1).tolist() == [FFN // 2] * 3
+    gate = fit_plan(parse(f"{name}@0.5"), calibration, loaded.record.step, gated=True)[0].gates()[0].neurons
+    assert gate.rule.keep(torch.zeros(3, FFN)).sum(dim=-1).tolist() == [FFN // 2] * 3
 
 
 @every_oracle

@@ -26,7 +26,7 @@ def naive_statistic(rows: Tensor) -> Tensor:
 
 def chosen(plan: Plan, layer: int, block: Tensor, prompt: int) -> Tensor:
     """The mask after a prompt that arrives in two pieces."""
-    state = GateState(plan.gates()[layer], prompt_length=prompt, sink_tokens=SINK)
+    state = GateState(plan.gates()[layer].neurons, prompt_length=prompt, sink_tokens=SINK)
     padded = torch.cat([torch.full((1, SINK, FFN), 7.0), block[None].float()], dim=1)
     state.observe(padded[:, :9], 0)
     state.observe(padded[:, 9:], 9)

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.errors import ModelError
-from actsparse.methods.base import FixedGate, PrefillGate, TokenGate
+from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate, Threshold, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.cost import embedding_and_head
 from actsparse.models.experts import IMPLEMENTATION
 from actsparse.models.families import FAMILIES, family_of
 from actsparse.models.sites import LayerSites, ModelSites, resolve
 from actsparse.models.taps import tapped
-from actsparse.results import Site, SiteKind
+from actsparse.results import Site, SiteKind, Unit
 
 BATCH, LENGTH = 2, 11
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
@@ -203,14 +203,14 @@ def test_an_all_keep_gate_is_dense_bit_for_bit(family: str) -> None:
     gates = (
         FixedGate(torch.ones(width, dtype=torch.bool)),
         PrefillGate(PromptStatistic, lambda s: torch.ones_like(s, dtype=torch.bool)),
-        TokenGate(SiteKind.GATE, lambda x: x.abs() >= 0.0),
+        TokenGate(SiteKind.GATE, Threshold(0.0)),
     )
     for gate in gates:
-        plan = MaskedPlan([gate] * LAYERS, prompt_length=5, sink_tokens=2)
+        plan = MaskedPlan([LayerGates(neurons=gate)] * LAYERS, prompt_length=5, sink_tokens=2)
         with masked(sites, plan):
             assert torch.equal(logits_of(sites, ids), dense)
-        assert plan.kept_frac([width] * LAYERS) == [1.0] * LAYERS
-        assert plan.positions.tolist() == [BATCH * (LENGTH - 5)] * LAYERS
+        assert plan.kept_frac() == [1.0] * LAYERS
+        assert [plan.tally(Unit.NEURON, i).positions for i in range(LAYERS)] == [BATCH * (LENGTH - 5)] * LAYERS
 
 
 def test_taps_of_chosen_layers_see_only_these() -> None:

@@ -11,14 +11,14 @@ from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.engine.slicing import sliceable
 from actsparse.errors import ModelError
-from actsparse.methods.base import FixedGate
+from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.models.load import LoadedModel
 from actsparse.models.record import record
 from actsparse.models.sites import materialise, resolve
 from actsparse.models.sources import Source
 from actsparse.pipelines.profile import record_sequences
 from actsparse.pipelines.progress import Silent
-from actsparse.results import Site, SiteKind, TextRecord
+from actsparse.results import Site, SiteKind, TextRecord, Unit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -93,15 +93,17 @@ def test_recording_works(quantised: LoadedModel) -> None:
 def test_masks_and_their_errors_work(quantised: LoadedModel) -> None:
     gate = FixedGate(torch.arange(FFN) % 2 == 0)
     ids = token_ids(1, 12)
-    probe, run = (MaskedPlan([gate] * LAYERS, prompt_length=4, sink_tokens=0) for _ in range(2))
+    probe, run = (MaskedPlan([LayerGates(neurons=gate)] * LAYERS, prompt_length=4, sink_tokens=0) for _ in range(2))
     with torch.no_grad():
         with probed(quantised.sites, [probe]):
             quantised.model(input_ids=ids, use_cache=False)
         with masked(quantised.sites, run, errors=True):
             quantised.model(input_ids=ids, use_cache=False)
-    assert probe.positions.tolist() == run.positions.tolist() == [8] * LAYERS
-    assert float(probe.errors.min()) > 0
-    torch.testing.assert_close(probe.errors[0], run.errors[0])
+    for layer in range(LAYERS):
+        assert probe.tally(Unit.NEURON, layer).positions == run.tally(Unit.NEURON, layer).positions == 8
+        assert probe.tally(Unit.NEURON, layer).errors > 0
+    first = Unit.NEURON, 0
+    assert probe.tally(*first).errors == pytest.approx(run.tally(*first).errors)
 
 
 def test_slicing_refuses_and_names_the_way_out(quantised: LoadedModel) -> None:

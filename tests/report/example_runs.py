@@ -65,6 +65,7 @@ SMOLLM2 = ModelRecord(
     step=StepBytes(
         layers=30,
         mlp=dict.fromkeys(("gate", "up", "down"), 576 * 1536 * 4),
+        projections={"q": 576 * 576 * 4, "k": 576 * 192 * 4, "v": 576 * 192 * 4, "o": 576 * 576 * 4},
         attention=106_168_320,
         head=113_246_208,
         total=538_060_032,
