@@ -3,6 +3,11 @@
 import pytest
 import torch
 
+if torch.cuda.is_available():
+    from actsparse.engine.cuda.availability import native_failure
+
+    native_failure()  # builds the kernels in the machine's cache, before tests get one of their own
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from actsparse.engine.cuda.operators import Best, Epilogue, Norm
+from actsparse.engine.cuda.operators import Caps, Epilogue, Norm, Operators, Tuning
 from actsparse.engine.step import reference
+from actsparse.engine.step.state import Best
 from actsparse.engine.step.weights import padded
 
 pytestmark = pytest.mark.gpu
@@ -39,23 +40,23 @@ def test_project_and_add(operators, draw, poisoned, assert_near, dtype, rows, wi
     operators.project(out, x, weight, norm=norm, bias=bias)
     assert_near(out, weight.double() @ normed(x, norm) + bias)
     before = out.clone()
-    operators.add(out, x, weight)
-    assert_near(out, before.double() + weight.double() @ x.double())
+    operators.add(out, x, weight, bias=bias, scale=0.3)
+    assert_near(out, before.double() + 0.3 * (weight.double() @ x.double() + bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize(("neurons", "width"), [(1376, 1024), (501, 577), (7, 4096)])
 def test_gated(operators, draw, poisoned, assert_near, dtype, activation, neurons, width):
     gate_up, x = padded(draw(2 * neurons, width, dtype=dtype, scale=width**-0.5)), draw(width)
-    norm, out = norm_for(width, draw), poisoned(neurons)
-    operators.gated(out, x, gate_up, norm=norm, activation=activation)
-    want = reference.gated(gate_up.double(), normed(x, norm), activation)
+    norm, out, bias = norm_for(width, draw), poisoned(neurons), draw(2 * neurons)
+    operators.gated(out, x, gate_up, norm=norm, activation=activation, bias=bias)
+    want = reference.gated(gate_up.double(), normed(x, norm)[None], activation, bias)[0]
     assert_near(out, want)
     index = torch.randperm(neurons, device="cuda")[: neurons // 2 + 1].int()
     count = torch.tensor([neurons // 2], dtype=torch.int32, device="cuda")
     some = poisoned(index.numel())
-    operators.gated(some, x, gate_up, norm=norm, activation=activation, index=index, count=count)
+    operators.gated(some, x, gate_up, norm=norm, activation=activation, bias=bias, index=index, count=count)
     assert_near(some[: count.item()], want[index[: count.item()].long()])
     assert some[count.item() :].isnan().all(), "rows past the count were written"
 
@@ -106,14 +107,14 @@ def test_columns(operators, draw, poisoned, assert_near, dtype, share, inputs, o
     exact = normed(x, norm)
     threshold = split_value(exact, share)
     operators.columns(out, x, weight, threshold=threshold, norm=norm, bias=bias)
-    assert_near(out, reference.input_sparse(weight.double(), exact, threshold, bias=bias))
+    assert_near(out, reference.input_sparse(weight.double(), exact[None], threshold, bias=bias)[0])
     again = poisoned(outputs)
     operators.columns(again, x, weight, threshold=threshold, norm=norm, bias=bias)
     assert torch.equal(out, again), "two runs differ"
     for epilogue in (Epilogue.ADD, Epilogue.ATOMIC_ADD):
         residual = draw(outputs)
-        want = residual.double() + reference.input_sparse(weight.double(), exact, threshold)
-        operators.columns(residual, x, weight, threshold=threshold, norm=norm, epilogue=epilogue)
+        want = residual.double() + 0.5 * reference.input_sparse(weight.double(), exact[None], threshold)[0]
+        operators.columns(residual, x, weight, threshold=threshold, norm=norm, epilogue=epilogue, scale=0.5)
         assert_near(residual, want)
 
 
@@ -127,7 +128,7 @@ def test_columns_with_scores_segments_and_a_gate(operators, draw, poisoned, asse
     out = poisoned(sum(segments))
     operators.columns(out, x, weight, threshold=thresholds, segments=segments, score=score, up=up, activation="silu")
     parts = zip(weight.double().split(segments, dim=1), thresholds, score, strict=True)
-    assert_near(out, torch.cat([reference.input_sparse(part, exact, t, one) for part, t, one in parts]))
+    assert_near(out, torch.cat([reference.input_sparse(part, exact[None], t, one)[0] for part, t, one in parts]))
 
 
 @pytest.mark.parametrize("live", [0, 1, 300, 640])
@@ -155,3 +156,36 @@ def test_the_best_row_is_the_first_of_the_largest(operators, draw, poisoned):
     weight[31000] = weight[winner.item()]
     operators.head(logits, best, x, weight, norm=norm)
     assert best.row[best.value == best.value.max()].min() == winner
+
+
+def test_logits_are_scaled_and_capped(operators, draw, poisoned, assert_near):
+    weight, x, norm = draw(1003, 512, dtype=torch.bfloat16), draw(512), norm_for(512, draw)
+    best = Best(poisoned(operators.blocks), torch.zeros(operators.blocks, dtype=torch.int32, device="cuda"))
+    logits = poisoned(1003)
+    operators.head(logits, best, x, weight, norm=norm, caps=Caps(scale=0.25, cap=3.0))
+    want = reference.soft_cap((weight.double() @ normed(x, norm)) * 0.25, 3.0)
+    assert_near(logits, want)
+    assert_near(best.value.max(), want.max())
+
+
+def test_a_branch_is_normed_before_it_is_added(operators, draw, poisoned, assert_near):
+    for width in (896, 2304, 577):
+        hidden, branch, norm, squares = draw(width), draw(width), norm_for(width, draw), poisoned(4)
+        want = hidden.double() + 0.5 * normed(branch, norm)
+        operators.post_norm(hidden, branch, norm, squares=squares, scale=0.5)
+        assert_near(hidden, want)
+        assert_near(squares[0], want.square().sum())
+
+
+@pytest.mark.parametrize("depth", [8, 12, 16])
+@pytest.mark.parametrize("ahead", [0, 3, 16])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, depth, ahead, blocks):
+    tuned = Operators(device, Tuning(columns_depth=depth, ahead=ahead, columns_blocks_per_sm=blocks))
+    for inputs, outputs in ((4096, 1024), (577, 1001), (40, 8)):
+        weight, x, out = padded(draw(inputs, outputs, dtype=torch.bfloat16)), draw(inputs), poisoned(outputs)
+        threshold = split_value(x, 0.6)
+        want = reference.input_sparse(weight.double(), x[None].double(), threshold)[0]
+        weight[x.abs() < threshold] = torch.nan
+        tuned.columns(out, x, weight, threshold=threshold)
+        assert_near(out, want)

@@ -25,7 +25,7 @@ def test_input_sparse_product(draw, poisoned, assert_near, dtype, atomics, input
     x, score, bias = draw(inputs, device=WHERE), draw(inputs, device=WHERE).abs(), draw(outputs, device=WHERE)
     threshold = torch.tensor([0.5], device=WHERE)
     dropped = x.abs() * score < 0.5
-    want = reference.input_sparse(weight.double(), x.double(), threshold, score.double(), bias)
+    want = reference.input_sparse(weight.double(), x[None].double(), threshold, score.double(), bias)[0]
     weight[dropped] = torch.nan
     out = poisoned(outputs, device=WHERE)
     input_kernels.product(weight, x, threshold, score, bias, out, add=False, atomics=atomics)

@@ -37,29 +37,11 @@ def native_refusal(weights: Weights, batch: int = 1) -> str | None:
         return "the weights are not on a CUDA device"
     if shape.head_dim not in native.HEAD_DIMS:
         return f"the compiled attention takes head_dim {native.HEAD_DIMS}, not {shape.head_dim}"
-    if beyond := _beyond(weights):
-        return f"the compiled kernels do not compute {', '.join(beyond)} yet"
+    if weights.rope.rotated % 16:
+        return f"the compiled attention rotates a multiple of 16 dimensions of a head, not {weights.rope.rotated}"
     odd = [name for name in ("width", "neurons") if getattr(shape, name) % 8]
     if odd:
         return f"the compiled kernels read 16 bytes at a time and {' and '.join(odd)} is no multiple of 8"
     if max(shape.width, shape.neurons, shape.query_width) > MAX_INPUTS:
         return f"the compiled kernels hold up to {MAX_INPUTS} inputs of a product in shared memory"
     return native_failure()
-
-
-def _beyond(weights: Weights) -> list[str]:
-    shape = weights.shape
-    found = {
-        "norms of queries and keys": shape.qk_norm,
-        "norms after a branch": shape.post_norm,
-        "soft caps": shape.attention_softcap is not None or shape.logit_softcap is not None,
-        "sliding windows": bool(shape.windows),
-        "multipliers": (shape.residual_scale, shape.logit_scale, shape.embed_scale) != (1, 1, 1),
-        "rotation of part of a head": weights.rope.rotated != shape.head_dim,
-        "biases outside qkv": any(
-            one is not None for one in (weights.out_bias, weights.gate_up_bias, weights.down_bias)
-        ),
-        "an attention scale": shape.score_scale != shape.head_dim**-0.5,
-        "exact GELU": shape.activation == "gelu",
-    }
-    return [name for name, there in found.items() if there]

@@ -1,10 +1,12 @@
-"""The compiled CUDA kernels: built once by torch's extension loader, called through ctypes with plain structures."""
+"""The compiled CUDA kernels: built once by nvcc, called through ctypes with plain structures."""
 
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,8 +16,10 @@ from actsparse.errors import ActsparseError
 
 SOURCES = ("rows.cu", "columns.cu", "attention.cu", "token.cu")
 HEADERS = ("common.cuh",)
+KERNELS = Path(__file__).parent / "kernels"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (32, 64, 96, 128, 256)
+DEPTHS = (8, 12, 16)  # rows that a warp of the input-major kernel may have under way
 _FLOAT, _INT, _LONG, _POINTER = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -30,8 +34,8 @@ class RowsArgs(ctypes.Structure):
         *((name, _POINTER) for name in ("weight", "x", "norm", "bias", "factor", "threshold", "index", "count", "out")),
         *((name, _POINTER) for name in ("best_value", "best_row")),
         ("stride", _LONG),
-        ("epsilon", _FLOAT),
-        *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step")),
+        *((name, _FLOAT) for name in ("epsilon", "scale", "cap")),
+        *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step", "fresh")),
     )
 
 
@@ -51,6 +55,8 @@ class ColumnsArgs(ctypes.Structure):
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
         ("squares_count", _INT),
+        ("scale", _FLOAT),
+        *((name, _INT) for name in ("ahead", "fresh")),
         ("segment", Segment * 3),
     )
 
@@ -60,8 +66,9 @@ class AttendArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "out")),
-        ("scale", _FLOAT),
-        *((name, _INT) for name in ("heads", "kv_heads", "positions", "splits")),
+        *((name, _POINTER) for name in ("q_norm", "k_norm", "groups")),
+        *((name, _FLOAT) for name in ("scale", "cap", "inverse_cap", "epsilon")),
+        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits")),
     )
 
 
@@ -76,6 +83,16 @@ class TokenArgs(ctypes.Structure):
         ("stride", _LONG),
         ("embed_scale", _FLOAT),
         *((name, _INT) for name in ("candidates", "positions", "width")),
+    )
+
+
+class PostNormArgs(ctypes.Structure):
+    """Mirrors `PostNormArgs` in kernels/token.cu."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("branch", "weight", "hidden", "squares")),
+        *((name, _FLOAT) for name in ("epsilon", "scale")),
+        ("width", _INT),
     )
 
 
@@ -101,15 +118,15 @@ class Library:
             raise NativeError(f"CUDA kernel {kernel}: {self._handle.actsparse_error(code).decode()}")
 
     def rows(
-        self, args: RowsArgs, dtype: torch.dtype, mode: int, *, blocks: int, threads: int, dependent: bool
+        self, args: RowsArgs, dtype: torch.dtype, mode: int, *, blocks: int, threads: int, deep: bool, dependent: bool
     ) -> None:
         call = self._handle.actsparse_rows
-        code = call(ctypes.byref(args), DTYPES[dtype], mode, blocks, threads, int(dependent), _stream())
+        code = call(ctypes.byref(args), DTYPES[dtype], mode, blocks, threads, int(deep), int(dependent), _stream())
         self._check(code, "rows")
 
-    def columns(self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, deep: bool, dependent: bool) -> None:
+    def columns(self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, depth: int, dependent: bool) -> None:
         call = self._handle.actsparse_columns
-        code = call(ctypes.byref(args), DTYPES[dtype], selection, int(deep), int(dependent), _stream())
+        code = call(ctypes.byref(args), DTYPES[dtype], selection, depth, int(dependent), _stream())
         self._check(code, "columns")
 
     def attend(self, args: AttendArgs, dtype: torch.dtype, head_dim: int, *, dependent: bool) -> None:
@@ -119,6 +136,9 @@ class Library:
     def token(self, args: TokenArgs, dtype: torch.dtype, *, dependent: bool) -> None:
         call = self._handle.actsparse_token
         self._check(call(ctypes.byref(args), DTYPES[dtype], int(dependent), _stream()), "token")
+
+    def post_norm(self, args: PostNormArgs, *, dependent: bool) -> None:
+        self._check(self._handle.actsparse_post_norm(ctypes.byref(args), int(dependent), _stream()), "post norm")
 
     def gather(self, args: GatherArgs, layers: int) -> None:
         self._check(self._handle.actsparse_gather(ctypes.byref(args), layers, _stream()), "gather")
@@ -135,7 +155,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 @functools.cache
 def library() -> Library:
-    """The kernels, compiled on first use (about half a minute) and cached by source, torch version and chip.
+    """The kernels, compiled on first use (about half a minute) and cached by source, compiler and chip.
 
     Raises NativeError with the reason where they cannot be had: no GPU, one before Hopper, no compiler.
     """
@@ -144,32 +164,58 @@ def library() -> Library:
     major, minor = torch.cuda.get_device_capability()
     if major < 9:
         raise NativeError(f"the compiled decode kernels need compute capability 9.0 or later, not {major}.{minor}")
-    from torch.utils import cpp_extension
+    path = library_path(f"sm_{major}{minor}")
+    if not path.exists():
+        build(path, f"sm_{major}{minor}")
+    return Library(ctypes.CDLL(str(path)))
 
-    if cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc").exists():
-        raise NativeError("the decode kernels are compiled on first use and no nvcc was found", "install CUDA's nvcc")
-    if shutil.which("ninja") is None and not cpp_extension.is_ninja_available():
-        raise NativeError("the decode kernels are compiled on first use and ninja was not found", "pip install ninja")
-    folder = Path(__file__).parent / "kernels"
-    content = b"".join((folder / name).read_bytes() for name in (*SOURCES, *HEADERS))
-    name = f"actsparse_decode_{hashlib.sha256(content).hexdigest()[:12]}_sm{major}{minor}"
-    build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
-    build.mkdir(parents=True, exist_ok=True)
-    arch = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    try:
-        cpp_extension.load(
-            name=name,
-            sources=[str(folder / source) for source in SOURCES],
-            extra_cuda_cflags=["-O3", "-std=c++17"],
-            build_directory=str(build),
-            is_python_module=False,
+
+def library_path(arch: str) -> Path:
+    """Where the kernels of these sources for `arch` ("sm_90") lie once they are built."""
+    content = b"".join((KERNELS / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    digest = hashlib.sha256(content + str(torch.version.cuda).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("ACTSPARSE_HOME") or Path.home() / ".cache" / "actsparse")
+    return home / "kernels" / f"decode_{arch}_{digest}.so"
+
+
+def build(path: Path, arch: str) -> None:
+    """Compiles the kernels to `path`, all sources at once; raises NativeError with the compiler's words."""
+    compiler = _compiler()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [Path(folder) / f"{source}.o" for source in SOURCES]
+        flags = ["-O3", "-std=c++17", f"-arch={arch}", "-Xcompiler", "-fPIC"]
+        running = [
+            _start([compiler, *flags, "-c", str(KERNELS / source), "-o", str(made)])
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        for process in running:
+            _finish(process)
+        linked = Path(folder) / path.name
+        _finish(_start([compiler, "-shared", f"-arch={arch}", "-o", str(linked), *map(str, objects)]))
+        linked.replace(path)
+
+
+def _compiler() -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    for home in (*homes, "/usr/local/cuda"):
+        candidate = Path(home) / "bin" / "nvcc"
+        if candidate.exists():
+            return str(candidate)
+    found = shutil.which("nvcc")
+    if found is None:
+        raise NativeError(
+            "the decode kernels are compiled on first use, and no nvcc was found",
+            "install CUDA's compiler, or set CUDA_HOME to where it is",
         )
-    except (RuntimeError, OSError) as error:
-        raise NativeError(f"the decode kernels did not compile: {str(error)[-2000:]}") from error
-    finally:
-        if arch is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
-        else:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = arch
-    return Library(ctypes.CDLL(str(build / f"{name}.so")))
+    return found
+
+
+def _start(command: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process: "subprocess.Popen[str]") -> None:
+    said, _ = process.communicate()
+    if process.returncode:
+        raise NativeError(f"the decode kernels did not compile: {said[-2000:]}")

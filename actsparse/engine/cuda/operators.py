@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cuda import native
+from actsparse.engine.step.reference import Attention
 from actsparse.engine.step.state import Angles, Best
 
+LOG2_E = math.log2(math.e)
 TILE = 256  # outputs that a block of the input-major kernel owns
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "identity": 3}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "identity": 3, "gelu": 4}
 
 
 class RowsMode(IntEnum):
@@ -46,16 +48,27 @@ class Norm(NamedTuple):
     epsilon: float
 
 
+class Caps(NamedTuple):
+    """What logits are multiplied by, and what they are soft-capped at (0: not)."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Launch shapes, measured on H100: blocks that fill a multiprocessor's registers or shared memory, no more.
+    """Launch shapes. Blocks that leave room beside them let the next kernel's blocks start and fill their rings early.
 
-    The next kernel's blocks then start, and fill their rings, as the current ones leave.
+    `columns_depth`: rows that a warp has under way, of `native.DEPTHS`; `ahead`: how many of them it starts to read
+    before it knows which are kept. `rows_deep`: longer rings in the dense products.
     """
 
     rows_threads: int = 512
     rows_blocks_per_sm: int = 2
-    columns_blocks_per_sm: int = 4
+    rows_deep: bool = False
+    columns_blocks_per_sm: int = 2
+    columns_depth: int = 12
+    ahead: int = 12
     max_slices: int = 16
 
 
@@ -104,6 +117,9 @@ class Operators:
         second: int = 0,
         activation: str = "identity",
         best: Best | None = None,
+        scale: float = 1.0,
+        cap: float = 0.0,
+        fresh: bool = False,
     ) -> None:
         args = native.RowsArgs(
             weight=native.address(weight),
@@ -120,6 +136,9 @@ class Operators:
             stride=weight.stride(0),
             second=second,
             epsilon=norm.epsilon if norm else 0.0,
+            scale=scale,
+            cap=cap,
+            fresh=int(fresh),
             rows=weight.shape[0] if rows is None else rows,
             width=x.numel(),
             activation=ACTIVATIONS[activation],
@@ -131,6 +150,7 @@ class Operators:
             mode,
             blocks=self.blocks,
             threads=self._tuning.rows_threads,
+            deep=self._tuning.rows_deep,
             dependent=self._starts_early(),
         )
 
@@ -140,9 +160,9 @@ class Operators:
         """out [rows] = weight [rows, width] times norm(x) [width], plus bias [rows]."""
         self._rows(RowsMode.STORE, out, x, weight, norm=norm, bias=bias)
 
-    def add(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
-        """out [rows] += weight [rows, width] times x [width]."""
-        self._rows(RowsMode.RESIDUAL, out, x, weight)
+    def add(self, out: Tensor, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, scale: float = 1.0) -> None:
+        """out [rows] += scale * (weight [rows, width] times x [width], plus bias [rows])."""
+        self._rows(RowsMode.RESIDUAL, out, x, weight, bias=bias, scale=scale)
 
     def gated(
         self,
@@ -152,12 +172,15 @@ class Operators:
         *,
         norm: Norm | None,
         activation: str,
+        bias: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
+        fresh: bool = False,
     ) -> None:
-        """out [neurons] = act(gate x) * (up x); gate_up [2 * neurons, width], gate rows first.
+        """out [neurons] = act(gate x) * (up x); gate_up [2 * neurons, width], gate rows first, bias [2 * neurons].
 
-        With `index` [capacity], out_i is neuron index_i; with `count` [1], only the first `count` are read and written.
+        With `index` [capacity], out_i is neuron index_i; with `count` [1], only the first `count` are read and written;
+        `fresh` where this step made them.
         """
         neurons = gate_up.shape[0] // 2
         live = neurons if index is None else index.numel()
@@ -168,27 +191,48 @@ class Operators:
             gate_up,
             rows=live,
             norm=norm,
+            bias=bias,
             index=index,
             count=count,
             second=neurons,
             activation=activation,
+            fresh=fresh,
         )
 
     def threshold(
-        self, out: Tensor, x: Tensor, weight: Tensor, threshold: Tensor, *, norm: Norm | None, activation: str
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        threshold: Tensor,
+        *,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
     ) -> None:
-        """out [rows] = v where |v| >= threshold, else 0; v = act(weight x); one threshold or one per row."""
-        self._rows(RowsMode.THRESHOLD, out, x, weight, norm=norm, threshold=threshold, activation=activation)
+        """out [rows] = v where |v| >= threshold, else 0; v = act(weight x + bias); one threshold or one per row."""
+        self._rows(RowsMode.THRESHOLD, out, x, weight, norm=norm, threshold=threshold, activation=activation, bias=bias)
 
     def kept(
-        self, out: Tensor, x: Tensor, weight: Tensor, factor: Tensor, *, norm: Norm | None, activation: str
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        factor: Tensor,
+        *,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
     ) -> None:
-        """out [rows] = factor * act(weight x) where factor [rows] is not zero, else 0; other rows are not read."""
-        self._rows(RowsMode.KEPT, out, x, weight, norm=norm, factor=factor, activation=activation)
+        """out [rows] = factor * act(weight x + bias) where factor [rows] is not 0, else 0; other rows are not read."""
+        self._rows(RowsMode.KEPT, out, x, weight, norm=norm, factor=factor, activation=activation, bias=bias)
 
-    def head(self, logits: Tensor, best: Best, x: Tensor, weight: Tensor, *, norm: Norm) -> None:
-        """logits [vocab] = weight times norm(x), and every block's largest of them in `best`."""
-        self._rows(RowsMode.BEST, logits, x, weight, norm=norm, best=best)
+    def head(
+        self, logits: Tensor, best: Best, x: Tensor, weight: Tensor, *, norm: Norm, caps: Caps | None = None
+    ) -> None:
+        """logits [vocab] = weight times norm(x), scaled and capped, and every block's largest of them in `best`."""
+        scale, cap = caps or Caps()
+        self._rows(RowsMode.BEST, logits, x, weight, norm=norm, best=best, scale=scale, cap=cap)
 
     def columns(
         self,
@@ -209,12 +253,15 @@ class Operators:
         bias: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
+        fresh: bool = False,
+        scale: float = 1.0,
     ) -> None:
-        """out [outputs] = sum of x_i * weight_rows[i] over the inputs kept; weight_rows [inputs, outputs].
+        """out [outputs] = scale * sum of x_i * weight_rows[i] over the inputs kept; weight_rows [inputs, outputs].
 
         Without `threshold` and `skip_zeros` every input is read. `threshold` [segments] applies per segment of outputs
         (`segments` are their lengths), to |x_i| times `score` [segments, inputs] where given. `up`: x_i stands for
-        act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs. ATOMIC_ADD adds in no fixed order.
+        act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs; `fresh` where this step made them.
+        ATOMIC_ADD adds in no fixed order. What is read before it is known to be kept is passed over later.
         `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block;
         `squares_out` [column_blocks]: such parts of the output.
         """
@@ -246,12 +293,19 @@ class Operators:
             activation=ACTIVATIONS[activation],
             epilogue=epilogue,
             squares_count=0 if squares is None else squares.numel(),
+            scale=scale,
+            ahead=0 if fresh else self._tuning.ahead,
+            fresh=int(fresh),
             segment=parts,
         )
         selects = threshold is not None or skip_zeros
-        # With two blocks on a multiprocessor there is room for longer rings, and need of them.
-        deep = sum(tiles) * slices <= 2 * self._sms
-        self._library.columns(args, weight_rows.dtype, int(selects), deep=deep, dependent=self._starts_early())
+        self._library.columns(
+            args,
+            weight_rows.dtype,
+            int(selects),
+            depth=self._tuning.columns_depth,
+            dependent=self._starts_early(),
+        )
 
     def slices(self, segments: tuple[int, ...], inputs: int) -> int:
         """How many blocks share a tile of outputs in these segments: enough to fill the chip."""
@@ -272,15 +326,18 @@ class Operators:
         *,
         position: Tensor,
         angles: Angles,
+        how: Attention,
+        groups: Tensor | None = None,
     ) -> None:
         """out [heads * head_dim] = attention over the live cache and the token of `qkv`, which the cache gains.
 
-        qkv: [(heads + 2 * kv_heads) * head_dim]; keys, values: [kv_heads, positions, head_dim]; position: [1] int32.
+        qkv: [(heads + 2 * kv_heads) * head_dim]; keys, values: [kv_heads, positions, head_dim]; position: [1] int32;
+        groups [kv_heads] int32: 0 for groups whose heads return zeros and whose cache is written but not read.
         """
         kv_heads, positions, head_dim = keys.shape
         heads = out.numel() // head_dim
         splits = 1
-        while splits < 8 and heads * splits * 2 <= self._sms:
+        while splits < 8 and head_dim % (splits * 2) == 0 and heads * splits * 2 <= self._sms:
             splits *= 2
         args = native.AttendArgs(
             qkv=native.address(qkv),
@@ -290,7 +347,15 @@ class Operators:
             values=native.address(values),
             position=native.address(position),
             out=native.address(out),
-            scale=head_dim**-0.5 * math.log2(math.e),
+            q_norm=native.address(how.q_norm),
+            k_norm=native.address(how.k_norm),
+            groups=native.address(groups),
+            scale=how.scale * (1.0 if how.softcap else LOG2_E),
+            cap=(how.softcap or 0.0) * LOG2_E,
+            inverse_cap=1 / how.softcap if how.softcap else 0.0,
+            epsilon=how.epsilon,
+            half=angles.cosine.shape[1],
+            window=how.window or 0,
             heads=heads,
             kv_heads=kv_heads,
             positions=positions,
@@ -308,8 +373,9 @@ class Operators:
         forced: Tensor,
         tokens: Tensor,
         position: Tensor,
+        embed_scale: float = 1.0,
     ) -> None:
-        """Writes the next token (the forced one, if any), its embedding into `hidden`, and advances `position`.
+        """Writes the next token (the forced one, if any), its scaled embedding into `hidden`, and advances `position`.
 
         squares[0] becomes the sum of hidden * hidden.
         """
@@ -323,12 +389,25 @@ class Operators:
             hidden=native.address(hidden),
             squares=native.address(squares),
             stride=embedding.stride(0),
-            embed_scale=1.0,
+            embed_scale=embed_scale,
             candidates=best.value.numel(),
             positions=tokens.numel(),
             width=hidden.numel(),
         )
         self._library.token(args, embedding.dtype, dependent=self._starts_early())
+
+    def post_norm(self, hidden: Tensor, branch: Tensor, norm: Norm, *, squares: Tensor, scale: float = 1.0) -> None:
+        """hidden [width] += scale * norm(branch) [width]; squares[0] becomes the sum of hidden * hidden."""
+        args = native.PostNormArgs(
+            branch=native.address(branch),
+            weight=native.address(norm.weight),
+            hidden=native.address(hidden),
+            squares=native.address(squares),
+            epsilon=norm.epsilon,
+            scale=scale,
+            width=hidden.numel(),
+        )
+        self._library.post_norm(args, dependent=self._starts_early())
 
     def gather(self, target: Tensor, source: Tensor, index: Tensor, count: Tensor) -> None:
         """target [layers, parts, capacity, width] = the rows of source [layers, parts, rows, width] at `index`.

@@ -23,7 +23,15 @@ struct AttendArgs {
   void* values;
   const int* position;
   float* out;           // [heads, head_dim]
-  float scale;          // log2(e) / sqrt(head_dim): scores are kept in base 2
+  const float* q_norm;  // [head_dim], or null
+  const float* k_norm;
+  const int* groups;    // [kv_heads]: 0 for groups whose heads return zeros and read no cache, or null
+  float scale;          // of scores, which are kept in base 2: log2(e) is in it, or in `cap`
+  float cap;            // log2(e) times what scores are capped at; 0: no cap
+  float inverse_cap;
+  float epsilon;        // of the norms
+  int half;             // dimensions (i, half + i) turn together, those from 2 * half on do not
+  int window;           // positions that a token sees, itself among them; 0: all
   int heads;
   int kv_heads;
   int positions;
@@ -35,7 +43,11 @@ struct Running {
   float sum;
 };
 
-__device__ __forceinline__ void load_floats(const float* from, float (&to)[kLane]) {
+// Zeros where `inside` is false.
+__device__ __forceinline__ void load_floats(const float* from, bool inside, float (&to)[kLane]) {
+#pragma unroll
+  for (int e = 0; e < kLane; ++e) to[e] = 0.0f;
+  if (!inside) return;
   const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
   const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
   to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
@@ -44,9 +56,8 @@ __device__ __forceinline__ void load_floats(const float* from, float (&to)[kLane
 
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendArgs a) {
-  constexpr int kLanes = HEAD_DIM / kLane;  // lanes that share a position
-  constexpr int kGroups = 32 / kLanes;      // positions that a warp reads at once
-  constexpr int kHalf = HEAD_DIM / 2;
+  constexpr int kLanes = HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // that share a position
+  constexpr int kGroups = 32 / kLanes;  // positions that a warp reads at once
   extern __shared__ uint4 rings[];
   __shared__ Running warp_state[kWarps];
   __shared__ float warp_mix[kWarps][HEAD_DIM];
@@ -54,6 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   __shared__ float mixes[HEAD_DIM];       // [splits, head_dim / splits], the dimensions of this block
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane / kLanes, dim = lane % kLanes * kLane;
+  const bool used = dim < HEAD_DIM;  // false for the last lanes of a head_dim that is no power of two
   const int head = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
   const int shared_by = a.heads / a.kv_heads, kv_head = head / shared_by;
   T* const keys = static_cast<T*>(a.keys) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
@@ -65,13 +77,16 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   // The position and the cache below it are older than the step, whose first kernel waited for all before it: their
   // loads need not wait for the projection.
   const int position = __ldcg(a.position);
-  const int size = (position + a.splits - 1) / a.splits;
-  const int begin = split * size, end = min(begin + size, position);
+  if (a.groups) wait_for_previous();
+  const bool masked = a.groups && __ldcg(a.groups + kv_head) == 0;
+  const int first = a.window ? max(0, position + 1 - a.window) : 0;
+  const int size = masked ? 0 : (position - first + a.splits - 1) / a.splits;
+  const int begin = masked ? 0 : first + split * size, end = masked ? 0 : min(begin + size, position);
   uint4* const ring = rings + warp * kDepth * kStage + lane;
   int next = begin + warp * kGroups + group;
   auto copy_next = [&](int stage) {
-    const bool inside = next < end;
-    const int64_t at = static_cast<int64_t>(inside ? next : 0) * HEAD_DIM + dim;
+    const bool inside = used && next < end;
+    const int64_t at = inside ? static_cast<int64_t>(next) * HEAD_DIM + dim : 0;
     copy_weights(ring + stage * kStage, keys + at, inside);
     copy_weights(ring + stage * kStage + 32, values + at, inside);
     end_group();
@@ -79,23 +94,50 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   };
 #pragma unroll
   for (int stage = 0; stage < kDepth; ++stage) copy_next(stage);
-  const int partner = dim < kHalf ? dim + kHalf : dim - kHalf;
-  const float sign = dim < kHalf ? -1.0f : 1.0f;
-  const int64_t angle = static_cast<int64_t>(position) * kHalf + dim % kHalf;
+  const bool turns = dim < 2 * a.half;
+  const int partner = !turns ? dim : dim < a.half ? dim + a.half : dim - a.half;
+  const float sign = dim < a.half ? -1.0f : 1.0f;
+  const int64_t angle = static_cast<int64_t>(position) * a.half + min(dim, partner);
   float cosine[kLane], sine[kLane], query[kLane], query_partner[kLane];
-  load_floats(a.cosine + angle, cosine);
-  load_floats(a.sine + angle, sine);
+  load_floats(a.cosine + angle, turns, cosine);
+  load_floats(a.sine + angle, turns, sine);
+  if (!turns) {
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) cosine[e] = 1.0f;
+  }
   wait_for_previous();
 
   const bool appends = split == a.splits - 1 && warp == 0;
   float new_key[kLane], key_partner[kLane], new_value[kLane];
-  load_floats(a.qkv + head * HEAD_DIM + dim, query);
-  load_floats(a.qkv + head * HEAD_DIM + partner, query_partner);
+  load_floats(a.qkv + head * HEAD_DIM + dim, used, query);
+  load_floats(a.qkv + head * HEAD_DIM + partner, used, query_partner);
   if (appends) {
     const float* const from = a.qkv + (a.heads + kv_head) * HEAD_DIM;
-    load_floats(from + dim, new_key);
-    load_floats(from + partner, key_partner);
-    load_floats(from + a.kv_heads * HEAD_DIM + dim, new_value);
+    load_floats(from + dim, used, new_key);
+    load_floats(from + partner, used, key_partner);
+    load_floats(from + a.kv_heads * HEAD_DIM + dim, used, new_value);
+  }
+  auto sum_group = [&](float value) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(kFull, value, step);
+    return value;
+  };
+  auto norm_head = [&](const float* weight, float (&own)[kLane], float (&other)[kLane]) {
+    float squares = 0.0f, here[kLane], there[kLane];
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) squares += own[e] * own[e];
+    const float scale = rsqrtf(sum_group(squares) / HEAD_DIM + a.epsilon);
+    load_floats(weight + dim, used, here);
+    load_floats(weight + partner, used, there);
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) {
+      own[e] *= scale * here[e];
+      other[e] *= scale * there[e];
+    }
+  };
+  if (a.q_norm) {
+    norm_head(a.q_norm, query, query_partner);
+    if (appends) norm_head(a.k_norm, new_key, key_partner);
   }
 #pragma unroll
   for (int e = 0; e < kLane; ++e) {
@@ -103,11 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
     query[e] = (query[e] * cosine[e] + query_partner[e] * sine[e]) * a.scale;
   }
 
-  auto sum_group = [&](float value) {
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(kFull, value, step);
-    return value;
-  };
+  auto score_of = [&](float dot) { return a.cap > 0.0f ? a.cap * tanhf(dot * a.inverse_cap) : dot; };
   Running state = {kLowest, 0.0f};
   float mix[kLane] = {};
   int stage = 0;
@@ -121,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
       unpack<T>(ring[(stage + slot) * kStage], k);
 #pragma unroll
       for (int e = 0; e < kLane; ++e) dot += k[e] * query[e];
-      dot = sum_group(dot);
+      dot = score_of(sum_group(dot));
       score[slot] = base + slot * kWarps * kGroups + group < end ? dot : -INFINITY;
       maximum = fmaxf(maximum, score[slot]);
     }
@@ -155,8 +193,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
       value[e] = round_to<T>(new_value[e]);
       dot += widen<T>(key[e]) * query[e];
     }
-    dot = sum_group(dot);
-    if (group == 0) {
+    dot = score_of(sum_group(dot));
+    if (group == 0 && used) {
       const float maximum = fmaxf(state.maximum, dot);
       const float correction = exp2f(state.maximum - maximum), weight = exp2f(dot - maximum);
       state.maximum = maximum;
@@ -180,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
     for (int e = 0; e < kLane; ++e) mix[e] = mix[e] * here + __shfl_xor_sync(kFull, mix[e], step) * there;
     state.maximum = maximum;
   }
-  if (group == 0) {
+  if (group == 0 && used) {
 #pragma unroll
     for (int e = 0; e < kLane; ++e) warp_mix[warp][dim + e] = mix[e];
   }
@@ -220,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
       sum += states[other].sum * share;
       y += mixes[other * share_of + threadIdx.x] * share;
     }
-    a.out[head * HEAD_DIM + split * share_of + threadIdx.x] = y / sum;
+    a.out[head * HEAD_DIM + split * share_of + threadIdx.x] = masked ? 0.0f : y / sum;
   }
 }
 
@@ -234,6 +272,10 @@ int launch_attend(const AttendArgs& a, int head_dim, bool dependent, cudaStream_
       return launch(attend_kernel<T, 32>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
     case 64:
       return launch(attend_kernel<T, 64>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+    case 96:
+      return launch(attend_kernel<T, 96>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+    case 256:
+      return launch(attend_kernel<T, 256>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
     case 128:
       return launch(attend_kernel<T, 128>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
     default:

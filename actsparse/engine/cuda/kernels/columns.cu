@@ -49,6 +49,9 @@ struct ColumnsArgs {
   int activation;
   int epilogue;
   int squares_count;
+  float scale;             // of the result, its bias included, before it is written or added
+  int ahead;               // kNonzero: rows that a warp starts to read before it knows whether they are kept
+  int fresh;               // index and count are made by this step, not before it
   Segment segment[kMaxSegments];
 };
 
@@ -75,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
   const bool meets = a.slices > 1 && a.epilogue != kAtomicAdd;
   if (meets) cluster.barrier_arrive();  // waited for before the first push: every block must have started
 
+  if (a.fresh) wait_for_previous();
   const int live = a.count ? min(*a.count, a.inputs) : a.inputs;
   const int begin = static_cast<int64_t>(live) * slice / a.slices;
   const int length = static_cast<int>(static_cast<int64_t>(live) * (slice + 1) / a.slices) - begin;
@@ -99,6 +103,20 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
 #pragma unroll
     for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * kWarps, stage);
   }
+  // The memory would idle until x is there. The first rows of the slice are read on the chance that they are kept; those
+  // that turn out not to be stay in the list with a value of zero and are passed over.
+  const int ahead = SELECTION == kNonzero ? min(a.ahead, DEPTH) : 0;
+  const int head = min(ahead * kWarps, length);
+  if (SELECTION == kNonzero) {
+#pragma unroll
+    for (int stage = 0; stage < DEPTH; ++stage) {
+      if (stage >= ahead) break;
+      const int item = warp + stage * kWarps;
+      const int64_t from = item < length ? (a.index ? a.index[begin + item] : begin + item) : 0;
+      if (item < length) copy_weights(ring + stage * 32 + lane, weight + from * a.stride, loads);
+      end_group();
+    }
+  }
   const float threshold = a.threshold ? a.threshold[owner] : 0.0f;
   float gain[kRounds];
   auto load_gains = [&](int base) {
@@ -111,22 +129,22 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
   load_gains(0);
   wait_for_previous();
 
-  float ahead[kRounds];  // all loads of a few rounds are under way before one is used
+  float held[kRounds];  // all loads of a few rounds are under way before one is used
   auto load_inputs = [&](int base) {
     float up[kRounds];
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int item = base + round * kThreads + threadIdx.x;
-      ahead[round] = up[round] = 0.0f;
+      held[round] = up[round] = 0.0f;
       if (item < length) {
-        ahead[round] = __ldcg(a.x + begin + item);
+        held[round] = __ldcg(a.x + begin + item);
         if (a.up) up[round] = __ldcg(a.up + begin + item);
       }
     }
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (a.up) ahead[round] = activate(ahead[round], a.activation) * up[round];
-      ahead[round] *= gain[round];
+      if (a.up) held[round] = activate(held[round], a.activation) * up[round];
+      held[round] *= gain[round];
     }
   };
   load_inputs(0);
@@ -160,14 +178,15 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int item = base + round * kThreads + threadIdx.x;
-      ahead[round] *= scale;
+      held[round] *= scale;
       if (SELECTION == kAll) {
-        if (item < length) value[item] = ahead[round];
+        if (item < length) value[item] = held[round];
         continue;
       }
-      bool keep = item < length && ahead[round] != 0.0f;
-      if (keep && a.threshold) keep = fabsf(ahead[round]) * (score ? score[item] : 1.0f) >= threshold;
-      kept[round] = __ballot_sync(kFull, keep);
+      bool keep = item < length && held[round] != 0.0f;
+      if (keep && a.threshold) keep = fabsf(held[round]) * (score ? score[item] : 1.0f) >= threshold;
+      if (!keep) held[round] = 0.0f;
+      kept[round] = __ballot_sync(kFull, keep || item < head);
       if (lane == 0) counts[round][warp] = __popc(kept[round]);
     }
     if (SELECTION == kAll) continue;
@@ -185,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
       listed += __shfl_sync(kFull, before, 31);
       if (kept[round] >> lane & 1) {
         const int item = base + round * kThreads + threadIdx.x;
-        value[place] = ahead[round];
+        value[place] = held[round];
         row[place] = a.index ? a.index[begin + item] : begin + item;
       }
     }
@@ -194,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
   __syncthreads();
   if (SELECTION == kNonzero) {
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; ++stage) copy(warp + stage * kWarps, stage);
+    for (int stage = 0; stage < DEPTH; ++stage)
+      if (stage >= ahead) copy(warp + stage * kWarps, stage);
   }
 
   float sum[kLane] = {};
@@ -203,10 +223,12 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
   for (int item = warp; item < total; item += kWarps) {
     const float x = value[item];
     wait_until_pending<DEPTH - 1>();
-    float w[kLane];
-    unpack<T>(ring[stage * 32 + lane], w);
+    if (SELECTION == kAll || x != 0.0f) {
+      float w[kLane];
+      unpack<T>(ring[stage * 32 + lane], w);
 #pragma unroll
-    for (int e = 0; e < kLane; ++e) sum[e] += x * w[e];
+      for (int e = 0; e < kLane; ++e) sum[e] += x * w[e];
+    }
     copy(item + DEPTH * kWarps, stage);
     stage = stage + 1 == DEPTH ? 0 : stage + 1;
   }
@@ -238,6 +260,7 @@ __global__ void __launch_bounds__(kThreads, 5) columns_kernel(const __grid_const
   const bool writes = threadIdx.x < to - from && at < end_column;
   if (writes) {
     if (a.bias && (a.epilogue != kAtomicAdd || slice == 0)) y += a.bias[at];
+    y *= a.scale;
     if (a.epilogue == kAtomicAdd) {
       atomicAdd(a.out + at, y);
     } else {
@@ -262,21 +285,32 @@ int launch_depth(const ColumnsArgs& a, bool dependent, cudaStream_t stream) {
   return launch(columns_kernel<T, SELECTION, DEPTH>, a, tiles * a.slices, kThreads, shared, cluster, dependent, stream);
 }
 
+template <typename T, int SELECTION>
+int launch_selection(const ColumnsArgs& a, int depth, bool dependent, cudaStream_t stream) {
+  switch (depth) {
+    case 8:
+      return launch_depth<T, SELECTION, 8>(a, dependent, stream);
+    case 12:
+      return launch_depth<T, SELECTION, 12>(a, dependent, stream);
+    case 16:
+      return launch_depth<T, SELECTION, 16>(a, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 template <typename T>
-int launch_columns(const ColumnsArgs& a, int selection, bool deep, bool dependent, cudaStream_t stream) {
-  if (selection == kAll)
-    return deep ? launch_depth<T, kAll, 16>(a, dependent, stream)
-                : launch_depth<T, kAll, 8>(a, dependent, stream);
-  return deep ? launch_depth<T, kNonzero, 16>(a, dependent, stream)
-              : launch_depth<T, kNonzero, 8>(a, dependent, stream);
+int launch_columns(const ColumnsArgs& a, int selection, int depth, bool dependent, cudaStream_t stream) {
+  return selection == kAll ? launch_selection<T, kAll>(a, depth, dependent, stream)
+                           : launch_selection<T, kNonzero>(a, depth, dependent, stream);
 }
 
 }  // namespace actsparse
 
-extern "C" int actsparse_columns(const actsparse::ColumnsArgs* args, int dtype, int selection, int deep, int dependent,
+extern "C" int actsparse_columns(const actsparse::ColumnsArgs* args, int dtype, int selection, int depth, int dependent,
                                  void* stream) {
   using namespace actsparse;
   const auto queue = static_cast<cudaStream_t>(stream);
-  return dtype == kBfloat16 ? launch_columns<__nv_bfloat16>(*args, selection, deep, dependent, queue)
-                            : launch_columns<__half>(*args, selection, deep, dependent, queue);
+  return dtype == kBfloat16 ? launch_columns<__nv_bfloat16>(*args, selection, depth, dependent, queue)
+                            : launch_columns<__half>(*args, selection, depth, dependent, queue);
 }

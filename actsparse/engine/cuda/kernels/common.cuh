@@ -20,7 +20,7 @@ constexpr int kSpan = 32 * kLane;       // elements that a warp loads at once
 constexpr unsigned kFull = 0xffffffffu;
 
 enum Dtype { kBfloat16 = 0, kHalf = 1 };
-enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3 };
+enum Activation { kSilu = 0, kGeluTanh = 1, kRelu = 2, kIdentity = 3, kGelu = 4 };
 
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -88,6 +88,8 @@ __device__ __forceinline__ float activate(float value, int activation) {
       return 0.5f * value * (1.0f + tanhf(0.7978845608028654f * (value + 0.044715f * value * value * value)));
     case kRelu:
       return fmaxf(value, 0.0f);
+    case kGelu:
+      return 0.5f * value * (1.0f + erff(value * 0.7071067811865476f));
     default:
       return value;
   }

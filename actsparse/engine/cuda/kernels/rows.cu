@@ -12,11 +12,11 @@ constexpr int kMaxThreads = 512;
 
 enum RowsMode {
   kStore = 0,      // out[r] = W_r x + bias_r
-  kResidual = 1,   // out[r] += W_r x + bias_r
-  kGated = 2,      // out[i] = act(W_i x) * (W_{second + i} x)
-  kThreshold = 3,  // v = act(W_r x); out[r] = |v| >= threshold ? v : 0
-  kKept = 4,       // out[r] = factor_r * act(W_r x) where factor_r != 0, else 0; other rows are not read
-  kBest = 5,       // kStore, and the block's largest value with its row
+  kResidual = 1,   // out[r] += scale * (W_r x + bias_r)
+  kGated = 2,      // out[i] = act(W_i x + bias_i) * (W_{second + i} x + bias_{second + i})
+  kThreshold = 3,  // v = act(W_r x + bias_r); out[r] = |v| >= threshold ? v : 0
+  kKept = 4,       // out[r] = factor_r * act(W_r x + bias_r) where factor_r != 0, else 0; other rows are not read
+  kBest = 5,       // out[r] = cap * tanh(scale * W_r x / cap), and the block's largest value with its row
 };
 
 struct RowsArgs {
@@ -33,11 +33,14 @@ struct RowsArgs {
   int* best_row;
   int64_t stride;          // elements from one row to the next
   float epsilon;
+  float scale;
+  float cap;               // 0: none
   int second;
   int rows;
   int width;
   int activation;
   int threshold_step;      // 0: one threshold; 1: one per row
+  int fresh;               // kGated: index and count are made by this step, not before it
 };
 
 // DEPTH: pairs of 512-byte copies that a warp has under way.
@@ -63,6 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
 
   const int per_block = (a.rows + gridDim.x - 1) / gridDim.x;
   int live = a.rows;
+  if (MODE == kGated && a.fresh) wait_for_previous();
   if (MODE == kGated && a.count) live = min(*a.count, a.rows);
   if (MODE == kKept) {
     wait_for_previous();
@@ -149,18 +153,28 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
     if (MODE == kGated) {
       one = sum_warp(one) * scale;
       two = sum_warp(two) * scale;
-      if (lane == 0) a.out[task] = activate(one, a.activation) * two;
+      if (lane != 0) return;
+      if (a.bias) {
+        const int row = row_of(task);
+        one += a.bias[row];
+        two += a.bias[a.second + row];
+      }
+      a.out[task] = activate(one, a.activation) * two;
       return;
     }
     const int row = row_of(task);
     float y = sum_warp(one + two) * scale;
     if (lane != 0) return;
     if (a.bias) y += a.bias[row];
-    if (MODE == kResidual) y += __ldcg(a.out + row);
+    if (MODE == kResidual) y = y * a.scale + __ldcg(a.out + row);
     if (MODE == kKept) y = __ldcg(a.factor + row) * activate(y, a.activation);
     if (MODE == kThreshold) {
       y = activate(y, a.activation);
       if (!(fabsf(y) >= a.threshold[row * a.threshold_step])) y = 0.0f;
+    }
+    if (MODE == kBest) {
+      y *= a.scale;
+      if (a.cap > 0.0f) y = a.cap * tanhf(y / a.cap);
     }
     a.out[row] = y;
     if (MODE == kBest && y > best) best = y, best_at = row;
@@ -214,17 +228,23 @@ int launch_mode(const RowsArgs& a, int blocks, int threads, bool dependent, cuda
   return launch(rows_kernel<T, MODE, DEPTH>, a, blocks, threads, shared, 1, dependent, stream);
 }
 
+template <typename T, int MODE>
+int launch_depth(const RowsArgs& a, int blocks, int threads, bool deep, bool dependent, cudaStream_t stream) {
+  // Two blocks share a multiprocessor, and the down projection's x leaves less room for rings.
+  if (a.width > 12 * 1024) return launch_mode<T, MODE, 3>(a, blocks, threads, dependent, stream);
+  return deep ? launch_mode<T, MODE, 6>(a, blocks, threads, dependent, stream)
+              : launch_mode<T, MODE, 4>(a, blocks, threads, dependent, stream);
+}
+
 template <typename T>
-int launch_rows(const RowsArgs& a, int mode, int blocks, int threads, bool dependent, cudaStream_t stream) {
+int launch_rows(const RowsArgs& a, int mode, int blocks, int threads, bool deep, bool dependent, cudaStream_t stream) {
   switch (mode) {
     case kStore:
-      return launch_mode<T, kStore, 4>(a, blocks, threads, dependent, stream);
+      return launch_depth<T, kStore>(a, blocks, threads, deep, dependent, stream);
     case kResidual:
-      // Two blocks share a multiprocessor, and the down projection's x leaves less room for rings.
-      return a.width > 12 * 1024 ? launch_mode<T, kResidual, 3>(a, blocks, threads, dependent, stream)
-                                 : launch_mode<T, kResidual, 4>(a, blocks, threads, dependent, stream);
+      return launch_depth<T, kResidual>(a, blocks, threads, deep, dependent, stream);
     case kGated:
-      return launch_mode<T, kGated, 4>(a, blocks, threads, dependent, stream);
+      return launch_depth<T, kGated>(a, blocks, threads, deep, dependent, stream);
     case kThreshold:
       return launch_mode<T, kThreshold, 4>(a, blocks, threads, dependent, stream);
     case kKept:
@@ -238,11 +258,11 @@ int launch_rows(const RowsArgs& a, int mode, int blocks, int threads, bool depen
 
 }  // namespace actsparse
 
-extern "C" int actsparse_rows(const actsparse::RowsArgs* args, int dtype, int mode, int blocks, int threads,
+extern "C" int actsparse_rows(const actsparse::RowsArgs* args, int dtype, int mode, int blocks, int threads, int deep,
                               int dependent, void* stream) {
   using namespace actsparse;
   const auto queue = static_cast<cudaStream_t>(stream);
   if (threads > kMaxThreads || threads % 32) return cudaErrorInvalidValue;
-  return dtype == kBfloat16 ? launch_rows<__nv_bfloat16>(*args, mode, blocks, threads, dependent, queue)
-                            : launch_rows<__half>(*args, mode, blocks, threads, dependent, queue);
+  return dtype == kBfloat16 ? launch_rows<__nv_bfloat16>(*args, mode, blocks, threads, deep, dependent, queue)
+                            : launch_rows<__half>(*args, mode, blocks, threads, deep, dependent, queue);
 }

@@ -74,6 +74,36 @@ __global__ void __launch_bounds__(kThreads) token_kernel(const __grid_constant__
   if (threadIdx.x == 0) *a.squares = squares;
 }
 
+struct PostNormArgs {
+  const float* branch;
+  const float* weight;
+  float* hidden;            // += scale * norm(branch) * weight
+  float* squares;           // the sum of hidden * hidden
+  float epsilon;
+  float scale;
+  int width;
+};
+
+__global__ void __launch_bounds__(kThreads) post_norm_kernel(const __grid_constant__ PostNormArgs a) {
+  __shared__ float sums[2][32];
+  let_next_start();
+  wait_for_previous();
+  float squares = 0.0f;
+  for (int at = threadIdx.x; at < a.width; at += blockDim.x) {
+    const float x = __ldcg(a.branch + at);
+    squares += x * x;
+  }
+  const float scale = rsqrtf(sum_block(squares, sums[0]) / a.width + a.epsilon) * a.scale;
+  squares = 0.0f;
+  for (int at = threadIdx.x; at < a.width; at += blockDim.x) {
+    const float x = __ldcg(a.hidden + at) + __ldcg(a.branch + at) * a.weight[at] * scale;
+    a.hidden[at] = x;
+    squares += x * x;
+  }
+  squares = sum_block(squares, sums[1]);
+  if (threadIdx.x == 0) *a.squares = squares;
+}
+
 struct GatherArgs {
   const uint4* source;     // [layers, parts, rows, quads]
   uint4* target;           // [layers, parts, capacity, quads]
@@ -117,6 +147,11 @@ extern "C" int actsparse_token(const actsparse::TokenArgs* args, int dtype, int 
   const auto queue = static_cast<cudaStream_t>(stream);
   return dtype == kBfloat16 ? launch(token_kernel<__nv_bfloat16>, *args, 1, kThreads, 0, 1, dependent, queue)
                             : launch(token_kernel<__half>, *args, 1, kThreads, 0, 1, dependent, queue);
+}
+
+extern "C" int actsparse_post_norm(const actsparse::PostNormArgs* args, int dependent, void* stream) {
+  using namespace actsparse;
+  return launch(post_norm_kernel, *args, 1, kThreads, 0, 1, dependent, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int actsparse_gather(const actsparse::GatherArgs* args, int layers, void* stream) {
