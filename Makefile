@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_PROMPTS := stories encyclopaedia instructions reasoning
 MODEL ?= demo
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test lint check format docs install clean
+.PHONY: demo test test-gpu lint check format docs install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# On a machine with a CUDA device and its compiler; elsewhere the Triton kernels run in Triton's interpreter.
+test-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/gpu tests/engine/cuda
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -3,33 +3,43 @@
 import torch
 from torch import Tensor
 
+from actsparse.engine.cuda.engine import CudaEngine
 from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.step import reference
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import InputPlan, NeuronPlan
 
 
+def operators_of(decoder: Decoder) -> Operators:
+    """The compiled kernels of a decoder on a CUDA device."""
+    engine = decoder.engine
+    assert isinstance(engine, CudaEngine)
+    assert engine.operators is not None, engine.warnings
+    return engine.operators
+
+
 def fit_neurons(decoder: Decoder, plan: NeuronPlan, share: float) -> None:
     """Sets the plan's thresholds so that `share` of the neurons is dropped on the token at hand."""
     weights, state = decoder.weights, decoder.state
-    step = NativeStep(weights, state, plan, decoder.operators)
+    step = NativeStep(weights, state, plan, operators_of(decoder))
     gate = weights.shape.neurons
     for layer in range(weights.shape.layers):
         step.attention(layer)
         x = reference.rms_norm(state.hidden, weights.mlp_norm[layer], weights.shape.norm_epsilon)
-        first = reference.activate(weights.gate_up[layer, :gate].float() @ x, weights.shape.activation)
+        first = reference.activate(weights.gate_up[layer, :gate].float() @ x[0], weights.shape.activation)
         plan.threshold[layer] = first.abs().quantile(share)
         step.mlp(layer)
 
 
 def realised_neurons(decoder: Decoder, plan: NeuronPlan) -> float:
     """The share of neurons that the plan drops on the token at hand, over all layers."""
-    state, step = decoder.state, NativeStep(decoder.weights, decoder.state, plan, decoder.operators)
+    state, step = decoder.state, NativeStep(decoder.weights, decoder.state, plan, operators_of(decoder))
     dropped = []
     for layer in range(decoder.weights.shape.layers):
         step.attention(layer)
         step.mlp(layer)
-        dropped.append((state.halves[: decoder.weights.shape.neurons] == 0).float().mean())
+        dropped.append((state.halves[0, : decoder.weights.shape.neurons] == 0).float().mean())
     return torch.stack(dropped).mean().item()
 
 
@@ -56,12 +66,12 @@ def realised_inputs(decoder: Decoder, plan: InputPlan) -> float:
 def _walk(decoder: Decoder, plan: InputPlan, visit) -> None:
     """Runs the step a stage at a time and shows every product's input before or just after it is used."""
     weights, state = decoder.weights, decoder.state
-    shape, step = weights.shape, NativeStep(weights, state, plan, decoder.operators)
+    shape, step = weights.shape, NativeStep(weights, state, plan, operators_of(decoder))
     for layer in range(shape.layers):
         visit(layer, slice(0, 3), reference.rms_norm(state.hidden, weights.attn_norm[layer], shape.norm_epsilon))
         step.attention(layer)
         visit(layer, slice(3, 4), state.mix)
         visit(layer, slice(4, 6), reference.rms_norm(state.hidden, weights.mlp_norm[layer], shape.norm_epsilon))
         step.mlp(layer)
-        gate, up = state.halves.chunk(2)
+        gate, up = state.halves.chunk(2, dim=1)
         visit(layer, slice(6, 7), reference.activate(gate, shape.activation) * up)

@@ -1,0 +1,44 @@
+"""Launch shapes against each other on whole steps; the best become the defaults of `Tuning`."""
+
+import itertools
+import statistics
+
+import torch
+from gpu_bench import POSITION, Bench, ready_decoder, step_ms
+from gpu_calibrate import fit_inputs
+
+from actsparse.engine.cuda.operators import Tuning
+from actsparse.engine.step.plans import DensePlan, InputPlan, Plan
+
+DENSE = ((512, 2, False), (384, 2, False), (256, 2, False), (256, 2, True), (256, 3, False), (512, 1, True))
+COLUMNS = ((1, 16), (2, 8), (2, 12), (2, 16), (3, 8), (4, 8))
+AHEAD = (0, 4, 16)
+SHARES = (0.25, 0.5, 0.7)
+
+
+def part_tune(bench: Bench) -> None:
+    report, weights = bench.report, bench.decoder.weights
+    for threads, blocks, deep in DENSE:
+        tuning = Tuning(rows_threads=threads, rows_blocks_per_sm=blocks, rows_deep=deep)
+        ms = tuned_ms(bench, tuning, DensePlan())
+        report.add(f"tune: dense, {threads} threads, {blocks} blocks, {'long' if deep else 'short'} rings", ms, "ms")
+    plans = {}
+    for share in SHARES:
+        plan = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device=weights.device))
+        bench.decoder.start(1, POSITION)
+        fit_inputs(bench.decoder, plan, share)
+        plans[share] = plan
+    for (blocks, depth), ahead in itertools.product(COLUMNS, AHEAD):
+        tuning = Tuning(columns_blocks_per_sm=blocks, columns_depth=depth, ahead=ahead)
+        found = [tuned_ms(bench, tuning, plan) for plan in plans.values()]
+        report.add(
+            f"tune: TEAL .25/.5/.7, {blocks} blocks, {depth} rows under way, {min(ahead, depth)} ahead",
+            found[1],
+            "ms",
+            note=" ".join(f"{ms:.3f}" for ms in found),
+        )
+
+
+def tuned_ms(bench: Bench, tuning: Tuning, plan: Plan) -> float:
+    decoder = ready_decoder(bench.decoder.weights, tuning)
+    return statistics.median(step_ms(decoder, plan) for _ in range(4))
