@@ -7,6 +7,7 @@ site of its own, with rows of zeros where a token went elsewhere: `Tap.routed` s
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,6 +117,36 @@ def watched(sites: ModelSites, callback: Callable[[ForwardPass], None]) -> Itera
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def attended(
+    sites: ModelSites, callback: Callable[[int, tuple, dict], None], layers: tuple[int, ...]
+) -> Iterator[None]:
+    """Call `callback(layer, args, kwargs)` before the attention of each of these layers runs."""
+
+    def note(layer: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        callback(layer, args, kwargs)
+
+    with ExitStack() as stack:
+        for layer in sites.layers:
+            if layer.index in layers:
+                hook = partial(note, layer.index)
+                stack.callback(layer.attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+_muted: ContextVar[bool] = ContextVar("muted", default=False)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Run modules of a tapped model without any callback: what runs is no part of the forward pass."""
+    token = _muted.set(True)
+    try:
+        yield
+    finally:
+        _muted.reset(token)
 
 
 def _trunk(sites: ModelSites) -> nn.Module:
@@ -235,9 +266,9 @@ def _ask_projection(
 
 
 def _replace_output(at: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: tuple, output: Tensor) -> object:
-    return at(output)
+    return None if _muted.get() else at(output)
 
 
 def _replace_input(at: Callable[[Tensor], Tensor | None], _module: nn.Module, args: tuple) -> tuple | None:
-    edited = at(args[0])
+    edited = None if _muted.get() else at(args[0])
     return None if edited is None else (edited, *args[1:])
