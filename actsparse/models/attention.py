@@ -220,19 +220,19 @@ class LayerState:
         """Dropped entries stay out of the cache until their group is next kept, or until a flush."""
         assert self.rule is not None
         assert self.present is not None
-        outputs = None
+        looked = None
         if self.rule.needs_outputs:
             # an oracle has to look at every group: what it looked at and drops is let go again
             before = self.present.clone()
             self._project(view, ~self.present)
-            outputs = view.outputs().flatten(2)[:, sparse]
+            looked = view.outputs()
             view.erase(0, view.stop, ~before)
             self.present = before
-        keep = self.rule.choose(outputs, sparse)
+        keep = self.rule.choose(None if looked is None else looked.flatten(2)[:, sparse], sparse)
         self._write(view, sparse, keep)
         self._project(view, self._wanted(view, sparse, keep) & ~self.present)
         self._calls = [call for call in self._calls if not self.present[:, :, call.start : call.stop].all()]
-        return view.outputs()
+        return view.outputs() if looked is None else looked
 
     def _wanted(self, view: "_View", sparse: slice, keep: Tensor) -> Bool[Tensor, "batch kv_heads positions"]:
         """Entries up to the last token at which their group is kept, and up to the last flush."""
