@@ -367,7 +367,11 @@ class Sparsity:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """What a plan does to one unit of one layer: how many of `width` are kept (None: decided at run time), its
-    threshold, and the share that it is predicted to drop."""
+    threshold, and the share that it is predicted to drop.
+
+    `recall`: share of the units in use that a trained router found on held-out tokens, and the same corrected for
+    chance; `epoch`: the epoch of training that it is from. None without a router, or where it was trained elsewhere.
+    """
 
     layer: int
     unit: Unit = Unit.NEURON
@@ -375,6 +379,9 @@ class LayerPlan:
     kept: int | None = None
     threshold: float | None = None
     dropped: float | None = None
+    recall: float | None = None
+    recall_corrected: float | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,9 +35,10 @@ class SiteValues:
         self._values[site.layer, site.kind] = x
         self._values.pop((site.layer - 2, site.kind), None)
 
-    def of(self, gate: TokenGate | HeadGate, layer: int) -> Float[Tensor, "batch seq width"]:
+    def of(self, gate: PrefillGate | TokenGate | HeadGate, layer: int) -> Float[Tensor, "batch seq width"]:
         """What the gate of a layer reads: its site, there or in the layer before."""
-        return self._values[max(0, layer - gate.ahead), gate.site]
+        ahead = 0 if isinstance(gate, PrefillGate) else gate.ahead
+        return self._values[max(0, layer - ahead), gate.site]
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class PlanState:
             for layer in gates
         ]
 
-    def observe(self, layer: int, a: Tensor, start: int, padding: Sequence[int] = ()) -> None:
-        """See the neuron activations of positions `start` and on, see `GateState.observe`."""
+    def observe(self, layer: int, values: SiteValues, start: int, padding: Sequence[int] = ()) -> None:
+        """See the activations of positions `start` and on, see `GateState.observe`."""
         state = self.neurons[layer]
-        if state is not None:
-            state.observe(a, start, padding)
+        if state is not None and isinstance(state.gate, PrefillGate):
+            state.observe(values.of(state.gate, layer), start, padding)
 
     def edit(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, sparse: slice) -> Edit | None:
         """The edit of the input x [batch, seq, width] at its positions `sparse`; None without a gate for the unit."""
@@ -91,9 +92,9 @@ class PlanState:
 
 def neuron_edit(state: "GateState", a: Tensor, values: SiteValues, layer: int, sparse: slice) -> Edit:
     """Dropped neurons are 0, or what the gate fills in."""
-    read = values.of(state.gate, layer) if isinstance(state.gate, TokenGate) else a
+    read = a if isinstance(state.gate, FixedGate) else values.of(state.gate, layer)
     part = a[:, sparse]
-    mask = state.masks(read, sparse).expand_as(part)
+    mask = state.masks(read, sparse, a.shape[-1]).expand_as(part)
     fill = state.gate.fill
     return Edit(mask, torch.where(mask, part, 0.0 if fill is None else fill.to(device=a.device, dtype=a.dtype)))
 
@@ -130,27 +131,30 @@ class GateState:
         self._chosen: Bool[Tensor, "batch neurons"] | None = None
         self._decoded = 0
 
-    def observe(self, a: Float[Tensor, "batch seq neurons"], start: int, padding: Sequence[int] = ()) -> None:
-        """See the neuron activations of positions `start` and on; only prompt tokens after the sink tokens count.
+    def observe(self, read: Float[Tensor, "batch seq width"], start: int, padding: Sequence[int] = ()) -> None:
+        """See the activations at the gate's site of positions `start` and on; only prompt tokens after the sink tokens
+        count.
 
         `padding`: how many positions of padding stand in front of each sequence.
         """
         if not isinstance(self.gate, PrefillGate) or start >= self.prompt_length:
             return
         if not self._seen:
-            self._statistics = [self.gate.statistic() for _ in range(a.shape[0])]
-            self._seen = [0] * a.shape[0]
-        for index, sequence in enumerate(a):
+            self._statistics = [self.gate.statistic() for _ in range(read.shape[0])]
+            self._seen = [0] * read.shape[0]
+        for index, sequence in enumerate(read):
             left = padding[index] if padding else 0
             rows = sequence[max(0, left + self.sink_tokens - start) : self.prompt_length - start]
             if len(rows):
                 self._statistics[index].add(rows)
                 self._seen[index] += len(rows)
 
-    def masks(self, read: Float[Tensor, "batch seq width"], sparse: slice) -> Bool[Tensor, "batch #seq neurons"]:
+    def masks(
+        self, read: Float[Tensor, "batch seq width"], sparse: slice, neurons: int
+    ) -> Bool[Tensor, "batch #seq neurons"]:
         """Masks for the positions `sparse` ([batch, 1, neurons]: the same for all). To be asked once a position.
 
-        `read`: the values that the gate decides from; the neuron activations unless it decides by token.
+        `read`: the values at the gate's site (any for a fixed one); `neurons`: how many the layer has.
         A prompt of sink tokens alone shows nothing to choose from: everything is kept.
         """
         if isinstance(self.gate, FixedGate):
@@ -158,17 +162,19 @@ class GateState:
         if isinstance(self.gate, TokenGate):
             return self.gate.rule.keep(read[:, sparse])
         if self.gate.refresh_every:
-            return self._refreshed(read[:, sparse], self.gate.refresh_every)
-        return self.chosen()[:, None, :] if self.ready else torch.ones_like(read[:, :1], dtype=torch.bool)
+            return self._refreshed(read[:, sparse], self.gate.refresh_every, neurons)
+        return self.chosen()[:, None, :] if self.ready else read.new_ones(len(read), 1, neurons, dtype=torch.bool)
 
-    def _refreshed(self, a: Float[Tensor, "batch seq neurons"], every: int) -> Bool[Tensor, "batch seq neurons"]:
+    def _refreshed(
+        self, read: Float[Tensor, "batch seq width"], every: int, neurons: int
+    ) -> Bool[Tensor, "batch seq neurons"]:
         """Every `every`-th decoded token runs dense and joins the statistic; the next ones use what it chose."""
-        masks = torch.ones_like(a, dtype=torch.bool)
-        for index in range(a.shape[1]):
+        masks = read.new_ones(len(read), read.shape[1], neurons, dtype=torch.bool)
+        for index in range(read.shape[1]):
             self._decoded += 1
             if self._decoded % every == 0:
                 for sequence, statistic in enumerate(self._statistics):
-                    statistic.add(a[sequence, index : index + 1])
+                    statistic.add(read[sequence, index : index + 1])
                     self._seen[sequence] += 1
                 self._chosen = None
             elif self.ready:

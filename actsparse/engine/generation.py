@@ -49,15 +49,15 @@ class _Phases:
         """Whether the pass at work decodes one token after a prompt."""
         return self.at_work.past > 0 and self.at_work.tokens == 1
 
-    def observe(self, layer: int, a: Tensor) -> None:
+    def observe(self, layer: int, values: SiteValues) -> None:
         """See a prompt's activations; what is fed after the first decoded token changes no mask."""
         if not self.decoding and not self.decoded:
-            self.state.observe(layer, a, self.at_work.past, self.at_work.padding)
+            self.state.observe(layer, values, self.at_work.past, self.at_work.padding)
 
     def edited(self, unit: Unit, layer: int, x: Tensor, values: SiteValues) -> Replaced | None:
         """The input of a projection under the plan: as it is in a prompt, edited for a decoded token."""
         if unit is Unit.NEURON:
-            self.observe(layer, x)
+            self.observe(layer, values)
         if not self.decoding:
             return None
         self.decoded = True
@@ -103,8 +103,10 @@ def _sliced(sites: ModelSites, phases: _Phases, mlps: SlicedMlps) -> Iterator[No
     def on_value(site: Site, a: Tensor) -> Tensor | None:
         if phases.decoding and phases.at_work.batch == 1:
             return None
-        found = phases.edited(Unit.NEURON, site.layer, a, values)
+        values.see(site, a)
+        found = phases.edited(Unit.NEURON, site.layer, a, values) if site.kind is SiteKind.NEURON else None
         return None if found is None else found.input
 
-    with watched(sites, begin), tapped(sites, {SiteKind.NEURON: on_value}):
+    kinds = {SiteKind.NEURON, *(kind for layer in phases.gates for kind in layer.sites)}
+    with watched(sites, begin), tapped(sites, dict.fromkeys(kinds, on_value)):
         yield

@@ -59,7 +59,7 @@ class MaskedPlan:
     def edit(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, start: int) -> tuple[slice, Edit | None]:
         """Which of the positions at hand are sparse, and the edit there (None: nothing to do)."""
         if unit is Unit.NEURON:
-            self.state.observe(layer, x, start)
+            self.state.observe(layer, values, start)
         sparse = slice(max(0, self.prompt_length - start), x.shape[1])
         edit = self.state.edit(unit, layer, x, values, sparse) if sparse.start < sparse.stop else None
         if edit is not None:

@@ -15,7 +15,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.gates import FixedGate, LayerGates, NeuronGate, PrefillGate, TokenGate, neurons_only
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
-from actsparse.results import Site, SiteKind
+from actsparse.results import Site
 
 
 class SparseDecoder:
@@ -46,10 +46,13 @@ class SparseDecoder:
         if not self.watches:
             return prefill(self.sites.model, ids, cache)
 
-        def watch(site: Site, a: Tensor) -> None:
-            self._states[site.layer].observe(a, 0)
+        def watch(site: Site, x: Tensor) -> None:
+            gate = self._states[site.layer].gate
+            if isinstance(gate, PrefillGate) and gate.site is site.kind:
+                self._states[site.layer].observe(x, 0)
 
-        with tapped(self.sites, {SiteKind.NEURON: watch}):
+        kinds = {gate.site for gate in self.gates if isinstance(gate, PrefillGate)}
+        with tapped(self.sites, dict.fromkeys(kinds, watch)):
             return prefill(self.sites.model, ids, cache)
 
     def select(self) -> None:

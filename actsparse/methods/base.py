@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
@@ -11,10 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.core.cett import CettPoint
+from actsparse.core.masks import kept_count
 from actsparse.core.quantiles import LogHistogram, share_below
 from actsparse.errors import PlanError
 from actsparse.methods.gates import ALL_MATRICES, LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
+from actsparse.methods.training import Training
 from actsparse.results import LayerPlan, SiteKind, Unit
 
 
@@ -28,16 +31,27 @@ class Decides(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How much to drop: a share of the method's own units, or an error target. At most one is given."""
+    """How much to drop: a share of the method's own units, or an error target. At most one is given.
+
+    `drops`: a share for every layer, in place of the one for all.
+    """
 
     drop: float | None = None
+    drops: tuple[float, ...] | None = None
     target_error: float | None = None
+
+    @property
+    def names_share(self) -> bool:
+        """Whether it says how much to drop, and not what error to allow."""
+        return self.drop is not None or self.drops is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeuronMeans:
-    """What profiles keep of a layer's neurons, each [neurons]: mean |a|*||w||, GRIFFIN's statistic, mean u^2."""
+    """What profiles keep of a layer's neurons, each [neurons]: mean a, mean |a|*||w||, GRIFFIN's statistic, mean
+    u^2."""
 
+    mean: Tensor
     mean_norm: Tensor
     griffin: Tensor
     mean_square_up: Tensor
@@ -73,6 +87,10 @@ class Calibration(Protocol):
 
     def prompts(self) -> "PromptReplay":
         """The calibration blocks again, as prompts and their continuations."""
+        ...
+
+    def training(self) -> Training:
+        """A sample of calibration tokens that routers may be trained on."""
         ...
 
 
@@ -162,6 +180,14 @@ class Method(ABC):
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         """The gates of one layer."""
 
+    def check_fit(self, fit: Fit, hidden: int) -> None:  # noqa: B027
+        """Raise PlanError where what a fit found does not suit layers that read `hidden` channels."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that the options name; what they hold is part of a plan's identity."""
+        return ()
+
     def replicas(self) -> tuple["Method", ...]:
         """The runs whose mean is this method's result (a random control is the mean over several seeds)."""
         return (self,)
@@ -182,11 +208,22 @@ class Method(ABC):
         }
 
 
-def drop_of(budget: Budget, method: str) -> float:
-    """The share to drop; raises PlanError where the budget names none, or one out of range."""
+def drops_by_layer(budget: Budget, method: str, layers: int) -> tuple[float, ...]:
+    """The share to drop in each layer; raises PlanError where the budget names none."""
+    if budget.drops is not None:
+        return budget.drops
     if budget.drop is None:
         raise PlanError(f"{method} needs a share to drop", f"write {method}@0.5, or give --sparsity 0.5")
-    return budget.drop
+    return (budget.drop,) * layers
+
+
+def counted_layers(budget: Budget, method: str, widths: Sequence[int]) -> list[LayerPlan]:
+    """One entry a layer that keeps k = max(1, floor(r*f + 0.5)) of its f neurons."""
+    drops = drops_by_layer(budget, method, len(widths))
+    return [
+        LayerPlan(layer=i, width=width, kept=kept_count(1 - drop, width))
+        for i, (width, drop) in enumerate(zip(widths, drops, strict=True))
+    ]
 
 
 def counted_fit(layers: list[LayerPlan], tensors: dict[str, Tensor] | None = None) -> Fit:
@@ -213,23 +250,24 @@ def threshold_fit(
     )
 
 
-def quantile_fit(calibration: Calibration, kind: SiteKind, drop: float) -> Fit:
-    """Thresholds at the quantile `drop` of |x| at a site, pooled over tokens and neurons of each layer."""
+def quantile_fit(calibration: Calibration, kind: SiteKind, drops: Sequence[float]) -> Fit:
+    """Thresholds at each layer's quantile of |x| at a site, pooled over tokens and neurons of the layer."""
     widths = calibration.widths
-    thresholds = [calibration.quantile(i, kind, drop) if drop > 0 else 0.0 for i in range(len(widths))]
+    thresholds = [calibration.quantile(i, kind, drop) if drop > 0 else 0.0 for i, drop in enumerate(drops)]
     realised = [calibration.share_below(i, kind, found) for i, found in enumerate(thresholds)]
-    return threshold_fit(thresholds, widths, predicted=[drop] * len(widths), realised=realised)
+    return threshold_fit(thresholds, widths, predicted=drops, realised=realised)
 
 
 def histogram_fit(
-    scores: Sequence[LogHistogram], calibration: Calibration, drop: float, tensors: dict[str, Tensor] | None = None
+    scores: Sequence[LogHistogram],
+    calibration: Calibration,
+    drops: Sequence[float],
+    tensors: dict[str, Tensor] | None = None,
 ) -> Fit:
-    """Thresholds at the quantile `drop` of each layer's scores, counted in histograms."""
-    thresholds = [one.quantile(drop) if drop > 0 else 0.0 for one in scores]
+    """Thresholds at each layer's quantile of its scores, counted in histograms."""
+    thresholds = [one.quantile(drop) if drop > 0 else 0.0 for one, drop in zip(scores, drops, strict=True)]
     realised = [share_below(*one.trimmed(), found) for one, found in zip(scores, thresholds, strict=True)]
-    return threshold_fit(
-        thresholds, calibration.widths, predicted=[drop] * len(scores), realised=realised, tensors=tensors
-    )
+    return threshold_fit(thresholds, calibration.widths, predicted=drops, realised=realised, tensors=tensors)
 
 
 def threshold_of(layer: int, fit: Fit) -> float:

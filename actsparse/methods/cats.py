@@ -8,7 +8,7 @@ from actsparse.methods.base import (
     Decides,
     Fit,
     Method,
-    drop_of,
+    drops_by_layer,
     quantile_fit,
     threshold_of,
 )
@@ -30,7 +30,8 @@ class Cats(Method):
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        return quantile_fit(calibration, SiteKind.GATE, drop_of(budget, self.name))
+        drops = drops_by_layer(budget, self.name, len(calibration.widths))
+        return quantile_fit(calibration, SiteKind.GATE, drops)
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         rule = Threshold(threshold_of(layer, fit))

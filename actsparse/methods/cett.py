@@ -8,6 +8,7 @@ from actsparse.methods.base import (
     Decides,
     Fit,
     Method,
+    drops_by_layer,
     histogram_fit,
     threshold_fit,
     threshold_of,
@@ -42,8 +43,9 @@ class Cett(Method):
         widths = calibration.widths
         norms = [calibration.down_norms(i) for i in range(len(widths))]
         tensors = {f"layers.{i}.norms": one for i, one in enumerate(norms)}
-        if budget.drop is not None:
-            return histogram_fit(calibration.magnitudes(SiteKind.NEURON, norms), calibration, budget.drop, tensors)
+        if budget.names_share:
+            drops = drops_by_layer(budget, self.name, len(widths))
+            return histogram_fit(calibration.magnitudes(SiteKind.NEURON, norms), calibration, drops, tensors)
         target = DEFAULT_TARGET if budget.target_error is None else budget.target_error
         replay = calibration.prompts()
         points = [replay.cett(i, target) for i in replay.each_layer("solving CETT")]

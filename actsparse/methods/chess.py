@@ -12,7 +12,7 @@ from actsparse.methods.base import (
     Decides,
     Fit,
     Method,
-    drop_of,
+    drops_by_layer,
     histogram_fit,
     threshold_of,
 )
@@ -43,10 +43,10 @@ class Chess(Method):
         return True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        drop = drop_of(budget, self.name)
+        drops = drops_by_layer(budget, self.name, len(calibration.widths))
         usual_up = [calibration.means(i).mean_square_up.sqrt().float() for i in range(len(calibration.widths))]
         scores = calibration.magnitudes(SiteKind.GATE, usual_up)
-        return histogram_fit(scores, calibration, drop, {f"layers.{i}.usual_up": up for i, up in enumerate(usual_up)})
+        return histogram_fit(scores, calibration, drops, {f"layers.{i}.usual_up": up for i, up in enumerate(usual_up)})
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         tau = neuron_thresholds(threshold_of(layer, fit), fit.tensors[f"layers.{layer}.usual_up"])

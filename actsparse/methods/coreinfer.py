@@ -7,12 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actsparse.core.masks import kept_count, top_mask
+from actsparse.core.masks import top_mask
 from actsparse.core.overlap import topk_masks
 from actsparse.errors import PlanError
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, counted_layers
 from actsparse.methods.gates import LayerGates, PrefillGate
-from actsparse.results import LayerPlan
 
 
 class CoreShare:
@@ -45,6 +44,7 @@ class CoreInfer(Method):
     """The r*f neurons that are in the top set of most prompt tokens (ties: the lower index)."""
 
     token_frac: float = 0.4
+    refresh_every: int = 0
 
     name = "coreinfer"
     summary = "neurons most often strong in the prompt, one mask a sequence"
@@ -57,14 +57,17 @@ class CoreInfer(Method):
                 f"coreinfer: token_frac must be above 0 and at most 1, not {self.token_frac:g}",
                 "it is the share of neurons in a token's top set; the paper's is 0.4",
             )
+        if self.refresh_every < 0:
+            raise PlanError(
+                f"coreinfer: refresh_every must be at least 0, not {self.refresh_every}", "0 chooses once a sequence"
+            )
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        density = 1 - drop_of(budget, self.name)
-        layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
-        return counted_fit(layers)
+        return counted_fit(counted_layers(budget, self.name, calibration.widths))
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         kept = fit.layers[layer].kept
         assert kept is not None
-        gate = PrefillGate(partial(CoreShare, self.token_frac), lambda shares: top_mask(shares, kept))
+        statistic = partial(CoreShare, self.token_frac)
+        gate = PrefillGate(statistic, lambda shares: top_mask(shares, kept), refresh_every=self.refresh_every)
         return LayerGates(neurons=gate)

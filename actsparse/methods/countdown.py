@@ -8,7 +8,7 @@ from actsparse.methods.base import (
     Decides,
     Fit,
     Method,
-    drop_of,
+    drops_by_layer,
     quantile_fit,
     threshold_of,
 )
@@ -31,7 +31,8 @@ class Countdown(Method):
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        return quantile_fit(calibration, SiteKind.UP, drop_of(budget, self.name))
+        drops = drops_by_layer(budget, self.name, len(calibration.widths))
+        return quantile_fit(calibration, SiteKind.UP, drops)
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         rule = Threshold(threshold_of(layer, fit))

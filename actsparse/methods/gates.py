@@ -74,6 +74,18 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Protected:
+    """Keeps what another rule keeps, and the units `always` [units] beside."""
+
+    rule: Rule
+    always: Bool[Tensor, " units"]
+
+    def keep(self, x: Float[Tensor, "*tokens width"]) -> Bool[Tensor, "*tokens units"]:
+        """The union of both."""
+        return self.rule.keep(x) | self.always.to(x.device)
+
+
+@dataclass(frozen=True)
 class Custom:
     """Any function from values [*tokens, width] to a mask [*tokens, units]; it runs in the masked path alone."""
 
@@ -111,7 +123,8 @@ class FixedGate:
 
 @dataclass(frozen=True)
 class PrefillGate:
-    """Chooses one mask at the end of the prompt: a statistic of the prompt, and a rule from it to a mask [neurons].
+    """Chooses one mask at the end of the prompt: a statistic of the prompt at `site`, and a rule from it to a mask
+    [neurons].
 
     `refresh_every` R: every R-th decoded token runs dense, its activations join the running statistic, and the mask is
     chosen again from the next token on (0: never). `saves` and `fill` as in `FixedGate`.
@@ -119,6 +132,7 @@ class PrefillGate:
 
     statistic: Callable[[], Statistic]
     rule: Callable[[Float[Tensor, " neurons"]], Bool[Tensor, " neurons"]]
+    site: SiteKind = SiteKind.NEURON
     refresh_every: int = 0
     saves: frozenset[str] = ALL_MATRICES
     fill: Float[Tensor, " neurons"] | None = None
@@ -218,7 +232,7 @@ class LayerGates:
     def sites(self) -> frozenset[SiteKind]:
         """The sites that the rules of neurons and heads read."""
         gates = (self.neurons, self.heads)
-        return frozenset(gate.site for gate in gates if isinstance(gate, TokenGate | HeadGate))
+        return frozenset(gate.site for gate in gates if isinstance(gate, PrefillGate | TokenGate | HeadGate))
 
     @property
     def decides_by_token(self) -> bool:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from actsparse.core.masks import kept_count, top_mask
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, counted_fit, drop_of
-from actsparse.methods.gates import LayerGates, PrefillGate
+from actsparse.core.masks import top_mask
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, counted_fit, counted_layers
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.prompt_method import PromptMethod
-from actsparse.results import LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +18,10 @@ class Griffin(PromptMethod):
     decides = Decides.PREFILL
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        density = 1 - drop_of(budget, self.name)
-        layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
+        layers = counted_layers(budget, self.name, calibration.widths)
         return counted_fit(layers, self.norm_tensors(calibration))
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         kept = fit.layers[layer].kept
         assert kept is not None
-        gate = PrefillGate(self.statistic(layer, fit), lambda statistic: top_mask(statistic, kept))
-        return LayerGates(neurons=gate)
+        return self.gate(self.statistic(layer, fit), lambda statistic: top_mask(statistic, kept))

@@ -9,10 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from actsparse.core.masks import kept_count
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, counted_layers
 from actsparse.methods.gates import LayerGates, TokenGate, TopK
-from actsparse.results import LayerPlan, SiteKind
+from actsparse.results import SiteKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,7 @@ class Oracle(Method, ABC):
     ideal = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        density = 1 - drop_of(budget, self.name)
-        layers = [LayerPlan(layer=i, width=w, kept=kept_count(density, w)) for i, w in enumerate(calibration.widths)]
-        return counted_fit(layers)
+        return counted_fit(counted_layers(budget, self.name, calibration.widths))
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         gate = TokenGate(self.site, TopK(kept_units(layer, fit), self.weights(layer, fit)), ideal=True)

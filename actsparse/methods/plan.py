@@ -1,17 +1,20 @@
 """A fitted plan: a method, what its fit found, and how it is known. To and from records and tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
 from actsparse.core.cost import LayerDrops, saved
 from actsparse.errors import PlanError
+from actsparse.methods.add_ons import AddOns
 from actsparse.methods.base import Calibration, Fit, Method
 from actsparse.methods.gates import LayerGates, TokenGate
 from actsparse.methods.registry import method_class
-from actsparse.methods.short import ShortForm
+from actsparse.methods.short import NO_ADD_ONS, ShortForm
 from actsparse.results import ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
+
+ADD_ON_NAMES = frozenset(part.name for part in fields(AddOns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +28,16 @@ class Plan:
     target: str
     predicted: Sparsity
     realised: Sparsity | None = None
+    add_ons: AddOns = NO_ADD_ONS
 
     def gates(self) -> list[LayerGates]:
         """The gates of every layer."""
-        return [self.method.gates(layer, self.fit) for layer in range(self.fit.depth)]
+        return gates_of(self.method, self.fit, self.add_ons)
+
+
+def gates_of(method: Method, fit: Fit, add_ons: AddOns = NO_ADD_ONS) -> list[LayerGates]:
+    """The gates of every layer of a fit, with the add-ons."""
+    return [add_ons.applied(method.gates(layer, fit), layer, fit) for layer in range(fit.depth)]
 
 
 def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gated: bool) -> list[Plan]:
@@ -36,8 +45,8 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
     short.method.check(gated)
     plans = []
     for replica in short.method.replicas():
-        fit = replica.fit(calibration, short.budget)
-        gates = [replica.gates(layer, fit) for layer in range(fit.depth)]
+        fit = with_add_ons(replica.fit(calibration, short.budget), short.add_ons, calibration)
+        gates = gates_of(replica, fit, short.add_ons)
         plans.append(
             Plan(
                 name=short.text,
@@ -49,9 +58,27 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
                 realised=saved(cost, drops_of(gates, by_unit(fit, fit.realised_drop), gated=gated))
                 if fit.realised_drop
                 else None,
+                add_ons=short.add_ons,
             )
         )
     return plans
+
+
+def with_add_ons(fit: Fit, add_ons: AddOns, calibration: Calibration) -> Fit:
+    """A fit with the tensors of the add-ons. What protected neurons add is known beforehand for fixed masks alone: of
+    other plans nothing is said to be realised until it is counted."""
+    if not add_ons:
+        return fit
+    found = replace(fit, tensors=fit.tensors | add_ons.tensors(calibration))
+    masks = {f"layers.{one.layer}.mask": fit.tensors.get(f"layers.{one.layer}.mask") for one in fit.layers}
+    if not add_ons.protect:
+        return found
+    if any(mask is None for mask in masks.values()):
+        return replace(found, realised_drop=())
+    kept = [int((fit.tensors[name] | found.tensors[name.replace("mask", "protected")]).sum()) for name in masks]
+    layers = tuple(replace(one, kept=count) for one, count in zip(fit.layers, kept, strict=True))
+    drops = tuple(1 - one.kept / one.width for one in layers if one.kept is not None)
+    return replace(found, layers=layers, predicted_drop=drops, realised_drop=drops)
 
 
 def to_record(plan: Plan, model: ModelRecord, calibration: TextRecord | None) -> ThresholdPlan:
@@ -59,7 +86,7 @@ def to_record(plan: Plan, model: ModelRecord, calibration: TextRecord | None) ->
     return ThresholdPlan(
         method=plan.method.name,
         short=plan.name,
-        options=plan.method.options,
+        options=plan.method.options | plan.add_ons.options,
         amount=plan.amount,
         target=plan.target,
         model=model,
@@ -84,8 +111,10 @@ def check_model(record: ThresholdPlan, name: str, model: ModelRecord) -> None:
 def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) -> Plan:
     """The plan of a record and its tensors; raises PlanError where its options are not the method's."""
     cls = method_class(record.method)
+    extra = {key: value for key, value in record.options.items() if key in ADD_ON_NAMES}
     try:
-        method = cls(**record.options)
+        method = cls(**{key: value for key, value in record.options.items() if key not in extra})
+        add_ons = AddOns(compensate=bool(extra.get("compensate", False)), protect=float(extra.get("protect", 0.0)))
     except TypeError as error:
         raise PlanError(f"the plan {name} has options that {record.method} lacks: {error}", "fit it again") from None
     fit = Fit(
@@ -94,7 +123,13 @@ def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) ->
         tensors=tensors,
     )
     return Plan(
-        name=name, method=method, fit=fit, amount=record.amount, target=record.target, predicted=record.predicted
+        name=name,
+        method=method,
+        fit=fit,
+        amount=record.amount,
+        target=record.target,
+        predicted=record.predicted,
+        add_ons=add_ons,
     )
 
 
@@ -108,6 +143,7 @@ def check_layers(plan: Plan, layers: int, widths: Mapping[Unit, int]) -> None:
                 f" the model has {layers} of {width}",
                 "fit the plan to this model",
             )
+    plan.method.check_fit(plan.fit, next(widths[unit] for unit in (Unit.UP, Unit.GATE_UP) if unit in widths))
 
 
 def by_unit(fit: Fit, drops: Sequence[float]) -> dict[tuple[Unit, int], float]:

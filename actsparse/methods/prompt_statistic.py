@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Source = Literal["a", "n"]
+from actsparse.results import SiteKind
+
+Source = Literal["a", "n", "gate", "up"]
+SITES = {"a": SiteKind.NEURON, "n": SiteKind.NEURON, "gate": SiteKind.GATE, "up": SiteKind.UP}
 
 
 class PromptStatistic:
@@ -50,13 +53,19 @@ class PromptStatistic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReading:
-    """What the statistic reads of a prompt: neuron activations (`a`) or neuron outputs (`n`: a_j * ||w_j||), of the
-    `first` tokens after the sink tokens only (0: of all)."""
+    """What the statistic reads of a prompt: neuron activations (`a`), neuron outputs (`n`: a_j * ||w_j||), gate
+    activations (`gate`: act(g)) or up projections (`up`), of the `first` tokens after the sink tokens only (0: of
+    all)."""
 
     source: Source = "a"
     first: int = 0
 
+    @property
+    def site(self) -> SiteKind:
+        """Where it reads."""
+        return SITES[self.source]
+
     def statistic(self, norms: Float[Tensor, " neurons"] | None) -> PromptStatistic:
         """A statistic that has seen nothing yet; `norms` are needed by the source `n`."""
-        assert self.source == "a" or norms is not None
+        assert self.source != "n" or norms is not None
         return PromptStatistic(norms if self.source == "n" else None, self.first)

@@ -4,11 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from actsparse.core.masks import kept_count
 from actsparse.errors import PlanError
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, counted_layers
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.results import LayerPlan
 
 SEEDS = 3
 
@@ -32,14 +30,12 @@ class Random(Method):
         return (self,) if self.seed >= 0 else tuple(replace(self, seed=seed) for seed in range(SEEDS))
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        density = 1 - drop_of(budget, self.name)
+        layers = counted_layers(budget, self.name, calibration.widths)
         generator = torch.Generator().manual_seed(max(0, self.seed))
-        layers, masks = [], {}
-        for layer, width in enumerate(calibration.widths):
-            kept = kept_count(density, width)
-            chosen = torch.randperm(width, generator=generator)[:kept]
-            masks[f"layers.{layer}.mask"] = torch.zeros(width, dtype=torch.bool).index_fill_(0, chosen, True)
-            layers.append(LayerPlan(layer=layer, width=width, kept=kept))
+        masks = {}
+        for one in layers:
+            chosen = torch.randperm(one.width, generator=generator)[: one.kept]
+            masks[f"layers.{one.layer}.mask"] = torch.zeros(one.width, dtype=torch.bool).index_fill_(0, chosen, True)
         return counted_fit(layers, masks)
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:

@@ -22,6 +22,8 @@ OURS = {
     "cats": "cats:Cats",
     "chess": "chess:Chess",
     "countdown": "countdown:Countdown",
+    "dejavu": "dejavu:DejaVu",
+    "moefication": "moefication:MoEfication",
 }
 GROUP = "actsparse.methods"
 

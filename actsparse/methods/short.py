@@ -5,10 +5,12 @@ from difflib import get_close_matches
 from typing import Any, get_args, get_origin, get_type_hints
 
 from actsparse.errors import PlanError
+from actsparse.methods.add_ons import AddOns
 from actsparse.methods.base import Budget, Method
 from actsparse.methods.registry import method_class
 
 DENSE = "dense"
+NO_ADD_ONS = AddOns()
 ERROR_TARGETS = ("target_error", "target")
 
 
@@ -19,6 +21,17 @@ class ShortForm:
     text: str
     method: Method
     budget: Budget
+    add_ons: AddOns = NO_ADD_ONS
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a fit asks for statistics of calibration text."""
+        return self.method.needs_statistics or bool(self.add_ons)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a fit asks for calibration text at all."""
+        return self.needs_statistics or self.method.needs_replay
 
 
 def parse(text: str) -> ShortForm:
@@ -35,7 +48,8 @@ def parse(text: str) -> ShortForm:
         raise PlanError(f"'{text}' gives both a share and an error target", "give one of the two")
     if drop is None and not cls.takes_error_target:
         raise PlanError(f"'{text}' does not say how much to drop", f"write {head}@0.5")
-    return ShortForm(text=text, method=build(cls, given), budget=Budget(drop=drop, target_error=target))
+    method, add_ons = build(cls, given)
+    return ShortForm(text=text, method=method, budget=Budget(drop=drop, target_error=target), add_ons=add_ons)
 
 
 def parse_share(text: str, what: str) -> float:
@@ -49,11 +63,11 @@ def parse_share(text: str, what: str) -> float:
     return value
 
 
-def build(cls: type[Method], given: dict[str, str]) -> Method:
-    """A method with options from text; raises PlanError on an unknown name or a value of the wrong type."""
-    hints = get_type_hints(cls)
-    known = {part.name: hints[part.name] for part in fields(cls)}
-    values = {}
+def build(cls: type[Method], given: dict[str, str]) -> tuple[Method, AddOns]:
+    """A method and add-ons with options from text; raises PlanError on an unknown name or a value of the wrong type."""
+    own, extra = option_types(cls), option_types(AddOns)
+    known = own | extra
+    values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
             near = get_close_matches(key, known, n=1)
@@ -63,7 +77,14 @@ def build(cls: type[Method], given: dict[str, str]) -> Method:
                 (f"did you mean '{near[0]}'? " if near else "") + f"it has: {names}",
             )
         values[key] = _value(cls.name, key, value, known[key])
-    return cls(**values)
+    add_ons = AddOns(**{key: value for key, value in values.items() if key not in own})
+    return cls(**{key: value for key, value in values.items() if key in own}), add_ons
+
+
+def option_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields by name."""
+    hints = get_type_hints(cls)
+    return {part.name: hints[part.name] for part in fields(cls)}
 
 
 def _pair(item: str, text: str) -> tuple[str, str]:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from actsparse.core.masks import kept_count, top_mask
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.core.masks import top_mask
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, counted_layers
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.results import LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +21,12 @@ class Static(Method):
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
-        density = 1 - drop_of(budget, self.name)
-        layers, masks = [], {}
-        for layer, width in enumerate(calibration.widths):
-            means = calibration.means(layer)
-            kept = kept_count(density, width)
-            masks[f"layers.{layer}.mask"] = top_mask(means.griffin if self.stat == "griffin" else means.mean_norm, kept)
-            layers.append(LayerPlan(layer=layer, width=width, kept=kept))
+        layers = counted_layers(budget, self.name, calibration.widths)
+        masks = {}
+        for one in layers:
+            means = calibration.means(one.layer)
+            scores = means.griffin if self.stat == "griffin" else means.mean_norm
+            masks[f"layers.{one.layer}.mask"] = top_mask(scores, one.kept or one.width)
         return counted_fit(layers, masks)
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:

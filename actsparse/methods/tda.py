@@ -13,10 +13,11 @@ from actsparse.methods.base import (
     Decides,
     Fit,
     PromptReplay,
+    drops_by_layer,
     threshold_fit,
     threshold_of,
 )
-from actsparse.methods.gates import LayerGates, PrefillGate
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.length_aware import Margin, fitting_lengths
 from actsparse.methods.prompt_method import PromptMethod
 
@@ -55,7 +56,7 @@ class Tda(PromptMethod):
         return threshold_fit(
             thresholds,
             widths,
-            predicted=drops if budget.drop is None else [budget.drop] * len(drops),
+            predicted=drops_by_layer(budget, self.name, len(drops)) if budget.names_share else drops,
             realised=drops,
             tensors=self.norm_tensors(calibration) | self._by_length(replay, len(widths), budget),
         )
@@ -64,10 +65,9 @@ class Tda(PromptMethod):
         statistic = self.statistic(layer, fit)
         if self.length_aware:
             lengths, thresholds = fit.tensors["lengths"].tolist(), fit.tensors["length_thresholds"][layer].tolist()
-            gate = PrefillGate(lambda: Margin(statistic(), lengths, thresholds), lambda margin: over(margin, 0.0))
-            return LayerGates(neurons=gate)
+            return self.gate(lambda: Margin(statistic(), lengths, thresholds), lambda margin: over(margin, 0.0))
         threshold, root = threshold_of(layer, fit), sqrt(fit.layers[layer].width)
-        return LayerGates(neurons=PrefillGate(statistic, lambda value: over(value * root, threshold)))
+        return self.gate(statistic, lambda value: over(value * root, threshold))
 
     def _fit_at(
         self, tokens: int | None, replay: PromptReplay, layer: int, budget: Budget
@@ -75,10 +75,9 @@ class Tda(PromptMethod):
         """Scores and threshold of a layer for prompts of a length (None: the usual one)."""
         scores = replay.statistics(layer, self.reading, tokens)
         scores = scores * sqrt(scores.shape[1])
-        if budget.drop == 0:
-            return scores, 0.0
-        if budget.drop is not None:
-            return scores, threshold_for_share(scores, 1 - budget.drop) if budget.drop > 0 else 0.0
+        if budget.names_share:
+            drop = drops_by_layer(budget, self.name, layer + 1)[layer]
+            return scores, threshold_for_share(scores, 1 - drop) if drop > 0 else 0.0
         target = DEFAULT_ERROR if budget.target_error is None else budget.target_error
         return scores, _threshold_for_error(replay, layer, scores, target)
 
@@ -88,7 +87,7 @@ class Tda(PromptMethod):
         if not self.length_aware:
             return {}
         lengths = fitting_lengths(
-            replay.prompt_tokens, replay.prompt_tokens if budget.drop is None else replay.block_tokens
+            replay.prompt_tokens, replay.block_tokens if budget.names_share else replay.prompt_tokens
         )
         found = [[self._fit_at(tokens, replay, layer, budget)[1] for tokens in lengths] for layer in range(layers)]
         return {"lengths": torch.tensor(lengths), "length_thresholds": torch.tensor(found, dtype=torch.float64)}

@@ -20,6 +20,7 @@ from actsparse.models.taps import tapped
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
 from actsparse.pipelines.recording import record_sequences
+from actsparse.pipelines.training import NO_CHECKPOINTS, Checkpoints, TrainingReplay
 from actsparse.results import ModelRecord, Site, SiteKind
 from actsparse.store.runs import ProfileRun
 
@@ -69,6 +70,7 @@ class Statistics:
             tokens = max(1, sums.tokens)
             means.append(
                 NeuronMeans(
+                    mean=sums.total / tokens,
                     mean_norm=sums.total_abs / tokens * norms.double().cpu(),
                     griffin=(sums.share_square / max(1, sums.rows)).sqrt(),
                     mean_square_up=sums.square_up / tokens,
@@ -118,7 +120,7 @@ class Replay:
             statistic.add(a[0, self._sink :])
             found[site.layer].append(statistic.value().cpu())
 
-        self._run("reading calibration prompts", SiteKind.NEURON, on_value, stop)
+        self._run("reading calibration prompts", reading.site, on_value, stop)
         return [torch.stack(rows) for rows in found]
 
     @cached_property
@@ -221,6 +223,7 @@ class TextCalibration:
     widths: tuple[int, ...]
     make_statistics: Callable[[], Statistics]
     make_replay: Callable[[], Replay]
+    checkpoints: Checkpoints = NO_CHECKPOINTS
 
     @cached_property
     def _statistics(self) -> Statistics:
@@ -248,14 +251,25 @@ class TextCalibration:
     def prompts(self) -> Replay:
         return self._replay
 
+    def training(self) -> TrainingReplay:
+        replay = self._replay
+        return TrainingReplay(replay.loaded, replay.blocks, replay.progress, self.checkpoints)
+
 
 def widths_of(model: ModelRecord) -> tuple[int, ...]:
     """Neurons of each layer."""
     return (model.intermediate_size,) * model.layers
 
 
-def of_blocks(loaded: LoadedModel, blocks: Sequences, prompt_length: int, progress: Progress) -> TextCalibration:
-    """A calibration on blocks: recorded and replayed only as far as a method asks."""
+def of_blocks(
+    loaded: LoadedModel,
+    blocks: Sequences,
+    prompt_length: int,
+    progress: Progress,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> TextCalibration:
+    """A calibration on blocks: recorded and replayed only as far as a method asks; trained parts that are finished are
+    kept in `checkpoints`."""
 
     def statistics() -> Statistics:
         state = record_sequences(
@@ -272,5 +286,8 @@ def of_blocks(loaded: LoadedModel, blocks: Sequences, prompt_length: int, progre
         return Statistics.of_state(state, loaded)
 
     return TextCalibration(
-        widths_of(loaded.record), statistics, lambda: Replay.of(loaded, blocks, prompt_length, progress)
+        widths_of(loaded.record),
+        statistics,
+        lambda: Replay.of(loaded, blocks, prompt_length, progress),
+        checkpoints,
     )

@@ -18,6 +18,7 @@ from actsparse.pipelines.session import Session
 from actsparse.pipelines.speed import Speeds, measure_all
 from actsparse.pipelines.task_tables import task_rows
 from actsparse.pipelines.tasks import read_tasks, score_all_tasks, tasks_identity
+from actsparse.pipelines.training import RunCheckpoints
 from actsparse.results import EvalRow, RunKind, TimingRow
 from actsparse.specs import EvalSpec
 from actsparse.store import tables
@@ -80,7 +81,9 @@ def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalT
 
 def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     loaded, texts = session.loaded, session.texts
-    calibration = of_blocks(loaded, texts.calibration, texts.prompt_length, session.progress)
+    calibration = of_blocks(
+        loaded, texts.calibration, texts.prompt_length, session.progress, RunCheckpoints(session.writer)
+    )
     groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
     for text in calibration_warnings(groups, texts.calibration.record, texts.quality.record):
         session.warn(text)

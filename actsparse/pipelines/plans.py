@@ -55,8 +55,7 @@ def is_directory(name: str) -> bool:
 
 def needs_text(names: list[str]) -> bool:
     """Whether any of the plans must be fitted on calibration text on the spot."""
-    methods = [parse(name).method for name in names if not is_directory(name)]
-    return any(method.needs_statistics or method.needs_replay for method in methods)
+    return any(parse(name).needs_text for name in names if not is_directory(name))
 
 
 def identity_of(name: str) -> str:

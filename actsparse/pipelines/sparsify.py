@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from actsparse.engine.generation import sparse_generation
 from actsparse.errors import PlanError
 from actsparse.methods.gates import LayerGates
-from actsparse.methods.plan import check_layers, from_record
+from actsparse.methods.plan import check_layers, from_record, gates_of, with_add_ons
 from actsparse.methods.short import parse
 from actsparse.models.family_file import read_family
 from actsparse.models.record import activation_of
@@ -49,8 +49,9 @@ def _gates(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
         return read.gates()
     short = parse(str(plan))
     short.method.check(sites.gated)
-    fit = short.method.fit(TextCalibration(widths, _needs_text, _needs_text), short.budget)
-    return [short.method.gates(layer, fit) for layer in range(len(widths))]
+    calibration = TextCalibration(widths, _needs_text, _needs_text)
+    fit = with_add_ons(short.method.fit(calibration, short.budget), short.add_ons, calibration)
+    return gates_of(short.method, fit, short.add_ons)
 
 
 def _check_shape(sites: ModelSites, fitted: ModelRecord, name: str) -> None:

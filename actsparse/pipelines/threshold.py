@@ -15,6 +15,7 @@ from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration, widths_of
 from actsparse.pipelines.identity import model_identity
 from actsparse.pipelines.progress import Progress, Silent, describe
+from actsparse.pipelines.training import RunCheckpoints
 from actsparse.results import ModelRecord, RunKind, TextRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ThresholdSpec
 from actsparse.store import tensors
@@ -87,6 +88,7 @@ def _fit_and_write(
             widths_of(model),
             lambda: Statistics.of_run(run),
             lambda: Replay.of(loaded, blocks, prompt_length, progress),
+            RunCheckpoints(writer),
         )
     else:
         source = TextCalibration(widths_of(model), lambda: Statistics.of_run(run), _no_replay)

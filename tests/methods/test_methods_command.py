@@ -23,8 +23,9 @@ def test_every_method_is_listed_with_what_it_needs_and_saves(capsys: pytest.Capt
     }  # fmt: skip
     assert {name for name, one in found.items() if one["ideal"]} == {"oracle-a", "oracle-n", "oracle-gate", "oracle-up"}
     assert found["tda"]["options"] == {
-        "source": {"type": "choice", "default": "a", "values": ["a", "n"]},
+        "source": {"type": "choice", "default": "a", "values": ["a", "n", "gate", "up"]},
         "first": {"type": "int", "default": 0, "values": []},
+        "refresh_every": {"type": "int", "default": 0, "values": []},
         "length_aware": {"type": "bool", "default": False, "values": []},
     }
 

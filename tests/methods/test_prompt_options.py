@@ -76,8 +76,12 @@ def test_options_change_masks(options, loaded, calibration, dense) -> None:
 def test_options_that_do_not_fit_are_refused(name) -> None:
     with pytest.raises(PlanError, match=f"{name}: first must be at least 0, not -1"):
         parse(f"{name}:first=-1@0.5")
-    with pytest.raises(PlanError, match=f"{name}: source cannot be 'gate'"):
-        parse(f"{name}:source=gate@0.5")
+    with pytest.raises(PlanError, match=f"{name}: source cannot be 'gates'"):
+        parse(f"{name}:source=gates@0.5")
+    with pytest.raises(PlanError, match=f"{name}: refresh_every must be at least 0, not -4"):
+        parse(f"{name}:refresh_every=-4@0.5")
+    with pytest.raises(PlanError, match="reads the prompt's beginning alone"):
+        parse(f"{name}:first=3,refresh_every=4@0.5")
 
 
 def test_lengths_to_fit_at() -> None:
