@@ -19,7 +19,6 @@ from markupsafe import Markup
 from actsparse import __version__
 from actsparse.report.bundle import VERSION as PLOTLY_VERSION
 from actsparse.report.bundle import compressed_plotly
-from actsparse.report.later import Measurable
 from actsparse.report.looks import DARK_TWIN, Looks
 from actsparse.report.view import FigureView, ReportView, SectionView
 from actsparse.report.wording import clean
@@ -61,7 +60,6 @@ def render(view: ReportView) -> str:
         view=view,
         sections=sections,
         contents=_contents(view, sections),
-        unmeasured=_by_command(view),
         no_verdict=_no_verdict(view),
         policy=policy(early, script),
         style=Markup(_asset("report.css")),
@@ -152,21 +150,14 @@ def _cleaned(value: Any) -> Any:
 
 
 def _contents(view: ReportView, sections: tuple[DrawnSection, ...]) -> list[tuple[str, str]]:
-    found = {section.view.id: section.view.title for section in sections if section.figures}
+    found = {section.view.id: section.view.title for section in sections}
     first = [("summary", "Summary"), *([("frontier", found.pop("frontier"))] if "frontier" in found else [])]
     plans = [("plans", "Every plan in numbers")] if view.plan_grids or view.compare else []
     last = [
         *([("samples", "What it writes")] if view.samples else []),
-        *([("unmeasured", "Not measured")] if view.unmeasured else []),
         ("origins", "Where the numbers come from"),
     ]
     return [*first, *plans, *found.items(), *last]
-
-
-def _by_command(view: ReportView) -> list[tuple[str, list[Measurable]]]:
-    """What was not measured, under the command that measures it."""
-    commands = dict.fromkeys(row.command for row in view.unmeasured)
-    return [(command, [row for row in view.unmeasured if row.command == command]) for command in commands]
 
 
 def _no_verdict(view: ReportView) -> str:

@@ -24,6 +24,7 @@ class ProfilePanel:
     neurons: pl.DataFrame
     heads: pl.DataFrame
     histograms: dict[str, Any]
+    probes: dict[str, Any]
     plans: tuple[ThresholdPlan, ...]
 
 
@@ -65,7 +66,8 @@ def profile_panels(sources: tuple[Source, ...]) -> tuple[ProfilePanel, ...]:
             measures=source.table("measures"),
             neurons=source.table("neurons"),
             heads=source.table("heads"),
-            histograms=source.histograms(),
+            histograms=source.arrays("histograms"),
+            probes=source.arrays("probes"),
             plans=tuple(plan for plan in fitted if same_model(plan.model, source.manifest.model)),
         )
         for source, label in zip(profiles, labels, strict=True)

@@ -48,8 +48,9 @@
     if (!choice) return figure;
     figure.data.forEach((trace, place) => {
       if (choice.values[place]) trace[choice.axis] = choice.values[place];
+      if (choice.errors) trace[`error_${choice.axis}`] = choice.errors[place] || undefined;
     });
-    figure.layout[`${choice.axis}axis`].title.text = choice.title;
+    if (choice.title) figure.layout[`${choice.axis}axis`].title.text = choice.title;
     return figure;
   }
 

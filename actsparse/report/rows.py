@@ -28,10 +28,11 @@ class Row:
     draw: Callable[[pl.DataFrame, Looks], go.Figure]
     caption: Callable[[pl.DataFrame], str]
     how_to_read: str
+    made_by: str = ""
     wide: bool = True
     optional: bool = False
 
     @property
     def command(self) -> str:
         """What makes the data, with a place for the model's name."""
-        return _PROFILE if self.needs is RunKind.PROFILE else _EVALUATE
+        return self.made_by or _PROFILE if self.needs is RunKind.PROFILE else _EVALUATE

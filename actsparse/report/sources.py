@@ -79,11 +79,11 @@ class Source:
         found = self._read(name)
         return found.fill_nan(None) if found is not None else pl.DataFrame(schema=tables.schema_of(RECORDS[name]))
 
-    def histograms(self) -> dict[str, Any]:
-        """Arrays of magnitude histograms by name; none where the run has none."""
-        if not (self.run.path / "histograms.safetensors").exists():
+    def arrays(self, name: str) -> dict[str, Any]:
+        """Arrays of `<name>.safetensors` by name; none where the run has none."""
+        if not (self.run.path / f"{name}.safetensors").exists():
             return {}
-        return self._read("histograms") or {}
+        return self._read(name) or {}
 
     def generations(self) -> tuple[Generation, ...]:
         """Continuations in the order of the file."""

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
-from actsparse.report import grids, later
+from actsparse.report import grids
 from actsparse.report.cards import Card, cards, headline_text
 from actsparse.report.grids import Grid
-from actsparse.report.later import Measurable
 from actsparse.report.looks import Looks, looks_of
 from actsparse.report.notices import Notice, notices
 from actsparse.report.origins import Origin, command_line, origin
@@ -35,6 +34,15 @@ class FigureView:
     caption: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A figure that no run has the data of: its title, the metrics that it needs, and the command that makes them."""
+
+    what: str
+    shows: str
+    command: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SectionView:
     """Figures of one section, those of one row together; and what is missing from it."""
@@ -42,6 +50,15 @@ class SectionView:
     id: str
     title: str
     figures: tuple[tuple[FigureView, ...], ...]
+    missing: tuple[Missing, ...]
+
+    @property
+    def missing_by_command(self) -> dict[str, list[Missing]]:
+        """What is missing under the command that makes it."""
+        found: dict[str, list[Missing]] = {}
+        for row in self.missing:
+            found.setdefault(row.command, []).append(row)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +94,12 @@ class ReportView:
     sections: tuple[SectionView, ...]
     worst: tuple[Grid, ...]
     samples: tuple[SampleView, ...]
-    unmeasured: tuple[Measurable, ...]
     looks: Looks
+
+    @property
+    def unmeasured(self) -> tuple[Missing, ...]:
+        """What no run holds, over all sections."""
+        return tuple(row for section in self.sections for row in section.missing)
 
 
 def build_view(spec: ReportSpec) -> ReportView:
@@ -100,10 +121,9 @@ def build_view(spec: ReportSpec) -> ReportView:
         cards=cards(evals, profiles),
         plan_grids=tuple(grids.plan_grid(panel, place) for place, panel in enumerate(evals) if panel.outcomes),
         compare=grids.compare_grid(profiles, evals),
-        sections=tuple(_section(name, figures) for name in SECTIONS),
+        sections=tuple(_section(name, figures, model) for name in SECTIONS),
         worst=tuple(grid for place, panel in enumerate(evals) for grid in _worst(panel, place)),
         samples=tuple(SampleView(panel=panel.label, samples=found) for panel in evals if (found := samples(panel))),
-        unmeasured=(*_without_data(figures, model), *later.unmeasured(profiles, evals, model)),
         looks=_looks(evals),
     )
 
@@ -118,22 +138,22 @@ def _figures(row: Row, profiles: tuple[ProfilePanel, ...], evals: tuple[EvalPane
     )
 
 
-def _section(name: str, figures: dict[str, tuple[FigureView, ...]]) -> SectionView:
-    found = tuple(figures[row.id] for row in ROWS if row.section == name and figures[row.id])
-    return SectionView(id=name, title=SECTIONS[name], figures=found)
+def _section(name: str, figures: dict[str, tuple[FigureView, ...]], model: str) -> SectionView:
+    rows = [row for row in ROWS if row.section == name]
+    return SectionView(
+        id=name,
+        title=SECTIONS[name],
+        figures=tuple(figures[row.id] for row in rows if figures[row.id]),
+        missing=tuple(
+            Missing(what=row.title, shows=row.metrics, command=row.command.format(model=model))
+            for row in rows
+            if not row.optional and not figures[row.id]
+        ),
+    )
 
 
 def _caption(row: Row, frame: pl.DataFrame) -> str:
     return one_line(row.caption(frame)).replace("n = ", "n\u00a0=\u00a0")
-
-
-def _without_data(figures: dict[str, tuple[FigureView, ...]], model: str) -> tuple[Measurable, ...]:
-    """Figures of the registry that no run has the data of."""
-    return tuple(
-        Measurable(what=row.title.lower(), shows=row.metrics, metrics=(), command=row.command.format(model=model))
-        for row in ROWS
-        if not row.optional and not figures[row.id]
-    )
 
 
 def _verdicts(panel: EvalPanel) -> VerdictView:

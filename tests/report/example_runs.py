@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import example_probes
 import numpy as np
 from example_evals import DENSE_PPL, PLANS, ExamplePlan, generations, results, summary, timing, tokens
 from example_profiles import depth, heads, histograms, measures, neurons
@@ -140,18 +141,21 @@ def profile_run(
     leave_out: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> Path:
-    """A profile with every table but those in `leave_out`."""
+    """A profile with every table but those in `leave_out` (`probes`: without the mechanisms)."""
 
     def fill(writer: RunWriter) -> None:
         random = np.random.default_rng(seed)
         if "measures" not in leave_out:
-            tables.write(path / "measures.parquet", tables.frame(measures(model, random, relu), Measure))
+            probed = [] if "probes" in leave_out else example_probes.measures(model)
+            tables.write(path / "measures.parquet", tables.frame(measures(model, random, relu) + probed, Measure))
         if "neurons" not in leave_out:
             tables.write(path / "neurons.parquet", tables.frame(neurons(model, random), NeuronRow))
         if "heads" not in leave_out:
             tables.write(path / "heads.parquet", tables.frame(heads(model, random), HeadRow))
         if "histograms" not in leave_out:
             save_file(histograms(model, random), str(path / "histograms.safetensors"))
+        if "probes" not in leave_out:
+            save_file(example_probes.matrices(), str(path / "probes.safetensors"))
         (path / "summary.json").write_bytes(encode({"model": model, "run": str(path), "warnings": []}))
 
     return write_run(

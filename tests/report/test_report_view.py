@@ -26,7 +26,7 @@ def caption(view: ReportView, name: str) -> str:
 def test_every_figure_of_the_registry_is_drawn_or_named_as_missing(view: ReportView) -> None:
     drawn = {figure.row.id for figure in figures(view).values()}
     missing = {row.what for row in view.unmeasured}
-    assert all(row.id in drawn or row.optional or row.title.lower() in missing for row in ROWS)
+    assert all(row.id in drawn or row.optional or row.title in missing for row in ROWS)
     assert {row.section for row in ROWS} == set(SECTIONS)
     assert len({row.id for row in ROWS}) == len(ROWS)
 
@@ -136,22 +136,22 @@ def test_the_same_run_twice_is_read_once(runs: tuple[Path, ...]) -> None:
 
 
 def test_runs_without_tables_still_make_a_report(tmp_path: Path) -> None:
-    profile = example.profile_run(tmp_path / "p", leave_out=("measures", "neurons", "heads", "histograms"))
+    profile = example.profile_run(tmp_path / "p", leave_out=("measures", "neurons", "heads", "histograms", "probes"))
     run = example.eval_run(tmp_path / "e", leave_out=("results", "tokens", "timing", "generations", "summary"))
     view = build_view(ReportSpec(runs=(profile, run)))
     assert not figures(view)
-    assert {row.title.lower() for row in ROWS if not row.optional} <= {row.what for row in view.unmeasured}
+    assert {row.title for row in ROWS if not row.optional} <= {row.what for row in view.unmeasured}
 
 
 def test_a_later_measurement_leaves_the_list_once_it_is_there(tmp_path: Path) -> None:
     def fill(_: object) -> None:
-        row = Measure(metric="hu1", layer=0, kind="neuron", value=0.4, unit="1", n=8)
+        row = Measure(metric="union", kind="neuron", param="b=8,r=0.2", value=0.4, unit="1", n=8)
         tables.write(tmp_path / "p" / "measures.parquet", tables.frame([row], Measure))
 
     run = example.write_run(tmp_path / "p", RunKind.PROFILE, fill)
     what = [row.what for row in build_view(ReportSpec(runs=(run,))).unmeasured]
-    assert "batch union" in what
-    assert not any("HU1" in text for text in what)
+    assert "Batch union" not in what
+    assert any("HU1" in text for text in what)
 
 
 def test_samples_mark_where_they_leave_dense(view: ReportView) -> None:

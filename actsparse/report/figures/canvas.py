@@ -138,7 +138,8 @@ def add_reference(
 def set_variants(figure: go.Figure, *, name: str, variants: Sequence[dict[str, Any]]) -> None:
     """Offer the reader other `x` or `y` values of the same traces; the page makes a menu of it.
 
-    A variant holds `label`, `axis` (`x` or `y`), `title` and `values`, one list a trace.
+    A variant holds `label`, `axis` (`x`, `y` or `z`), `title` (empty: unchanged), `values`, one list a trace, and
+    `errors`, error bars a trace where they change too.
     """
     figure.update_layout(meta={"variants": {"name": name, "choices": list(variants)}})
 

@@ -1,0 +1,181 @@
+"""HU1: the same token after different histories, beside its controls; and HU2, what the token id leaves open."""
+
+import plotly.graph_objects as go
+import polars as pl
+
+from actsparse.report.figures.canvas import add_reference, canvas, layer_axis
+from actsparse.report.figures.columns import as_float, counted, first_known, measured
+from actsparse.report.figures.marks import add_dots, add_line, label_axis
+from actsparse.report.looks import DEPTH, INK, MUTED, Looks
+from actsparse.report.panels import ProfilePanel
+from actsparse.report.wording import between, number, percent
+
+CONTROLS = {
+    "identical": "same context twice (must be 0)",
+    "": "same token, different history",
+    "shuffled": "its own history, shuffled",
+    "random": "random tokens as history",
+    "none": "no history",
+    "other-token": "different token, same history",
+}
+POPS = {"": ("uniform chance", DEPTH[0], "circle"), "nat": ("popularity", DEPTH[4], "diamond")}
+
+
+def controls(panel: ProfilePanel) -> pl.DataFrame:
+    """`control, pop, r, value, low, high, n, share, share_low, share_high`: HU1 and its controls, mean of layers."""
+    frame = measured(panel.measures, "hu1", numbers=("r",), texts=("control", "pop"))
+    frame = frame.filter(pl.col("layer").is_null()).with_columns(pl.col("control", "pop").fill_null(""))
+    order = pl.col("control").replace_strict({name: place for place, name in enumerate(CONTROLS)}, default=99)
+    share = measured(panel.measures, "history_share", numbers=("r",)).filter(pl.col("layer").is_null())
+    share = share.select("r", share="value", share_low="low", share_high="high")
+    found = frame.filter(pl.col("control").is_in(list(CONTROLS))).sort("r", "pop", order).drop("layer")
+    return found.join(share, on="r", how="left", maintain_order="left")
+
+
+def draw_controls(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    """A dot a control with its interval, above uniform chance and above popularity, at the lowest density."""
+    rows = frame.filter(pl.col("r") == frame["r"].min())
+    rows = rows.with_columns(name=pl.col("control").replace_strict(CONTROLS))
+    figure = canvas(
+        x=f"1 − kappa of the two masks (0: same mask, 1: as different as chance), {_density(frame)} of neurons kept",
+        y="",
+        height=150 + 30 * rows["control"].n_unique(),
+        x_axis={"rangemode": "tozero", "tickformat": ".1f"},
+        y_axis=label_axis(),
+    )
+    for pop, (name, colour, symbol) in POPS.items():
+        part = rows.filter(pl.col("pop") == pop)
+        if part.height:
+            add_dots(
+                figure, part, labels="name", value="value", name=f"against {name}", colour=colour, hover="%{x:.3f}",
+                symbol=symbol,
+            )  # fmt: skip
+    add_reference(figure, x=1.0)
+    return figure
+
+
+def _density(frame: pl.DataFrame) -> str:
+    return f"{as_float(frame['r'].min()):.0%}"
+
+
+def caption_controls(frame: pl.DataFrame) -> str:
+    """HU1 against popularity with its interval, what another token does, and the history's share."""
+    rows = frame.filter((pl.col("r") == frame["r"].min()) & (pl.col("pop") == "nat"))
+    rows = rows if rows.height else frame.filter(pl.col("r") == frame["r"].min())
+    found = {row["control"]: row for row in rows.iter_rows(named=True)}
+    count = counted(frame, "contexts")
+    if "" not in found:
+        return f"Only controls of HU1 were measured.{count}"
+    row = found[""]
+    span = between(row["low"], row["high"])
+    text = f"The same token after two histories: HU1 = {number(row['value'], 2)}" + (f" ({span})" if span else "")
+    if other := found.get("other-token"):
+        text += f"; another token after the same history: {number(other['value'], 2)}"
+    share = first_known(rows["share"])
+    if share is not None:
+        span = between(100 * as_float(row["share_low"]), 100 * as_float(row["share_high"]), 0)
+        who = "the token decides most" if share < 0.4 else "the history decides most" if share > 0.6 else "both decide"
+        text += f". The history's share of what is specific in a mask is {percent(share, 0)}"
+        text += f" ({span})" if span else ""
+        text += f": {who}"
+    identical = found.get("identical")
+    if identical is not None and abs(identical["value"]) > 1e-6:
+        text += f". The identical context gives {number(identical['value'], 2)} instead of 0: a fault"
+    return f"{text}.{count}"
+
+
+def by_layer(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, control, r, value, low, high, n`: HU1 above popularity and two controls, by layer."""
+    frame = measured(panel.measures, "hu1", numbers=("r",), texts=("control", "pop"))
+    frame = frame.with_columns(pl.col("control").fill_null("")).filter(pl.col("layer").is_not_null())
+    kept = pl.col("control").is_in(["", "shuffled", "other-token"]) & (pl.col("pop") == "nat")
+    found = frame.filter(kept).filter(pl.col("r") == pl.col("r").min())
+    return found.select("layer", "control", "r", "value", "low", "high", "n").sort("control", "layer")
+
+
+def draw_by_layer(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    figure = canvas(
+        x="layer",
+        y=f"1 − kappa above popularity ({_density(frame)} kept)",
+        x_axis=layer_axis(frame),
+        y_axis={"tickformat": ".1f", "rangemode": "tozero"},
+    )
+    for control, colour, dash in (
+        ("", DEPTH[0], "solid"),
+        ("shuffled", DEPTH[4], "dash"),
+        ("other-token", MUTED, "dot"),
+    ):
+        rows = frame.filter(pl.col("control") == control)
+        if rows.height:
+            add_line(
+                figure, rows, x="layer", y="value", name=CONTROLS[control], colour=colour, dash=dash,
+                hover="layer %{x}: %{y:.3f}",
+            )  # fmt: skip
+    add_reference(figure, y=1.0, text="chance", at="start")
+    return figure
+
+
+def caption_by_layer(frame: pl.DataFrame) -> str:
+    return _ends(frame.filter(pl.col("control") == ""), "HU1") + counted(frame, "contexts")
+
+
+def information(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, metric, r, value, n`: HU2 and its value under shuffled labels."""
+    parts = [
+        measured(panel.measures, metric, numbers=("r",)).with_columns(metric=pl.lit(metric))
+        for metric in ("hu2", "hu2_shuffled")
+    ]
+    frame = pl.concat(parts).filter(pl.col("layer").is_not_null())
+    return frame.select("layer", "metric", "r", "value", "n").sort("metric", "r", "layer")
+
+
+def draw_information(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    figure = canvas(
+        x="layer",
+        y="H(mask | token) / H(mask)",
+        x_axis=layer_axis(frame),
+        y_axis={"tickformat": ".2f"},
+    )
+    densities = frame["r"].unique().sort().to_list()
+    for density, colour, dash in zip(densities, (DEPTH[0], DEPTH[4], INK), ("solid", "dash", "dot"), strict=False):
+        rows = frame.filter((pl.col("metric") == "hu2") & (pl.col("r") == density))
+        add_line(
+            figure, rows, x="layer", y="value", name=f"{density:.0%} of neurons kept", colour=colour, dash=dash,
+            hover="layer %{x}: %{y:.3f}",
+        )  # fmt: skip
+    check = frame.filter((pl.col("metric") == "hu2_shuffled") & (pl.col("r") == densities[0]))
+    if check.height:
+        add_line(
+            figure, check, x="layer", y="value", name="shuffled labels (must be 1)", colour=MUTED, dash="dot",
+            markers=False, width=1.2, hover="layer %{x}: %{y:.3f}",
+        )  # fmt: skip
+    return figure
+
+
+def caption_information(frame: pl.DataFrame) -> str:
+    """What the token id explains, where most and least, and whether the check holds."""
+    rows = frame.filter((pl.col("metric") == "hu2") & (pl.col("r") == frame["r"].min()))
+    if rows.is_empty():
+        return f"Only the check of HU2 was measured.{counted(frame, 'tokens')}"
+    mean = as_float(rows["value"].mean())
+    check = frame.filter(pl.col("metric") == "hu2_shuffled")["value"]
+    off = (check - 1).abs().max()
+    text = f"The token id explains {percent(1 - mean, 0)} of the entropy of the masks, {percent(mean, 0)} is left to "
+    text += f"history. {_ends(rows, 'HU2')}"
+    if isinstance(off, float) and off > 0.02:
+        text += f" Shuffled labels give {number(as_float(check.mean()), 3)} instead of 1."
+    return text + counted(frame, "tokens")
+
+
+def _ends(rows: pl.DataFrame, name: str) -> str:
+    """Where a line by layer is lowest and highest."""
+    ordered = rows.sort("value")
+    if ordered.height < 2:
+        return (
+            f"{name} = {number(as_float(ordered['value'][0]), 2)}." if ordered.height else f"{name} was not measured."
+        )
+    low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
+    return (
+        f"{name} runs from {number(low['value'], 2)} in layer {low['layer']} to {number(high['value'], 2)} in layer "
+        f"{high['layer']}."
+    )
