@@ -106,7 +106,7 @@ def sliceable(sites: ModelSites) -> Iterator[SlicedMlps]:
 
 
 def _replace_layer(layer: LayerSites, replaced: list[tuple[nn.Module, str, nn.Module]]) -> list[SlicedLinear]:
-    row = layer.family
+    row, _ = layer.family, layer.linears  # sites must know their own modules before others stand in their place
     names = dict.fromkeys(name for name in (row.gate, row.up, row.down) if name)
     sliced = []
     for name in names:
