@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "List the methods: when each decides, what it reads, what it saves, what it is fitted on."
 EPILOG = "Example: actsparse methods tda"
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 COLUMNS = ("method", "decides", "reads", "saves", "fitted on", "FFN", "runs")
 
 
@@ -50,7 +51,7 @@ def describe(cls: "type[Method]") -> dict[str, Any]:
         "source": cls.paper,
         "decides": cls.decides.value,
         "reads": [kind.value for kind in cls.needs],
-        "saves": [] if cls.ideal else [name for name in ("gate", "up", "down") if name in cls.saves],
+        "saves": [] if cls.ideal else [name for name in MATRICES if name in cls.saves],
         "ideal": cls.ideal,
         "fitted_on": _fitted_on(method),
         "gated_only": cls.gated_only,

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.engine.gating import READER, Edit, PlanState, SiteValues
+from actsparse.engine.heads import kv_kept
 from actsparse.engine.points import Replaced, visited
 from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites, Projection
@@ -106,7 +107,11 @@ def masked(sites: ModelSites, plan: MaskedPlan, *, errors: bool = False) -> Iter
         edited[:, sparse] = edit.kept
         return Replaced(edited, _at_positions(edit.added(part), sparse))
 
-    with watched(sites, at.begin), visited(sites, [plan.gates], visit):
+    with (
+        watched(sites, at.begin),
+        kv_kept(sites, plan.gates, prompt_length=plan.prompt_length),
+        visited(sites, [plan.gates], visit),
+    ):
         yield
 
 

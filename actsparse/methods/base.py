@@ -18,6 +18,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.gates import ALL_MATRICES, LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.methods.training import Training
+from actsparse.models.shape import HeadShape
 from actsparse.results import LayerPlan, SiteKind, Unit
 
 
@@ -63,6 +64,15 @@ class Calibration(Protocol):
     @property
     def widths(self) -> tuple[int, ...]:
         """Neurons of each layer."""
+        ...
+
+    @property
+    def attention(self) -> HeadShape:
+        """Heads and KV groups of a layer."""
+        ...
+
+    def output_matrix(self, layer: int) -> Float[Tensor, "hidden heads_width"]:
+        """The output projection of a layer's attention as numbers."""
         ...
 
     def means(self, layer: int) -> NeuronMeans:

@@ -15,7 +15,7 @@ from actsparse.core.masks import kept_count
 from actsparse.core.overlap import topk_masks
 from actsparse.core.streaming import HeadGrams
 from actsparse.errors import PlanError
-from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drop_of
+from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drops_by_layer
 from actsparse.methods.gates import HeadGate, LayerGates
 from actsparse.results import KvPolicy, LayerPlan, SiteKind, Unit
 
@@ -30,16 +30,16 @@ class LargestGroups:
     grams: Float[Tensor, "kv_heads width width"]
     count: int
 
-    def norms(self, o: Float[Tensor, "*tokens heads_width"]) -> Float[Tensor, "*tokens kv_heads"]:
-        """||W_g o_g|| of every group, in float32 (float64 stays)."""
-        wide = o if o.dtype == torch.float64 else o.float()
-        parts = wide.reshape(*o.shape[:-1], len(self.grams), -1)
+    def norms(self, x: Float[Tensor, "*tokens heads_width"]) -> Float[Tensor, "*tokens kv_heads"]:
+        """||W_g o_g|| of every group of the heads' outputs, in float32 (float64 stays)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        parts = wide.reshape(*x.shape[:-1], len(self.grams), -1)
         grams = self.grams.to(device=wide.device, dtype=wide.dtype)
         return torch.einsum("...gi,gij,...gj->...g", parts, grams, parts).clamp_min(0).sqrt()
 
-    def keep(self, o: Float[Tensor, "*tokens heads_width"]) -> Bool[Tensor, "*tokens kv_heads"]:
+    def keep(self, x: Float[Tensor, "*tokens heads_width"]) -> Bool[Tensor, "*tokens kv_heads"]:
         """Exactly `count` groups a token; among equals the lower index."""
-        return topk_masks(self.norms(o), self.count / len(self.grams))
+        return topk_masks(self.norms(x), self.count / len(self.grams))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,7 @@ class HeadsOracle(Method):
 
 def group_plans(calibration: Calibration, budget: Budget, dense_layers: int, method: str) -> list[LayerPlan]:
     """One entry a layer: k = max(1, floor(r*G + 0.5)) of its G KV groups, all of them in the first `dense_layers`."""
-    groups = calibration.attention.kv_heads
-    drop = drop_of(budget, method)
+    groups, layers = calibration.attention.kv_heads, len(calibration.widths)
     return [
         LayerPlan(
             layer=layer,
@@ -97,7 +96,7 @@ def group_plans(calibration: Calibration, budget: Budget, dense_layers: int, met
             width=groups,
             kept=groups if layer < dense_layers else kept_count(1 - drop, groups),
         )
-        for layer in range(len(calibration.widths))
+        for layer, drop in enumerate(drops_by_layer(budget, method, layers))
     ]
 
 

@@ -24,6 +24,8 @@ OURS = {
     "countdown": "countdown:Countdown",
     "dejavu": "dejavu:DejaVu",
     "moefication": "moefication:MoEfication",
+    "heads-oracle": "heads_oracle:HeadsOracle",
+    "heads-router": "heads_router:HeadsRouter",
 }
 GROUP = "actsparse.methods"
 

@@ -121,13 +121,15 @@ def train_routers(
     site: SiteKind,
     ahead: int,
     lesson: Callable[[LayerPlan, LayerPairs], Lesson],
+    target: SiteKind = SiteKind.NEURON,
 ) -> list[LayerRouter]:
-    """The routers of `plans`, one a layer. A layer that an earlier attempt finished is read back; raises PlanError
-    where training leaves the finite numbers."""
+    """The routers of `plans`, one a layer, from inputs at `site` and what the layer did at `target`. A layer that an
+    earlier attempt finished is read back; raises PlanError where training leaves the finite numbers."""
     names = {plan.layer: _name(method, plan) for plan in plans}
     found = {layer: kept for layer, name in names.items() if (kept := training.finished(name)) is not None}
     todo = [plan for plan in plans if plan.layer not in found]
-    pairs = training.pairs(site, [p.layer for p in todo], ahead=ahead, tokens=method.tokens, seed=method.seed)
+    layers = [plan.layer for plan in todo]
+    pairs = training.pairs(site, layers, ahead=ahead, tokens=method.tokens, seed=method.seed, target=target)
     for number, (plan, sample) in enumerate(zip(todo, pairs, strict=True), start=1):
         what = f"training the router of layer {plan.layer} ({number} of {len(todo)})"
         with training.task(what, method.schedule.steps(len(sample.x)) * method.epochs, "batches") as advance:

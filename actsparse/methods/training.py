@@ -16,7 +16,8 @@ from actsparse.results import SiteKind
 @dataclass(frozen=True)
 class LayerPairs:
     """What one layer read and did at sampled tokens, in the model's dtype: inputs at a site [tokens, hidden] and neuron
-    activations [tokens, neurons]; `held` tokens come from the end of the text and serve to judge."""
+    activations [tokens, neurons] (or what another target site has); `held` tokens come from the end of the text and
+    serve to judge."""
 
     layer: int
     x: Float[Tensor, "tokens hidden"]
@@ -39,7 +40,14 @@ class Training(Protocol):
         ...
 
     def pairs(
-        self, site: SiteKind, layers: Sequence[int], *, ahead: int, tokens: int, seed: int
+        self,
+        site: SiteKind,
+        layers: Sequence[int],
+        *,
+        ahead: int,
+        tokens: int,
+        seed: int,
+        target: SiteKind = SiteKind.NEURON,
     ) -> Iterator[LayerPairs]:
         """The pairs of `layers` in order, at most `tokens` tokens, drawn with a seed. Layers run in groups whose
         sample stays within 512 MB, each group one pass over the text. `ahead` 1 takes the input of the layer before

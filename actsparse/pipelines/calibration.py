@@ -16,6 +16,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.base import NeuronMeans
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
+from actsparse.models.shape import HeadShape, shape_of
 from actsparse.models.taps import tapped
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
@@ -232,6 +233,13 @@ class TextCalibration:
     @cached_property
     def _replay(self) -> Replay:
         return self.make_replay()
+
+    @property
+    def attention(self) -> HeadShape:
+        return shape_of(self._replay.loaded.model.config)
+
+    def output_matrix(self, layer: int) -> Tensor:
+        return self._replay.loaded.sites.layers[layer].output_matrix(self.attention.heads * self.attention.head_dim)
 
     def means(self, layer: int) -> NeuronMeans:
         return self._statistics.means[layer]

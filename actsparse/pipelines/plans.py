@@ -115,8 +115,8 @@ def _shares(groups: list[PlanGroup]) -> list[float]:
     shares: set[float] = set()
     for plan in (group.plan for group in groups if group.plan.method.name not in ("random", "static")):
         found = (plan.realised or plan.predicted).neuron_frac
-        if plan.amount is not None:
-            shares.add(plan.amount)
-        elif found is not None:
-            shares.add(round(found, 3))
+        if found is None:
+            # no neurons are dropped: a mask over neurons of that share would be no control
+            continue
+        shares.add(round(found, 3) if plan.amount is None else plan.amount)
     return sorted(share for share in shares if 0 < share < 1)

@@ -74,18 +74,28 @@ class TrainingReplay:
         return self.loaded.record.activation.lower() in EXACT_ZEROS
 
     def pairs(
-        self, site: SiteKind, layers: Sequence[int], *, ahead: int, tokens: int, seed: int
+        self,
+        site: SiteKind,
+        layers: Sequence[int],
+        *,
+        ahead: int,
+        tokens: int,
+        seed: int,
+        target: SiteKind = SiteKind.NEURON,
     ) -> Iterator[LayerPairs]:
         """See `methods.training.Training`."""
         positions = sample_positions(self.blocks, tokens, seed)
         shape = self.loaded.record
-        width = shape.hidden_size + shape.intermediate_size
+        done = shape.intermediate_size if target is SiteKind.NEURON else shape.heads * shape.head_dim
+        width = shape.hidden_size + done
         size = len(positions) * width * self.loaded.model.dtype.itemsize
         step = max(1, SAMPLE_BYTES // size)
         for start in range(0, len(layers), step):
-            yield from self._group(site, layers[start : start + step], ahead, positions)
+            yield from self._group(site, target, layers[start : start + step], ahead, positions)
 
-    def _group(self, site: SiteKind, layers: Sequence[int], ahead: int, positions: "Positions") -> Iterator[LayerPairs]:
+    def _group(
+        self, site: SiteKind, target: SiteKind, layers: Sequence[int], ahead: int, positions: "Positions"
+    ) -> Iterator[LayerPairs]:
         sources = {layer: max(0, layer - ahead) for layer in layers}
         inputs: dict[int, list[Tensor]] = {source: [] for source in sources.values()}
         outputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -95,14 +105,14 @@ class TrainingReplay:
             if at.layer in inputs:
                 inputs[at.layer].append(x[0, chosen.to(x.device)])
 
-        def on_neuron(at: Site, a: Tensor) -> None:
+        def on_target(at: Site, a: Tensor) -> None:
             if at.layer in outputs:
                 outputs[at.layer].append(a[0, chosen.to(a.device)])
 
         what = f"sampling layers {min(layers)}-{max(layers)} for training"
         with (
             self.progress.task(what, self.blocks.tokens, "tokens") as advance,
-            tapped(self.loaded.sites, {site: on_input, SiteKind.NEURON: on_neuron}, tuple({*inputs, *outputs})),
+            tapped(self.loaded.sites, {site: on_input, target: on_target}, tuple({*inputs, *outputs})),
             torch.no_grad(),
         ):
             for index, ids in enumerate(self.blocks.ids):

@@ -33,7 +33,10 @@ from actsparse.store.codec import decode, encode
 PROMPT, BLOCK, SINK = 16, 40, 4
 QUICK = {"dejavu": "dejavu:epochs=2,batch=32", "moefication": "moefication:neurons=2"}
 """Options under which a method suits a model of 48 neurons and a test of a second."""
-every_method = pytest.mark.parametrize("name", [QUICK.get(name, name) for name in all_methods()])
+every_method = pytest.mark.parametrize(
+    "name", [QUICK.get(name, name) for name in all_methods() if not name.startswith("heads-")]
+)
+"""Methods over neurons; those over heads have `test_heads.py`."""
 
 
 @pytest.fixture(scope="module")

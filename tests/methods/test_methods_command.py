@@ -21,7 +21,10 @@ def test_every_method_is_listed_with_what_it_needs_and_saves(capsys: pytest.Capt
     assert {name for name, one in found.items() if one["gated_only"]} == {
         "oracle-gate", "oracle-up", "chess", "countdown",
     }  # fmt: skip
-    assert {name for name, one in found.items() if one["ideal"]} == {"oracle-a", "oracle-n", "oracle-gate", "oracle-up"}
+    assert {name for name, one in found.items() if one["ideal"]} == {
+        "oracle-a", "oracle-n", "oracle-gate", "oracle-up", "heads-oracle",
+    }  # fmt: skip
+    assert facts["heads-router"] == ("per token", ["attn_in"], ["q", "o"], "text")
     assert found["tda"]["options"] == {
         "source": {"type": "choice", "default": "a", "values": ["a", "n", "gate", "up"]},
         "first": {"type": "int", "default": 0, "values": []},
