@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from actsparse.report.page import columns, finite
+from actsparse.report.studies import StudyView
 from actsparse.report.view import FigureView, ReportView
 
 
@@ -22,12 +23,31 @@ def document(view: ReportView) -> dict[str, Any]:
             "tables": [
                 asdict(grid) for grid in (*([view.compare] if view.compare else []), *view.plan_grids, *view.worst)
             ],
-            "figures": [_figure(figure) for section in view.sections for row in section.figures for figure in row],
+            "figures": [_figure(figure) for figure in view.figures],
+            "studies": [_study(study) for study in view.studies],
             "samples": [asdict(group) for group in view.samples],
             "not_measured": [{"what": row.what, "shows": row.shows, "command": row.command} for row in view.unmeasured],
             "runs": [asdict(made) for made in view.origins],
         }
     )
+
+
+def _study(study: StudyView) -> dict[str, Any]:
+    return {
+        "run": study.letter,
+        "study": study.study,
+        "tally": study.tally,
+        "experiments": [
+            {
+                "experiment": one.name, "title": one.title, "source": one.source, "claim": one.claim,
+                "verdict": one.verdict.value, "conclusion": one.conclusion, "quick": one.quick,
+                "settings": dict(one.settings), "notes": list(one.notes),
+                "figures": [panel.row.id for panel in one.panels if panel.row is not None],
+                "tables": [asdict(panel.grid) for panel in one.panels if panel.grid is not None],
+            }
+            for one in study.experiments
+        ],
+    }  # fmt: skip
 
 
 def _figure(figure: FigureView) -> dict[str, Any]:

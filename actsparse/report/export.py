@@ -25,7 +25,7 @@ def export_figures(view: ReportView, directory: Path, *, force: bool = False) ->
 
     Raises ActsparseError where one of them exists (without `force`) or cannot be written.
     """
-    figures = [figure for section in view.sections for row in section.figures for figure in row]
+    figures = view.figures
     paths = [directory / f"{figure.id}.{ending}" for figure in figures for ending in ("html", "csv")]
     there = next((path for path in paths if path.exists()), None)
     if there is not None and not force:

@@ -60,7 +60,10 @@ Looks = dict[str, PlanLook]
 
 
 def looks_of(names: list[PlanName]) -> Looks:
-    """The look of every plan, from all plans of all runs in order, so that a plan looks the same in every figure."""
+    """The look of every plan, from all plans of all runs in order, so that a plan looks the same in every figure.
+
+    A series (a plan without its amount) is there under its own name too, as its first plan looks.
+    """
     colours = _series_colours(names)
     ranks: dict[str, int] = {}
     looks: Looks = {}
@@ -75,6 +78,7 @@ def looks_of(names: list[PlanName]) -> Looks:
             symbol=_SYMBOLS[rank % len(_SYMBOLS)],
             baseline=name.role is not Role.METHOD,
         )
+        looks.setdefault(name.series, looks[name.short])
     return looks
 
 

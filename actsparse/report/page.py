@@ -20,7 +20,8 @@ from actsparse import __version__
 from actsparse.report.bundle import VERSION as PLOTLY_VERSION
 from actsparse.report.bundle import compressed_plotly
 from actsparse.report.looks import DARK_TWIN, Looks
-from actsparse.report.view import FigureView, ReportView, SectionView
+from actsparse.report.studies import ExperimentView, StudyView
+from actsparse.report.view import FigureView, ReportView, SectionView, figure_of
 from actsparse.report.wording import clean
 
 DIGITS = 6
@@ -39,6 +40,20 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawnExperiment:
+    """An experiment with its figures, placed."""
+
+    view: ExperimentView
+    figures: tuple[Drawn, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnStudy:
+    view: StudyView
+    experiments: tuple[DrawnExperiment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawnSection:
     view: SectionView
     figures: tuple[Drawn, ...]
@@ -47,6 +62,9 @@ class DrawnSection:
 def render(view: ReportView) -> str:
     """The whole report as HTML."""
     sections = tuple(_section(section, view.looks) for section in view.sections)
+    studies = tuple(_study(study, view.looks) for study in view.studies)
+    payloads = [drawn for section in sections for drawn in section.figures]
+    payloads += [drawn for study in studies for experiment in study.experiments for drawn in experiment.figures]
     early, script = _asset("theme.js"), _asset("report.js")
     environment = Environment(
         loader=PackageLoader("actsparse.report", "."),
@@ -59,6 +77,8 @@ def render(view: ReportView) -> str:
     return environment.get_template("page.html.jinja").render(
         view=view,
         sections=sections,
+        studies=studies,
+        payloads=payloads,
         contents=_contents(view, sections),
         no_verdict=_no_verdict(view),
         policy=policy(early, script),
@@ -98,6 +118,14 @@ def columns(frame: pl.DataFrame) -> dict[str, list[Any]]:
 def _section(section: SectionView, looks: Looks) -> DrawnSection:
     rows = [[_drawn(figure, looks) for figure in row] for row in section.figures]
     return DrawnSection(view=section, figures=tuple(_placed(rows)))
+
+
+def _study(study: StudyView, looks: Looks) -> DrawnStudy:
+    experiments = []
+    for experiment in study.experiments:
+        figures = [_drawn(figure_of(panel, study), looks) for panel in experiment.panels if panel.row is not None]
+        experiments.append(DrawnExperiment(view=experiment, figures=tuple(_placed([[one] for one in figures]))))
+    return DrawnStudy(view=study, experiments=tuple(experiments))
 
 
 def _placed(rows: list[list[Drawn]]) -> list[Drawn]:
@@ -154,6 +182,7 @@ def _contents(view: ReportView, sections: tuple[DrawnSection, ...]) -> list[tupl
     first = [("summary", "Summary"), *([("frontier", found.pop("frontier"))] if "frontier" in found else [])]
     plans = [("plans", "Every plan in numbers")] if view.plan_grids or view.compare else []
     last = [
+        ("studies", "What the papers claim"),
         *([("samples", "What it writes")] if view.samples else []),
         ("origins", "Where the numbers come from"),
     ]

@@ -16,6 +16,7 @@ NAMES = {
     "dejavu": "Deja Vu",
     "larosa": "LaRoSA",
     "heads-oracle": "Oracle by head output norm",
+    "heads-router": "Head router",
     "moefication": "MoE-fication",
     "oracle-a": "Oracle by |a|",
     "oracle-gate": "Oracle by |act(g)|",
@@ -25,6 +26,7 @@ NAMES = {
     "rsparse": "R-Sparse",
     "static": "Static mask",
 }
+KNOWN = {*ACRONYMS, *NAMES, "dense", "heads-router", "auto"}
 CHANNEL_METHODS = ("teal", "wina", "rsparse", "larosa")
 PROMPT_METHODS = ("griffin", "tda", "coreinfer")
 STATISTICS = {"griffin": "by GRIFFIN's statistic", "mean_n": "by mean neuron norm"}
@@ -126,6 +128,14 @@ def is_short(plan: str, method: str | None = None) -> bool:
     """Whether a plan's name is a short form, and not a directory's."""
     found = _SHORT.match(plan)
     return found is not None and (method is None or found["method"] == method)
+
+
+def method_of(plan: str) -> str:
+    """The series of a short form whose method is known to the project; empty for any other text."""
+    found = _SHORT.match(plan)
+    if found is None or found["method"] not in KNOWN:
+        return ""
+    return f"{found['method']}:{found['options']}" if found["options"] else found["method"]
 
 
 def role_of(method: str) -> Role:

@@ -21,8 +21,10 @@ from actsparse.results import (
     Measure,
     NeuronRow,
     RunKind,
+    StudyExperiment,
     StudyRow,
     TaskItemRow,
+    ThroughputRow,
     TimingRow,
     TokenRow,
 )
@@ -39,9 +41,13 @@ RECORDS: dict[str, type] = {
     "tokens": TokenRow,
     "items": TaskItemRow,
     "timing": TimingRow,
+    "throughput": ThroughputRow,
     "studies": StudyRow,
 }
 _CLASSES = {RunKind.PROFILE: ProfileRun, RunKind.PLAN: PlanRun, RunKind.EVAL: EvalRun, RunKind.STUDY: StudyRun}
+
+# Tables that a run class calls by another name than their file.
+_ATTRIBUTES = {"studies": "rows"}
 
 AnyRun = ProfileRun | PlanRun | EvalRun | StudyRun
 
@@ -97,6 +103,12 @@ class Source:
             return {}
         return self._read("summary") or {}
 
+    def experiments(self) -> tuple[StudyExperiment, ...]:
+        """What each experiment of a study concludes; none where the run has not written it."""
+        if not (self.run.path / "studies.json").exists():
+            return ()
+        return self._read("experiments") or ()
+
     def vocabulary(self) -> dict[int, str]:
         """The text of the token ids in `tokens.parquet`, where the run kept it (`vocabulary.json`)."""
         path = self.run.path / "vocabulary.json"
@@ -110,7 +122,7 @@ class Source:
 
     def _read(self, name: str) -> Any:
         try:
-            return getattr(self.run, name)
+            return getattr(self.run, _ATTRIBUTES.get(name, name))
         except (RunError, ValueError) as error:
             if self.complete:
                 raise error if isinstance(error, RunError) else _damaged(self.run.path, name, error) from None

@@ -13,10 +13,12 @@ from actsparse.report.looks import Looks, looks_of
 from actsparse.report.notices import Notice, notices
 from actsparse.report.origins import Origin, command_line, origin
 from actsparse.report.panels import EvalPanel, Panel, ProfilePanel, eval_panels, profile_panels
+from actsparse.report.plans import method_of, parse_plan
 from actsparse.report.registry import ROWS, SECTIONS
 from actsparse.report.rows import Row
 from actsparse.report.samples import Sample, samples, worst_tokens
 from actsparse.report.sources import Source, read_sources
+from actsparse.report.studies import COMMANDS, PanelView, StudyView, study_views
 from actsparse.report.verdicts import Sentence, verdicts
 from actsparse.report.wording import listed, one_line
 from actsparse.results import RunKind
@@ -94,12 +96,37 @@ class ReportView:
     sections: tuple[SectionView, ...]
     worst: tuple[Grid, ...]
     samples: tuple[SampleView, ...]
+    studies: tuple[StudyView, ...]
+    missing_studies: tuple[Missing, ...]
     looks: Looks
+
+    @property
+    def figures(self) -> tuple[FigureView, ...]:
+        """Every figure in the order of the page."""
+        of_sections = [figure for section in self.sections for row in section.figures for figure in row]
+        return (*of_sections, *(figure_of(panel, study) for study, panel in self._drawn_panels()))
+
+    def _drawn_panels(self) -> list[tuple[StudyView, PanelView]]:
+        return [
+            (study, panel)
+            for study in self.studies
+            for experiment in study.experiments
+            for panel in experiment.panels
+            if panel.row is not None
+        ]
 
     @property
     def unmeasured(self) -> tuple[Missing, ...]:
         """What no run holds, over all sections."""
-        return tuple(row for section in self.sections for row in section.missing)
+        found = [row for section in self.sections for row in section.missing]
+        return (*found, *self.missing_studies)
+
+
+def figure_of(panel: PanelView, study: StudyView) -> FigureView:
+    """A drawn panel of a study as a figure."""
+    assert panel.row is not None
+    caption = panel.caption.replace("n = ", "n\u00a0=\u00a0")
+    return FigureView(id=panel.row.id, row=panel.row, panel=study.label, frame=panel.frame, caption=caption)
 
 
 def build_view(spec: ReportSpec) -> ReportView:
@@ -109,6 +136,7 @@ def build_view(spec: ReportSpec) -> ReportView:
     figures = {row.id: _figures(row, profiles, evals) for row in ROWS}
     model = _model_argument(sources)
     models = tuple(dict.fromkeys(source.model_name for source in sources))
+    studies = study_views(sources)
     return ReportView(
         title=one_line(spec.title) if spec.title else f"Activation sparsity of {listed(list(models))}",
         models=models,
@@ -124,7 +152,9 @@ def build_view(spec: ReportSpec) -> ReportView:
         sections=tuple(_section(name, figures, model) for name in SECTIONS),
         worst=tuple(grid for place, panel in enumerate(evals) for grid in _worst(panel, place)),
         samples=tuple(SampleView(panel=panel.label, samples=found) for panel in evals if (found := samples(panel))),
-        looks=_looks(evals),
+        studies=studies,
+        missing_studies=_missing_studies(studies, model),
+        looks=_looks(evals, studies),
     )
 
 
@@ -172,14 +202,35 @@ def _worst(panel: EvalPanel, place: int) -> list[Grid]:
     return [grids.worst_grid(found, place, panel.label, decoded=bool(panel.vocabulary))] if found else []
 
 
-def _looks(evals: tuple[EvalPanel, ...]) -> Looks:
-    """Looks by plan, and by label where the same plan comes from a second run (open symbols there)."""
-    looks = looks_of([outcome.name for panel in evals for outcome in panel.outcomes])
+def _looks(evals: tuple[EvalPanel, ...], studies: tuple[StudyView, ...]) -> Looks:
+    """Looks by plan, and by label where the same plan comes from a second run (open symbols there).
+
+    Plans that only a study names follow those of the evaluations.
+    """
+    names = [outcome.name for panel in evals for outcome in panel.outcomes]
+    looks = looks_of([*names, *(parse_plan(series) for series in _plans_of(studies))])
     for panel in evals:
         for outcome in panel.outcomes:
             if outcome.label not in looks:
                 looks[outcome.label] = looks[outcome.name.short].opened()
     return looks
+
+
+def _missing_studies(studies: tuple[StudyView, ...], model: str) -> tuple[Missing, ...]:
+    """The studies that no run holds."""
+    present = {study.study for study in studies}
+    return tuple(
+        Missing(what=f"study {name}", shows=shows, command=f"actsparse evaluate --model {model} --study {name} --quick")
+        for name, shows in COMMANDS.items()
+        if name not in present
+    )
+
+
+def _plans_of(studies: tuple[StudyView, ...]) -> list[str]:
+    """The series of studies that are plans or methods, each once, without the model before them."""
+    panels = [panel for study in studies for experiment in study.experiments for panel in experiment.panels]
+    series = [one.rpartition(": ")[2] for panel in panels for one in panel.frame["series"].unique(maintain_order=True)]
+    return [one for one in dict.fromkeys(series) if method_of(one)]
 
 
 def _model_argument(sources: tuple[Source, ...]) -> str:

@@ -53,6 +53,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
+def exact(value: float | None) -> str:
+    """A whole number as it is, any other value to three digits."""
+    return f"{value:.0f}" if value is not None and abs(value) < 1e5 and value == round(value) else number(value)
+
+
 def percent(share: float | None, decimals: int = 1, *, signed: bool = False) -> str:
     """A share as per cent, `0.4931` as `49.3 %`; large changes without decimals."""
     if share is None or math.isnan(share):

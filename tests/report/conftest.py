@@ -6,6 +6,7 @@ from pathlib import Path
 import example_runs as example
 import pytest
 from example_evals import ExamplePlan
+from example_studies import study_run
 
 from actsparse.report.view import ReportView, build_view
 from actsparse.specs import ReportSpec
@@ -13,12 +14,13 @@ from actsparse.specs import ReportSpec
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """A profile, a plan and an evaluation of one model."""
+    """A profile, a plan, an evaluation and a study of one model."""
     root = tmp_path_factory.mktemp("runs")
     return (
         example.profile_run(root / "profile-aa"),
         example.plan_run(root / "plan-bb"),
         example.eval_run(root / "eval-cc", warnings=("byte figures count 4 bytes a weight",)),
+        study_run(root / "study-dd"),
     )
 
 

@@ -103,6 +103,7 @@ def write_run(
         RunKind.PROFILE: ProfileSpec(model=ModelSpec(name=name)),
         RunKind.PLAN: ThresholdSpec(run=Path("runs/x"), plan="cats@0.5"),
         RunKind.EVAL: EvalSpec(model=ModelSpec(name=name)),
+        RunKind.STUDY: EvalSpec(model=ModelSpec(name=name)),
     }
     request = RunRequest(
         kind=kind,
