@@ -64,6 +64,10 @@ class KvPolicy(StrEnum):
     COPY_PREV = "copy_prev"
 
 
+# The phases of a profile: what a prompt's tokens activate, and what the tokens that the model writes itself do.
+PREFILL, DECODE = "prefill", "decode"
+
+
 class RunKind(StrEnum):
     PROFILE = "profile"
     PLAN = "plan"

@@ -55,13 +55,29 @@ class DataSpec:
     seed: int = 0
 
 
+HEAD_NORM, ATTENTION_ENTROPY = "head_norm", "attention_entropy"
+DUMP_KINDS = ("neuron", "gate", "up", "mlp_in", "attn_in", "attn_out", HEAD_NORM, ATTENTION_ENTROPY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DumpSpec:
+    """Raw activations of the first `tokens` recorded positions: `layers` (None: all recorded ones) and `kinds`, those
+    of `DUMP_KINDS` (`head_norm`: output norm of every head; `attention_entropy`: of every head, in nats)."""
+
+    layers: tuple[int, ...] | None
+    kinds: tuple[str, ...]
+    tokens: int = 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileSpec:
     """Record activations of `model` on `data`.
 
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
     `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured
-    beside (`uncertainty`, `inertia`, `union`). `strict`: activations that are not finite are an error.
+    beside (`uncertainty`, `inertia`, `union`). `decode`: that many tokens which the model itself writes after each
+    prompt are recorded too, as a phase of their own. `dump`: activations written token by token. `strict`: activations
+    that are not finite are an error.
     """
 
     model: ModelSpec
@@ -71,6 +87,8 @@ class ProfileSpec:
     reservoir_tokens: int = 4096
     reservoir_mb: int = 512
     probes: tuple[str, ...] = ()
+    decode: int = 0
+    dump: DumpSpec | None = None
     strict: bool = field(default=False, metadata=RUNTIME)
     batch_size: int | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)

@@ -16,7 +16,8 @@ from actsparse.cli.options import (
 from actsparse.cli.output import Output
 from actsparse.errors import ActsparseError
 from actsparse.pipelines.probes.names import left_out, probe_names
-from actsparse.specs import ProfileSpec
+from actsparse.pipelines.ranks import leads
+from actsparse.specs import DUMP_KINDS, DumpSpec, ProfileSpec
 
 HELP = "Record a model's neuron and head activations on your text."
 EPILOG = "Example: actsparse profile --model smollm2 --prompts my_prompts.jsonl"
@@ -43,12 +44,21 @@ def command(
     probes: Annotated[
         str, option("--probes", help="Mechanisms to measure: uncertainty,inertia,union. [none]", panel=RUN)
     ] = "",
+    decode: Annotated[
+        int, option("--decode", help="Record N tokens that the model writes itself after each prompt.", panel=RUN)
+    ] = 0,
+    dump: Annotated[
+        str | None,
+        option("--dump", help="Write activations token by token: LAYERS:KINDS, 0-3:neuron,head_norm.", panel=RUN),
+    ] = None,
+    dump_tokens: Annotated[int, option("--dump-tokens", help="Token positions of --dump, at most.", panel=RUN)] = 1024,
     strict: Annotated[
         bool, option("--strict", help="Stop at NaN or infinite activations. Off: counted, read as zeros.", panel=RUN)
     ] = False,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
     bounds = {"--reservoir-tokens": reservoir_tokens, "--reservoir-mb": reservoir_mb, "--batch-size": batch_size}
+    bounds |= {"--dump-tokens": dump_tokens, "--decode": decode or None}
     for name, value in bounds.items():
         if value is not None and value < 1:
             raise ActsparseError(f"{name} must be at least 1, not {value}", "correct the value")
@@ -61,6 +71,8 @@ def command(
         reservoir_mb=reservoir_mb,
         batch_size=batch_size,
         probes=probe_names(probes.split(",")),
+        decode=decode,
+        dump=dump_spec(dump, dump_tokens),
         strict=strict,
         output=run.output,
         force=run.force,
@@ -69,5 +81,22 @@ def command(
     from actsparse.cli.shown import show_profile
     from actsparse.pipelines.profile import profile
 
-    show_profile(profile(spec, output), output)
-    output.note(left_out(spec.probes))
+    found = profile(spec, output)
+    if leads():
+        show_profile(found, output)
+        output.note(left_out(spec.probes))
+
+
+def dump_spec(text: str | None, tokens: int) -> DumpSpec | None:
+    """`0-3,7:neuron,head_norm` as a request (`all:neuron` takes every layer); raises ActsparseError otherwise."""
+    if text is None:
+        return None
+    layers, colon, kinds = text.partition(":")
+    names = tuple(dict.fromkeys(kind.strip() for kind in kinds.split(",") if kind.strip()))
+    example = "write for example --dump 0-3,7:neuron,head_norm or --dump all:attention_entropy"
+    if not colon or not names:
+        raise ActsparseError(f"--dump cannot be '{text}'", example)
+    for name in names:
+        if name not in DUMP_KINDS:
+            raise ActsparseError(f"--dump: there is no kind '{name}'", f"known: {', '.join(DUMP_KINDS)}")
+    return DumpSpec(layers=None if layers.strip() == "all" else layer_list(layers), kinds=names, tokens=tokens)

@@ -7,12 +7,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from actsparse.errors import RunError
+from actsparse.pipelines import ranks
+
+# How long a process waits for another: probes and solving run in rank 0 alone.
+PATIENCE = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +93,13 @@ def team(device: str) -> Iterator[Team]:
 
     Raises RunError where the other processes cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = ranks.size()
     if size == 1 or dist.is_initialized():
         yield Team(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     with _speaking():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield Team(dist.get_rank(), size)
     finally:
@@ -104,7 +109,7 @@ def team(device: str) -> Iterator[Team]:
 def local_device(device: str) -> str:
     """`auto` and `cuda` as the GPU that belongs to this process of a team."""
     rank = os.environ.get("LOCAL_RANK")
-    if rank is None or int(os.environ.get("WORLD_SIZE", "1")) == 1 or device not in ("auto", "cuda"):
+    if rank is None or ranks.size() == 1 or device not in ("auto", "cuda"):
         return device
     gpus = torch.cuda.device_count()
     return f"cuda:{int(rank) % gpus}" if gpus else device

@@ -1,55 +1,115 @@
 """`profile`: record a model's activations on texts and write what was found."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from actsparse.core.cett import CettLayer, CettSolution
 from actsparse.core.reservoir import capacity
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
+from actsparse.pipelines.continuation import continuing, prompts_of
+from actsparse.pipelines.distributed import Team, local_device, team
+from actsparse.pipelines.dump import Dump, write_dump
 from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.probes.names import probe_names
 from actsparse.pipelines.probes.run import run_probes
 from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
+from actsparse.pipelines.profile_files import Phase, write_measures, write_phase
 from actsparse.pipelines.profile_state import ProfileState
-from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
 from actsparse.pipelines.progress import Progress, Silent, describe
-from actsparse.pipelines.recording import Shards, not_finite, record_sequences
-from actsparse.results import HeadRow, Measure, NeuronRow, RunKind
+from actsparse.pipelines.recording import Feed, Shards, not_finite, record_sequences
+from actsparse.results import DECODE, PREFILL, RunKind
 from actsparse.specs import ProfileSpec
-from actsparse.store import tables, tensors
-from actsparse.store.codec import builtins, pretty
-from actsparse.store.files import write_bytes
 from actsparse.store.fingerprint import asked
-from actsparse.store.run import RunRequest, RunWriter, open_run
+from actsparse.store.run import SHARDS, RunRequest, RunWriter, open_run
 from actsparse.store.runs import ProfileRun
+
+# What rank 0 tells the others before anything is recorded: the run is complete; it cannot be opened.
+COMPLETE, REFUSED = "complete", "refused"
 
 
 def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
     """Record what `spec` asks for; returns the complete run, new or up to date.
 
-    Raises ActsparseError where model, text or output cannot be used as asked.
+    Under `torchrun` every process records a share of the batches; all return the run that rank 0 writes. Raises
+    ActsparseError where model, text or output cannot be used as asked.
     """
-    progress = progress or Silent()
-    spec = replace(spec, probes=probe_names(spec.probes))
-    loaded = load(spec.model, progress.note)
-    progress.detail(describe(loaded.record, str(loaded.device)))
-    reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
-    sequences = reader.profile_sequences()
-    layers = chosen_layers(spec.layers, loaded)
-    sink = spec.data.sink_tokens
-    if not any(len(ids) > sink for ids in sequences.ids):
-        raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
-    probed = probe_texts(reader, spec.probes, loaded.record.vocab_size) if spec.probes else None
-    with open_run(_request(spec, loaded, sequences, probed)) as writer:
-        if writer.complete:
-            progress.note(f"{writer.path} is up to date")
-        else:
-            _record_and_write(spec, loaded, sequences, probed, layers, writer, progress)
-    return ProfileRun.open(writer.path)
+    with team(spec.model.device) as crew:
+        listener = (progress or Silent()) if crew.leads else Silent()
+        job = Job.of(spec, crew, listener)
+        path = _lead(job) if crew.leads else _follow(job)
+        crew.wait()
+    return ProfileRun.open(path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is recorded: a model, its texts, the layers, and with whom."""
+
+    spec: ProfileSpec
+    loaded: LoadedModel
+    sequences: Sequences
+    continued: Sequences | None
+    probed: ProbeTexts | None
+    layers: tuple[int, ...]
+    crew: Team
+    progress: Progress
+
+    @classmethod
+    def of(cls, spec: ProfileSpec, crew: Team, progress: Progress) -> "Job":
+        """Load and read what `spec` names; raises ActsparseError where something does not fit."""
+        asked_of = replace(spec.model, device=local_device(spec.model.device))
+        spec = replace(spec, model=asked_of, probes=probe_names(spec.probes))
+        loaded = load(spec.model, progress.note)
+        progress.detail(describe(loaded.record, str(loaded.device)))
+        reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
+        sequences = reader.profile_sequences()
+        layers = chosen_layers(spec.layers, loaded)
+        sink = spec.data.sink_tokens
+        if not any(len(ids) > sink for ids in sequences.ids):
+            raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
+        if spec.dump is not None:
+            chosen_layers(spec.dump.layers, loaded)
+            Dump.of(spec.dump, loaded, layers, sequences)
+        continued = None
+        if spec.decode:
+            continued = prompts_of(reader, sequences, spec.decode, loaded.record.max_positions)
+        probed = probe_texts(reader, spec.probes, loaded.record.vocab_size) if spec.probes else None
+        return cls(spec, loaded, sequences, continued, probed, layers, crew, progress)
+
+    def record(self, phase: str, folder: Path) -> ProfileState:
+        """This process's share of a phase; in rank 0 everything."""
+        spec, shape = self.spec, self.loaded.record
+        sequences: Sequences = self.sequences
+        feed: Feed | None = None
+        if phase == DECODE:
+            assert self.continued is not None
+            sequences, feed = self.continued, continuing(self.loaded, spec.decode)
+        slots = capacity(
+            spec.reservoir_tokens, spec.reservoir_mb, len(self.layers), shape.intermediate_size,
+            self.loaded.model.dtype.itemsize,
+        )  # fmt: skip
+        return record_sequences(
+            self.loaded,
+            sequences,
+            layers=self.layers,
+            slots=slots,
+            seed=spec.data.seed,
+            batch_size=spec.batch_size,
+            what="recording" if phase == PREFILL else "recording what the model writes",
+            progress=self.progress,
+            shards=Shards(folder, phase),
+            team=self.crew,
+            strict=spec.strict,
+            feed=feed,
+        )
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return (PREFILL,) if self.continued is None else (PREFILL, DECODE)
 
 
 def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tuple[int, ...]:
@@ -61,31 +121,50 @@ def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tup
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
 
 
-def solve_cett(
-    loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
-) -> dict[int, CettSolution]:
-    """CETT of every recorded layer, by layer."""
-    found: dict[int, CettSolution] = {}
-    with progress.task("solving CETT", len(state.layers), "layers") as advance:
-        for layer in state.layers:
-            down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
-            found[layer] = CettSolution.of(CettLayer.of(state.reservoir.rows(layer).to(down.device), down), targets)
-            advance(1)
-    return found
+def _lead(job: Job) -> Path:
+    """Open the run, tell the others, record, merge and write."""
+    told = False
+    try:
+        with open_run(_request(job)) as writer:
+            told = True
+            job.crew.told_text(COMPLETE if writer.complete else str(writer.path / SHARDS))
+            job.crew.told_text(str(writer.path))
+            if writer.complete:
+                job.progress.note(f"{writer.path} is up to date")
+            else:
+                _record_and_write(job, writer)
+            return writer.path
+    except BaseException:
+        if not told:
+            job.crew.told_text(REFUSED)
+        raise
 
 
-def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences, probed: ProbeTexts | None) -> RunRequest:
+def _follow(job: Job) -> Path:
+    """Record this process's share into shards of its own, and send it to rank 0."""
+    folder = job.crew.told_text("")
+    if folder == REFUSED:
+        raise DataError("the first process of this run could not start it", "its message says why")
+    path = Path(job.crew.told_text(""))
+    if folder != COMPLETE:
+        for phase in job.phases:
+            job.record(phase, Path(folder))
+    return path
+
+
+def _request(job: Job) -> RunRequest:
+    spec, loaded = job.spec, job.loaded
     return RunRequest(
         kind=RunKind.PROFILE,
         identity={
             "asked": {**asked(spec), "model": None, "data": data_identity(spec.data)},
             "model": model_identity(loaded),
-            "text": sequences.record.sha256,
-            **({} if probed is None else {"probe_calibration": probed.calibration_sha256}),
+            "text": job.sequences.record.sha256,
+            **({} if job.probed is None else {"probe_calibration": job.probed.calibration_sha256}),
         },
         spec=spec,
         model=loaded.record,
-        texts=(sequences.record,),
+        texts=(job.sequences.record,),
         output=spec.output,
         root=spec.root,
         device=str(loaded.device),
@@ -95,60 +174,22 @@ def _request(spec: ProfileSpec, loaded: LoadedModel, sequences: Sequences, probe
     )
 
 
-def _record_and_write(
-    spec: ProfileSpec,
-    loaded: LoadedModel,
-    sequences: Sequences,
-    probed: ProbeTexts | None,
-    layers: tuple[int, ...],
-    writer: RunWriter,
-    progress: Progress,
-) -> None:
-    width, itemsize = loaded.record.intermediate_size, loaded.model.dtype.itemsize
-    state = record_sequences(
-        loaded,
-        sequences,
-        layers=layers,
-        slots=capacity(spec.reservoir_tokens, spec.reservoir_mb, len(layers), width, itemsize),
-        seed=spec.data.seed,
-        batch_size=spec.batch_size,
-        what="recording",
-        progress=progress,
-        shards=Shards(writer.shard("state").parent, "state"),
-        strict=spec.strict,
-    )
-    for text in not_finite(state):
-        writer.warn(text)
-        progress.warn(text)
-    measures = measure_rows(state, solve_cett(loaded, state, spec.cett_targets, progress))
-    if probed is not None:
-        measures += run_probes(spec.probes, loaded, layers, probed, writer, progress)
-    _write(loaded, state, measures, writer)
-
-
-def _write(loaded: LoadedModel, state: ProfileState, measures: list[Measure], writer: RunWriter) -> None:
-    norms = {
-        layer: loaded.sites.layers[layer].down_norms(loaded.record.intermediate_size).cpu() for layer in state.layers
-    }
-    tables.write(writer.path / "measures.parquet", tables.frame(measures, Measure))
-    tables.write(writer.path / "neurons.parquet", tables.frame(neuron_rows(state, norms), NeuronRow))
-    tables.write(writer.path / "heads.parquet", tables.frame(head_rows(state), HeadRow))
-    histograms = {}
-    for site, moments in state.moments.items():
-        counts, edges = moments.histogram.trimmed()
-        histograms |= {
-            f"layers.{site.layer}.{site.kind}.counts": counts,
-            f"layers.{site.layer}.{site.kind}.edges": edges,
-        }
-    tensors.write(writer.path / "histograms.safetensors", histograms)
-    reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.layers}
-    tensors.write(writer.path / "reservoir.safetensors", reservoir)
-    summary = {
-        "model": builtins(loaded.record),
-        "data": builtins(writer.manifest.texts[0]),
-        "measures": builtins(measures),
-        "warnings": list(writer.warnings),
-        "run": str(writer.path),
-    }
-    write_bytes(writer.path / "summary.json", pretty(summary).encode())
+def _record_and_write(job: Job, writer: RunWriter) -> None:
+    spec, progress = job.spec, job.progress
+    states = {phase: job.record(phase, writer.path / SHARDS) for phase in job.phases}
+    for phase, state in states.items():
+        for text in not_finite(state):
+            writer.warn(text if phase == PREFILL else f"{phase}: {text}")
+            progress.warn(text)
+    phases = [Phase.solved(name, job.loaded, state, spec.cett_targets, progress) for name, state in states.items()]
+    measures = [row for phase in phases for row in phase.rows]
+    if job.probed is not None:
+        measures += run_probes(spec.probes, job.loaded, job.layers, job.probed, writer, progress)
+    if spec.dump is not None:
+        write_dump(
+            Dump.of(spec.dump, job.loaded, job.layers, job.sequences), job.loaded, job.sequences, writer, progress
+        )
+    for phase in phases:
+        write_phase(phase, writer)
+    write_measures(job.loaded, measures, writer)
     writer.finish()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from actsparse.core.cett import CettSolution
+from actsparse.core.coactivation import CoActivation
 from actsparse.core.stats import gini
 from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
 from actsparse.pipelines.profile_state import ProfileState
@@ -15,7 +16,9 @@ QUANTILES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
 DEAD, HOT = 0.001, 0.5
 
 
-def measure_rows(state: ProfileState, cett: dict[int, CettSolution]) -> list[Measure]:
+def measure_rows(
+    state: ProfileState, cett: dict[int, CettSolution], together: dict[int, CoActivation]
+) -> list[Measure]:
     """The rows of `measures.parquet`."""
     rows = [Measure(metric="tokens", value=float(state.tokens), unit="tokens", n=state.tokens)]
     for site, moments in state.moments.items():
@@ -24,6 +27,7 @@ def measure_rows(state: ProfileState, cett: dict[int, CettSolution]) -> list[Mea
         rows += _neuron_measures(layer, state.neurons[layer])
         rows += _head_measures(layer, state.heads[layer])
         rows += _cett_rows(layer, cett[layer])
+        rows += _together_rows(layer, together[layer])
     return rows + _cett_means(state, cett)
 
 
@@ -112,6 +116,12 @@ def _cett_rows(layer: int, solution: CettSolution) -> list[Measure]:
     if solution.rho is not None:
         rows.append(_row(site, "cett_rho", solution.rho, solution.tokens))
     return rows
+
+
+def _together_rows(layer: int, found: CoActivation) -> list[Measure]:
+    site, phi = Site(layer=layer, kind=SiteKind.NEURON), found.phi()
+    where = param(hottest=len(found.neurons))
+    return [] if phi is None else [_row(site, "coactivation_phi", phi, found.tokens, param=where)]
 
 
 def _cett_means(state: ProfileState, cett: dict[int, CettSolution]) -> list[Measure]:

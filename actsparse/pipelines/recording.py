@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from actsparse.results import Site, SiteKind
 from actsparse.store import tensors
 
 CHECKPOINT_SECONDS = 30.0
+
+# What is fed for the sequences of a batch, and the first position of each that counts.
+Feed = Callable[[Sequence[Int[Tensor, " tokens"]]], tuple[Sequence[Int[Tensor, " tokens"]], Sequence[int]]]
 
 
 class Recorder:
@@ -143,11 +146,13 @@ def record_sequences(
     shards: Shards | None = None,
     team: Team = ALONE,
     strict: bool = False,
+    feed: Feed | None = None,
 ) -> ProfileState:
     """The statistics of `sequences`; with `shards`, finished batches are kept there and not repeated.
 
-    In a team, rank 0's state has everything and the others' their own share. With `strict`, raises ModelError at the
-    first batch whose activations are not finite.
+    `feed` says what is fed for the sequences of a batch, and the first position of each that counts (default: the
+    sequences themselves, after the sink tokens). In a team, rank 0's state has everything and the others' their own
+    share. With `strict`, raises ModelError at the first batch whose activations are not finite.
     """
     state = ProfileState.empty(loaded, layers, slots, kinds)
     if shards is not None and team.leads:
@@ -156,18 +161,18 @@ def record_sequences(
     if done:
         progress.note(f"resuming: {len(done)} of {len(sequences)} sequences were finished before")
     recorder = Recorder(loaded, state, seed=seed)
-    starts = [sequences.record.sink_tokens] * len(sequences)
+    feed = feed or (lambda ids: (ids, [sequences.record.sink_tokens] * len(ids)))
     places = [[i for i in group if i not in done] for group in groups([len(x) for x in sequences.ids], batch_size)]
     since = time.monotonic()
     with progress.task(what, sequences.tokens, "tokens") as advance:
         advance(sum(len(sequences.ids[i]) for i in done))
         for group in team.share([group for group in places if group]):
-            batch = padded([sequences.ids[i] for i in group], [starts[i] for i in group])
+            batch = padded(*feed([sequences.ids[i] for i in group]))
             recorder.record(batch)
             state.finished(group, sum(span.stop - span.start for _, span in batch.spans))
             if strict:
                 _check_finite(state)
-            advance(batch.tokens * team.size)
+            advance(team.size * sum(len(sequences.ids[i]) for i in group))
             if shards is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
                 tensors.write(shards.of(team.rank), state.tensors())
                 since = time.monotonic()

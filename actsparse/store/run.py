@@ -3,6 +3,8 @@
 `unfinished.json` marks a run at work; `manifest.json` is written last, so a directory that has one is complete.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -23,13 +25,18 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 SHARDS = "shards"
 LOCK = ".lock"
+DUMP = re.compile(r"dump-\d{5}\.safetensors")
 SHARD_SUFFIXES = ("", ".parquet", ".safetensors", ".json", ".tmp")
 FILES = {
     RunKind.PROFILE: (
         "measures.parquet",
         "neurons.parquet",
         "heads.parquet",
+        "neurons_decode.parquet",
+        "heads_decode.parquet",
         "histograms.safetensors",
+        "histograms_decode.safetensors",
+        "coactivation.safetensors",
         "reservoir.safetensors",
         "probes.safetensors",
         "summary.json",
@@ -46,6 +53,11 @@ FILES = {
     ),
     RunKind.STUDY: ("studies.parquet", "studies.json", "summary.json"),
 }
+
+
+def dump_name(shard: int) -> str:
+    """The name of a shard of raw activations."""
+    return f"dump-{shard:05d}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,7 @@ class RunWriter:
     complete: bool = False
     resumed: bool = False
     warnings: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     def warn(self, text: str) -> None:
         """Keep a warning for the manifest, once."""
@@ -95,11 +108,16 @@ class RunWriter:
         """The path of a shard; it exists when an earlier attempt finished it."""
         return self.path / SHARDS / name
 
+    def keep(self, name: str) -> None:
+        """Move a finished shard beside the tables: it becomes a file of the run."""
+        os.replace(self.shard(name), self.path / name)
+        self.kept.append(name)
+
     def finish(self) -> Manifest:
         """Write the manifest over every file of the run, and drop the shards."""
         files = tuple(
             FileRecord(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
-            for name in sorted(FILES[self.manifest.kind])
+            for name in sorted({*FILES[self.manifest.kind], *self.kept})
             for path in [self.path / name]
             if path.is_file()
         )
@@ -220,7 +238,7 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         return RunWriter(path=path, manifest=found, complete=True, warnings=list(found.warnings))
     resumed = bool(same and request.resume and (path / SHARDS).is_dir())
     if not resumed:
-        _remove_run(path, {request.kind, *((found.kind,) if found else ())})
+        _remove_run(path, {request.kind, *((found.kind,) if found else ())}, found)
     write_bytes(path / UNFINISHED, pretty(draft).encode())
     return RunWriter(path=path, manifest=draft, resumed=resumed)
 
@@ -267,9 +285,12 @@ def _other_run(path: Path, found: Manifest, draft: Manifest) -> str:
     return "\n  ".join([f"{path} holds another run:", *lines[:12], *(["..."] if len(lines) > 12 else [])])
 
 
-def _remove_run(path: Path, kinds: set[RunKind]) -> None:
+def _remove_run(path: Path, kinds: set[RunKind], found: Manifest | None) -> None:
     """Remove what earlier runs of these kinds wrote here, and nothing else."""
-    for name in (MANIFEST, UNFINISHED, *(name for kind in kinds for name in FILES[kind])):
+    dumps = {file.path for file in found.files if DUMP.fullmatch(file.path)} if found else set()
+    if found and found.status != "complete":
+        dumps |= {file.name for file in path.iterdir() if DUMP.fullmatch(file.name)}
+    for name in (MANIFEST, UNFINISHED, *dumps, *(name for kind in kinds for name in FILES[kind])):
         target = path / name
         if target.is_file() and not target.is_symlink():
             target.unlink()

@@ -9,6 +9,7 @@ import polars as pl
 
 from actsparse.errors import RunError
 from actsparse.results import (
+    DECODE,
     EvalRow,
     Generation,
     HeadRow,
@@ -27,7 +28,7 @@ from actsparse.results import (
 from actsparse.store import arrays, tables
 from actsparse.store.codec import decode
 from actsparse.store.files import sha256_of
-from actsparse.store.run import read_manifest
+from actsparse.store.run import DUMP, read_manifest
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,34 @@ class ProfileRun(Run):
     kind = RunKind.PROFILE
 
     @cached_property
-    def measures(self) -> pl.DataFrame:
+    def all_measures(self) -> pl.DataFrame:
+        """Every row of `measures.parquet`, of whatever phase."""
         return tables.read(self.path / "measures.parquet", Measure)
+
+    @cached_property
+    def measures(self) -> pl.DataFrame:
+        """The rows of prefill, and of the probes."""
+        return self.all_measures.filter(~_of_decode())
+
+    @cached_property
+    def decode_measures(self) -> pl.DataFrame:
+        """The rows of what the model wrote itself (`--decode N`); none without it. `param` still names the phase."""
+        return self.all_measures.filter(_of_decode())
+
+    @cached_property
+    def decode_neurons(self) -> pl.DataFrame:
+        """As `neurons`, over the tokens that the model wrote itself; raises RunError without `--decode N`."""
+        return tables.read(self.path / "neurons_decode.parquet", NeuronRow)
+
+    @cached_property
+    def decode_heads(self) -> pl.DataFrame:
+        """As `heads`, over the tokens that the model wrote itself; raises RunError without `--decode N`."""
+        return tables.read(self.path / "heads_decode.parquet", HeadRow)
+
+    @property
+    def dump(self) -> tuple[Path, ...]:
+        """The shards of raw activations that `--dump` wrote, in order."""
+        return tuple(self.path / file.path for file in self.manifest.files if DUMP.fullmatch(file.path))
 
     @cached_property
     def neurons(self) -> pl.DataFrame:
@@ -157,6 +184,10 @@ class StudyRun(Run):
     @cached_property
     def experiments(self) -> tuple[StudyExperiment, ...]:
         return decode(self._bytes("studies.json"), tuple[StudyExperiment, ...], str(self.path / "studies.json"))
+
+
+def _of_decode() -> pl.Expr:
+    return pl.col("param").str.split(",").list.contains(f"phase={DECODE}")
 
 
 def open_any(path: Path) -> ProfileRun | PlanRun | EvalRun | StudyRun:

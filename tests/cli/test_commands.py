@@ -237,7 +237,7 @@ def test_ctrl_c_is_130_and_prints_what_resumes(
     argv = [command, "-m", tiny_folder("llama"), "-o", out]
     argv += short(corpus_file) if command == "evaluate" else ["--corpus", corpus_file, "--block-length", 32]
     with monkeypatch.context() as patch:
-        patch.setattr(profile_module, "solve_cett", stop)
+        patch.setattr(profile_module.Phase, "solved", stop)
         patch.setattr(quality, "_scores", stop)
         done = actsparse(*argv)
     assert done.code == 130

@@ -1,0 +1,98 @@
+"""The files of a profile: tables, histograms, sample and co-activation of every phase, and the summary."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from actsparse.core.cett import CettLayer, CettSolution
+from actsparse.core.coactivation import CoActivation, co_activation
+from actsparse.core.streaming import ACTIVE_DENSITY
+from actsparse.models.load import LoadedModel
+from actsparse.pipelines.profile_state import ProfileState
+from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows
+from actsparse.pipelines.progress import Progress
+from actsparse.results import PREFILL, HeadRow, Measure, NeuronRow
+from actsparse.store import tables, tensors
+from actsparse.store.codec import builtins, pretty
+from actsparse.store.files import write_bytes
+from actsparse.store.run import RunWriter
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase as recorded, with what was solved on its sample."""
+
+    name: str
+    state: ProfileState
+    cett: dict[int, CettSolution]
+    together: dict[int, CoActivation]
+    down_norms: dict[int, Tensor]
+
+    @classmethod
+    def solved(
+        cls, name: str, loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
+    ) -> "Phase":
+        """CETT and co-activation of every recorded layer."""
+        cett: dict[int, CettSolution] = {}
+        together: dict[int, CoActivation] = {}
+        norms: dict[int, Tensor] = {}
+        what = "solving CETT" if name == PREFILL else f"solving CETT of {name}"
+        with progress.task(what, len(state.layers), "layers") as advance:
+            for layer in state.layers:
+                down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
+                sample = state.reservoir.rows(layer).to(down.device)
+                cett[layer] = CettSolution.of(CettLayer.of(sample, down), targets)
+                norms[layer] = down.float().norm(dim=0).cpu()
+                together[layer] = co_activation(
+                    sample, norms[layer], state.neurons[layer].active, density=ACTIVE_DENSITY
+                )
+                advance(1)
+        return cls(name, state, cett, together, norms)
+
+    @property
+    def rows(self) -> list[Measure]:
+        """Its rows of `measures.parquet`; those of another phase than prefill say so in `param`."""
+        rows = measure_rows(self.state, self.cett, self.together)
+        return rows if self.name == PREFILL else [_in_phase(row, self.name) for row in rows]
+
+
+def write_phase(phase: Phase, writer: RunWriter) -> None:
+    """Tables and histograms of a phase; of prefill the sample and the co-activation too."""
+    state, path = phase.state, writer.path
+    end = "" if phase.name == PREFILL else f"_{phase.name}"
+    tables.write(path / f"neurons{end}.parquet", tables.frame(neuron_rows(state, phase.down_norms), NeuronRow))
+    tables.write(path / f"heads{end}.parquet", tables.frame(head_rows(state), HeadRow))
+    histograms: dict[str, Tensor] = {}
+    for site, moments in state.moments.items():
+        counts, edges = moments.histogram.trimmed()
+        histograms |= {
+            f"layers.{site.layer}.{site.kind}.counts": counts,
+            f"layers.{site.layer}.{site.kind}.edges": edges,
+        }
+    tensors.write(path / f"histograms{end}.safetensors", histograms)
+    if phase.name != PREFILL:
+        return
+    reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.layers}
+    tensors.write(path / "reservoir.safetensors", reservoir)
+    together: dict[str, Tensor] = {}
+    for layer, found in phase.together.items():
+        together |= {f"layers.{layer}.neurons": found.neurons, f"layers.{layer}.counts": found.counts}
+    together["tokens"] = state.neurons[state.layers[0]].seen.new_tensor([state.reservoir.used])
+    tensors.write(path / "coactivation.safetensors", together)
+
+
+def write_measures(loaded: LoadedModel, measures: list[Measure], writer: RunWriter) -> None:
+    """`measures.parquet`, and the document that `--json` prints."""
+    tables.write(writer.path / "measures.parquet", tables.frame(measures, Measure))
+    summary = {
+        "model": builtins(loaded.record),
+        "data": builtins(writer.manifest.texts[0]),
+        "measures": builtins(measures),
+        "warnings": list(writer.warnings),
+        "run": str(writer.path),
+    }
+    write_bytes(writer.path / "summary.json", pretty(summary).encode())
+
+
+def _in_phase(row: Measure, phase: str) -> Measure:
+    return replace(row, param=",".join(sorted([*filter(None, row.param.split(",")), f"phase={phase}"])))
