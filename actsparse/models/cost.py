@@ -1,6 +1,7 @@
 """The bytes of a loaded model's decode step, counted from its parameters."""
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from actsparse.models.shape import shape_of
@@ -12,17 +13,17 @@ def step_bytes(sites: ModelSites) -> StepBytes:
     """What one dense decode step of this model reads."""
     model = sites.model
     embedding, head = embedding_and_head(sites)
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(stored_bytes(p) for p in model.parameters())
     total += sum(_buffers(linear) for layer in sites.layers for linear in layer.linears)
     total -= sum(_idle_bytes(layer) for layer in sites.layers)
     if head is not embedding:
-        total -= embedding.numel() * embedding.element_size()
+        total -= stored_bytes(embedding)
     return StepBytes(
         layers=len(sites.layers),
         mlp=_mean_mlp_bytes(sites),
         projections=_attention_bytes(sites.layers[0], sites),
         attention=sum(_bytes(module) for layer in sites.layers for module in (*layer.qkv, layer.output)),
-        head=head.numel() * head.element_size(),
+        head=stored_bytes(head),
         total=total,
     )
 
@@ -48,10 +49,18 @@ def _mean_mlp_bytes(sites: ModelSites) -> dict[str, int]:
     return {name: round(sum(one[name] for one in found) / len(found)) for name in found[0]}
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor occupies; of a quantised tensor those of its parts, not of the numbers it stands for."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
 def _mlp_bytes(layer: LayerSites) -> dict[str, int]:
     """Bytes of each matrix; of a mixture those that one token reads: top_k of the experts, and the shared one."""
     if layer.experts is not None:
-        gate_up, down = (one[0].numel() * one.element_size() for one in layer.experts.stacked())
+        gate_up, down = (stored_bytes(one) // len(one) for one in layer.experts.stacked())
         shared = {} if layer.shared is None else _mlp_bytes(layer.shared)
         routed = {"gate": gate_up // 2, "up": gate_up // 2, "down": down}
         return {name: layer.experts.top_k * size + shared.get(name, 0) for name, size in routed.items()}
@@ -67,7 +76,7 @@ def _idle_bytes(layer: LayerSites) -> int:
     """Bytes of the experts that a token does not pass through: (1 - top_k / E) of them all."""
     if layer.experts is None:
         return 0
-    whole = sum(one.numel() * one.element_size() for one in layer.experts.stacked())
+    whole = sum(stored_bytes(one) for one in layer.experts.stacked())
     return whole - whole * layer.experts.top_k // layer.experts.count
 
 
@@ -84,10 +93,10 @@ def _attention_bytes(layer: LayerSites, sites: ModelSites) -> dict[str, int]:
 
 def _buffers(module: nn.Module) -> int:
     """Bytes of matrices that a quantised projection keeps as buffers."""
-    return sum(b.numel() * b.element_size() for b in module.buffers() if b.dim() > 1)
+    return sum(stored_bytes(b) for b in module.buffers() if b.dim() > 1)
 
 
 def _bytes(module: nn.Module) -> int:
     """Bytes of a projection's matrix (biases are read whatever is dropped)."""
     stored = [*module.parameters(), *module.buffers()]
-    return sum(p.numel() * p.element_size() for p in stored if p.dim() > 1)
+    return sum(stored_bytes(p) for p in stored if p.dim() > 1)

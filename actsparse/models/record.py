@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from actsparse.models.cost import embedding_and_head, step_bytes
+from actsparse.models.cost import embedding_and_head, step_bytes, stored_bytes
 from actsparse.models.home import file_sha256
 from actsparse.models.shape import optional_int, shape_of
 from actsparse.models.sites import ModelSites
@@ -89,7 +89,7 @@ def _bytes_per_weight(sites: ModelSites) -> float:
         int(getattr(linear, "in_features", 0)) * int(getattr(linear, "out_features", 0)) or _numel(linear)
         for linear in linears
     )
-    return round(sum(p.numel() * p.element_size() for p in stored) / max(1, weights), 4)
+    return round(sum(stored_bytes(p) for p in stored) / max(1, weights), 4)
 
 
 def _numel(linear: object) -> int:

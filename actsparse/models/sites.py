@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from actsparse.errors import ModelError
@@ -316,9 +317,15 @@ def resolve(model: PreTrainedModel, family: Family | None = None) -> ModelSites:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a projection's weight is a matrix of floating-point numbers."""
+    """Whether a projection's weight is a matrix of floating-point numbers.
+
+    A quantised tensor may call itself floating: some quantisers keep the linear and replace its weight by a tensor
+    subclass that answers for the numbers that it stands for.
+    """
     weight = linear._parameters.get("weight")
-    return weight is not None and weight.is_floating_point() and weight.dim() == 2
+    if weight is None or is_traceable_wrapper_subclass(weight):
+        return False
+    return weight.is_floating_point() and weight.dim() == 2
 
 
 def dense_weight(
@@ -327,8 +334,9 @@ def dense_weight(
     """Weight [out, in] and bias of a projection; raises ModelError where it is not stored as plain numbers."""
     weight = linear._parameters.get("weight")
     if weight is None or not is_plain(linear):
+        kept_as = type(linear if weight is None or type(weight) is nn.Parameter else weight).__name__
         raise ModelError(
-            f"{where}: the weights are quantised ({type(linear).__name__}) and cannot be read as numbers",
+            f"{where}: the weights are quantised ({kept_as}) and cannot be read as numbers",
             "load the model with --dequantize",
         )
     return (weight.t() if transposed else weight), linear._parameters.get("bias")

@@ -48,14 +48,60 @@ class Int8Linear(nn.Module):
         return x @ self.matrix.T
 
 
-@pytest.fixture(params=[True, False], ids=["buffers", "parameter"])
+class ScaledInt8(Tensor):
+    """A weight of an ordinary linear that stores int8 and calls itself float32 (torchao's way)."""
+
+    stored: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, stored: Tensor, scale: Tensor) -> "ScaledInt8":
+        found = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=torch.float32)
+        found.stored, found.scale = stored, scale
+        return found
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["stored", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context, size, stride) -> "ScaledInt8":
+        return ScaledInt8(parts["stored"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].stored, args[0].scale)
+        raise NotImplementedError(f"{func} is not for quantised weights")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, bias = args
+            product = x @ (weight.stored * weight.scale).T
+            return product if bias is None else product + bias
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def int8_weight(linear: nn.Linear) -> nn.Linear:
+    """The linear with its weight stored as int8 and scales."""
+    packed = Int8Linear(linear, buffers=True)
+    linear.weight = nn.Parameter(ScaledInt8(packed.qweight, packed.scale), requires_grad=False)
+    linear.matrix = packed.matrix
+    return linear
+
+
+@pytest.fixture(params=["buffers", "parameter", "tensor"])
 def quantised(request: pytest.FixtureRequest, tiny_folder: Callable) -> LoadedModel:
     model = make_model("llama")
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
             for name in PROJECTIONS:
                 if hasattr(parent, name):
-                    setattr(parent, name, Int8Linear(getattr(parent, name), buffers=request.param))
+                    linear = getattr(parent, name)
+                    if request.param == "tensor":
+                        int8_weight(linear)
+                    else:
+                        setattr(parent, name, Int8Linear(linear, buffers=request.param == "buffers"))
     sites = resolve(model)
     source = Source(directory=tiny_folder("llama"), resolved="int8-llama")
     return LoadedModel(model, make_tokenizer(), sites, record("int8-llama", source, sites))
@@ -110,6 +156,6 @@ def test_slicing_refuses_and_names_the_way_out(quantised: LoadedModel) -> None:
     before = [layer.mlp.down_proj for layer in quantised.model.model.layers]
     with pytest.raises(ModelError) as caught, sliceable(quantised.sites):
         pass
-    assert "Int8Linear" in caught.value.what
+    assert "Int8" in caught.value.what
     assert "--dequantize" in caught.value.hint
     assert [layer.mlp.down_proj for layer in quantised.model.model.layers] == before
