@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from gpu_timing import paired
 from torch import Tensor
+from transformers import DynamicCache
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.engine import CpuEngine, as_gate_plan
@@ -76,7 +77,9 @@ class Bench:
         prefill(self.model, self.ids[:, :prompt], self.cache)
         self.engine = CpuEngine(note=print)
         self.decoder = Decoder.from_model(self.model, max_length=prompt + tokens + 2, engine=self.engine)
-        self.decoder.load_prefill(self.cache, self.ids[:, prompt])
+        grown = DynamicCache(config=self.model.config)
+        prefill(self.model, self.ids[:, :prompt], grown)
+        self.decoder.load_prefill(grown, self.ids[:, prompt])
         self.decoder.force(self.ids[:, prompt + 1 :])
 
     def run(self, plan: Plan) -> float:

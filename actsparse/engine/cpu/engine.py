@@ -8,7 +8,7 @@ from torch import Tensor
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.ops import MAX_BATCH
-from actsparse.engine.cpu.plans import Channels, Decided, GatePlan, LayerWork, Listed
+from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork, Listed
 from actsparse.engine.cpu.program import Program
 from actsparse.engine.cpu.step import Counter, StepBuilder
 from actsparse.engine.step.decoder import Runner

@@ -20,7 +20,7 @@ from actsparse.engine.cpu.ops import (
     Top,
     bfloat,
 )
-from actsparse.engine.cpu.plans import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
+from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
 from actsparse.engine.step import sliced
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights, Weights
