@@ -17,10 +17,27 @@ def new_cache(model: PreTrainedModel, length: int) -> Cache:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: Int[Tensor, "batch seq"], cache: Cache) -> Float[Tensor, "batch vocab"]:
-    """Run the prompt dense into `cache`; the logits of its last position."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
-    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def prefill(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch seq"],
+    cache: Cache,
+    padding: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, "batch vocab"]:
+    """Run prompts dense into `cache`; the logits of their last position. `padding`: positions of it in front."""
+    places = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
+    mask = None
+    if padding is not None and bool(padding.any()):
+        places = places - padding[:, None]
+        mask = (places >= 0).long()
+        places = places.clamp(min=0)
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=places,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
     return output.logits[:, -1]
 
 

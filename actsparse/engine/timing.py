@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from actsparse.core.stats import median_interval
-from actsparse.engine.decode import forced, greedy, new_cache, prefill
-from actsparse.engine.sparse import SparseDecoder
+from actsparse.engine.choose import Run
+from actsparse.engine.cpu import build
 from actsparse.results import Verdict
 
 PREFILL_REPETITIONS = 3
 WARM_UP_TOKENS = 4
 FEWEST_PAIRS = 5
+READINGS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,30 +87,46 @@ def summary(laps: Mapping[int, Sequence[Lap]]) -> Speed:
     )
 
 
-def measure(model: PreTrainedModel, decoder: SparseDecoder, ids: Tensor, *, pairs: int, tokens: int) -> list[Lap]:
-    """ABAB laps of dense and sparse decode after the prompt `ids` [1, P], over the same teacher-forced tokens.
+def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens: int) -> list[Lap]:
+    """ABAB laps of dense and sparse decode after the prompts `ids` [batch, P], over the same teacher-forced tokens.
 
-    Prefill and selection are timed in the first repetitions; every decode lap starts from a copy of its own cache.
+    Prefill and selection are timed in the first repetitions; every decode lap starts from the end of the prompts.
     """
-    decoder.dense()
-    start, length = ids.shape[1], ids.shape[1] + tokens + 1
-    dense_cache = new_cache(model, length)
-    logits = prefill(model, ids, dense_cache)
-    stream = greedy(model, logits, deepcopy(dense_cache), start, tokens)
+    run.prefill(ids, watch=True)
+    run.select()
+    run.use(sparse=False)
+    stream = dense_stream(run, ids, tokens)
+    for sparse in (False, True):
+        _decode(run, stream[:, :WARM_UP_TOKENS], sparse)
+    run.forget()
     laps: list[Lap] = []
-    sparse_cache = new_cache(model, length)
-    decoder.prefill(ids, sparse_cache)
-    decoder.select()
-    for cache, sparse in ((dense_cache, False), (sparse_cache, True)):
-        _decode(model, decoder, stream[:, :WARM_UP_TOKENS], deepcopy(cache), start, sparse)
     for repetition in range(pairs):
         if repetition < PREFILL_REPETITIONS:
-            laps += _prefill_laps(model, decoder, ids, length, repetition)
-        for arm, cache in (("dense", dense_cache), ("sparse", sparse_cache)):
-            fresh = deepcopy(cache)
-            seconds = _seconds(model, lambda a=arm, c=fresh: _decode(model, decoder, stream, c, start, a == "sparse"))
+            laps += _prefill_laps(run, model, ids, repetition)
+        for arm, sparse in (("dense", False), ("sparse", True)):
+            run.use(sparse=sparse)
+            run.rewind()
+            seconds = _seconds(model, lambda: run.feed(stream))
             laps.append(Lap(arm=arm, phase="decode", repetition=repetition, tokens=tokens, seconds=seconds))
+    run.use(sparse=False)
     return laps
+
+
+def dense_stream(run: Run, ids: Tensor, tokens: int) -> Tensor:
+    """The `tokens` tokens [batch, tokens] that dense decode finds after the prompts prefilled last."""
+    return torch.tensor(run.generate(tokens), device=ids.device)
+
+
+def token_laps(run: Run, model: PreTrainedModel, stream: Tensor) -> list[float]:
+    """Seconds of every single token of teacher-forced decode, the first being the one after the prompts."""
+    run.rewind()
+    run.begin(stream)
+    return [_seconds(model, run.advance) for _ in range(stream.shape[1])]
+
+
+def elapsed(model: PreTrainedModel, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, the model's device waited for."""
+    return _seconds(model, work)
 
 
 def measure_generate(model: PreTrainedModel, ids: Tensor, *, tokens: int, repetitions: int = 2) -> list[Lap]:
@@ -137,26 +152,45 @@ def _generate(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
     )
 
 
-def _prefill_laps(
-    model: PreTrainedModel, decoder: SparseDecoder, ids: Tensor, length: int, repetition: int
-) -> list[Lap]:
-    def lap(arm: str, phase: str, run: Callable[[], object]) -> Lap:
-        return Lap(arm=arm, phase=phase, repetition=repetition, tokens=ids.shape[1], seconds=_seconds(model, run))
+def _prefill_laps(run: Run, model: PreTrainedModel, ids: Tensor, repetition: int) -> list[Lap]:
+    def lap(arm: str, phase: str, work: Callable[[], object]) -> Lap:
+        return Lap(arm=arm, phase=phase, repetition=repetition, tokens=ids.shape[1], seconds=_seconds(model, work))
 
-    decoder.dense()
-    dense = lap("dense", "prefill", lambda: prefill(model, ids, new_cache(model, length)))
-    watched = lap("sparse", "prefill", lambda: decoder.prefill(ids, new_cache(model, length)))
-    return [dense, watched, lap("sparse", "select", decoder.select)]
+    run.use(sparse=False)
+    dense = lap("dense", "prefill", lambda: run.prefill(ids, watch=False))
+    watched = lap("sparse", "prefill", lambda: run.prefill(ids, watch=True))
+    return [dense, watched, lap("sparse", "select", run.select)]
 
 
-def _decode(
-    model: PreTrainedModel, decoder: SparseDecoder, stream: Tensor, cache: Cache, start: int, sparse: bool
-) -> None:
-    if sparse:
-        decoder.sparse()
-    else:
-        decoder.dense()
-    forced(model, stream, cache, start)
+def _decode(run: Run, stream: Tensor, sparse: bool) -> None:
+    run.use(sparse=sparse)
+    run.rewind()
+    run.feed(stream)
+
+
+def read_bandwidth(device: torch.device, megabytes: int = 256) -> float:
+    """Bytes per second of a reduction that only reads memory that no cache holds: the ceiling of a decode step."""
+    if device.type == "cuda":
+        from actsparse.engine.cuda.bandwidth import read_bandwidth as on_cuda
+
+        return on_cuda(device)
+    buffers = [torch.ones(megabytes << 18, device=device) for _ in range(2)]
+    reader = _reader(device)
+    seconds = []
+    for repetition in range(READINGS):
+        buffer = buffers[repetition % 2]
+        began = time.perf_counter()
+        reader(buffer)
+        seconds.append(time.perf_counter() - began)
+    return (megabytes << 20) / float(torch.tensor(seconds[2:], dtype=torch.float64).quantile(0.5))
+
+
+def _reader(device: torch.device) -> Callable[[Tensor], object]:
+    """The best reduction at hand."""
+    if device.type == "cpu" and build.failure() is None:
+        handle = build.library()
+        return lambda buffer: handle.actsparse_read(buffer.data_ptr(), buffer.numel())
+    return lambda buffer: buffer.sum().item()
 
 
 def _seconds(model: PreTrainedModel, run: Callable[[], object]) -> float:

@@ -176,7 +176,7 @@ def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | N
         return nothing_saved()
     if not found.useful_kept:
         return None
-    dropped = {(Unit.NEURON, layer): 1 - share for layer, share in enumerate(found.useful_kept)}
+    dropped = {(one.unit, one.layer): 1 - one.share for one in found.useful_kept}
     return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp))
 
 

@@ -1,6 +1,7 @@
 """Real sparse generation: timed against dense, checked against the masked path, and kept as samples."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
 
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor
 
 from actsparse.engine import timing
-from actsparse.engine.decode import forced, greedy, new_cache, prefill
+from actsparse.engine.choose import Engines, Run
+from actsparse.engine.decode import greedy, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
-from actsparse.engine.sparse import SparseDecoder, sparse_decoder, why_not_sliced
-from actsparse.errors import DataError, ModelError
+from actsparse.errors import DataError, ModelError, PlanError
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
-from actsparse.results import Generation, TimingRow
+from actsparse.results import Generation, TimingRow, Unit
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 
@@ -27,18 +29,32 @@ NGRAM = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptShare:
+    """The share of a unit of a layer that the engine read."""
+
+    unit: Unit
+    layer: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpeed:
     """What generation under one plan showed. `speed` is None where it was not timed, and `reason` says why.
 
-    `useful_kept`: share of neurons of each layer that the engine read, mean over timed prompts. `path_check`: largest
-    difference in NLL between engine and masked path on the checked tokens.
+    `engine`: how decode ran, `tier` how good that is (1 best), `warnings` which better path could not be taken.
+    `useful_kept`: what the engine read, over all timed laps. `path_check`: largest difference in NLL between engine and
+    masked path on the checked tokens. `read_bandwidth` (dense only): bytes a second of a read-only reduction.
     """
 
     plan: str
     speed: timing.Speed | None = None
     reason: str | None = None
     path_check: float | None = None
-    useful_kept: tuple[float, ...] = ()
+    engine: str | None = None
+    tier: int | None = None
+    warnings: tuple[str, ...] = ()
+    read_bandwidth: float | None = None
+    useful_kept: tuple[KeptShare, ...] = ()
     laps: tuple[TimingRow, ...] = ()
     generations: tuple[Generation, ...] = ()
 
@@ -57,7 +73,7 @@ class Speeds:
 
 def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFrame) -> Speeds:
     """Dense first, then every plan; what was finished before is not repeated. `tokens`: the masked path's scores."""
-    runner = _Runner(session, tokens)
+    runner = _Runner(session, tokens, Engines(session.loaded.sites, session.progress.note))
     total = 1 + len(groups)
     with session.progress.task("generating and timing", total, "plans") as advance:
         dense = runner.kept("dense", runner.dense)
@@ -79,6 +95,7 @@ def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFr
 class _Runner:
     session: Session
     tokens: pl.DataFrame
+    engines: Engines
 
     def kept(self, name: str, make: Callable[[], PlanSpeed]) -> PlanSpeed:
         """The result kept in a shard, or made now and kept there."""
@@ -97,83 +114,102 @@ class _Runner:
             for prompt, ids in self.timed_prompts():
                 found = timing.measure_generate(model, ids, tokens=spec.timing_tokens)
                 laps += [_row(DENSE, prompt, lap) for lap in found]
-        samples = []
-        for prompt, ids in self.sample_prompts():
-            cache = new_cache(model, ids.shape[1] + spec.max_new_tokens)
-            logits = prefill(model, ids, cache)
-            text = greedy(model, logits, cache, ids.shape[1], spec.max_new_tokens, self.is_end)
-            samples.append(self.sample(DENSE, prompt, ids, text[0].tolist(), None))
-        return PlanSpeed(plan=DENSE, laps=tuple(laps), generations=tuple(samples))
+        with self.opened(()) as run:
+            samples = []
+            for prompt, ids in self.sample_prompts():
+                run.prefill(ids, watch=False)
+                run.use(sparse=False)
+                text = run.generate(spec.max_new_tokens, stop=self.stops)[0]
+                samples.append(self.sample(DENSE, prompt, ids, text, None))
+            return PlanSpeed(
+                plan=DENSE,
+                engine=run.path,
+                tier=run.tier,
+                warnings=tuple(run.announced),
+                read_bandwidth=timing.read_bandwidth(model.device) if spec.timing_pairs else None,
+                laps=tuple(laps),
+                generations=tuple(samples),
+            )
 
     def plan(self, group: PlanGroup, dense: PlanSpeed) -> PlanSpeed:
         """One plan: with an engine timed, checked and sampled; without one sampled in the masked path."""
         if not group.named:
             return PlanSpeed(plan=group.name, reason="a control added for quality; name it with --plan to time it")
-        if why_not_sliced(group.plan.gates()):
-            samples = self.masked_samples(group, dense)
-            reason = f"{group.plan.method.name} has no engine yet: its masked run is exact, and never faster"
-            return PlanSpeed(plan=group.name, reason=reason, generations=samples)
         try:
             return self.engine(group, dense)
+        except PlanError as error:
+            samples = self.masked_samples(group, dense)
+            return PlanSpeed(plan=group.name, reason=f"{error.what}; {error.hint}", generations=samples)
         except ModelError as error:
             return PlanSpeed(plan=group.name, reason=f"{error.what}; {error.hint}")
 
-    def engine(self, group: PlanGroup, dense: PlanSpeed) -> PlanSpeed:
-        """Sliced decode: path check, laps, samples."""
-        spec, loaded = self.session.spec, self.session.loaded
+    def opened(self, gates: Sequence[LayerGates]) -> AbstractContextManager[Run]:
+        """The best engine for these gates, with room for every prompt and what follows it."""
+        spec = self.session.spec
+        longest = max((ids.shape[1] for ids in self._prompts()), default=0)
+        after = max(spec.max_new_tokens, spec.timing_tokens + 1)
+        room = max(longest + after, self.session.texts.prompt_length + spec.path_check_tokens) + 1
         sink = self.session.texts.quality.record.sink_tokens
+        return self.engines.open(gates, sink_tokens=sink, max_length=room)
+
+    def engine(self, group: PlanGroup, dense: PlanSpeed) -> PlanSpeed:
+        """Sparse decode: path check, laps, samples."""
+        spec, loaded = self.session.spec, self.session.loaded
         laps: dict[int, list[timing.Lap]] = {}
-        kept: list[Tensor] = []
-        with sparse_decoder(loaded.sites, group.plan.gates(), sink_tokens=sink) as decoder:
-            difference = self.path_check(group.name, decoder)
+        shares: list[dict[tuple[str, int], float]] = []
+        with self.opened(group.plan.gates()) as run:
+            difference = self.path_check(group.name, run)
             if spec.timing_pairs:
                 for prompt, ids in self.timed_prompts():
                     laps[prompt] = timing.measure(
-                        loaded.model, decoder, ids, pairs=spec.timing_pairs, tokens=spec.timing_tokens
+                        run, loaded.model, ids, pairs=spec.timing_pairs, tokens=spec.timing_tokens
                     )
-                    kept.append(torch.stack([mask.double().mean() for mask in decoder.masks]))
+                    shares.append(run.kept())
             samples = tuple(
-                self.sample(group.name, prompt, ids, self.sparse_text(decoder, ids), dense)
+                self.sample(group.name, prompt, ids, self.sparse_text(run, ids), dense)
                 for prompt, ids in self.sample_prompts()
             )
+            path, tier, announced = run.path, run.tier, tuple(run.announced)
         rows = tuple(_row(group.name, prompt, lap) for prompt, found in laps.items() for lap in found)
         return PlanSpeed(
             plan=group.name,
             speed=timing.summary(laps) if laps else None,
             reason=None if laps else "timing was left out (--timing-pairs 0)",
             path_check=difference,
-            useful_kept=tuple(torch.stack(kept).mean(dim=0).tolist()) if kept else (),
+            engine=path,
+            tier=tier,
+            warnings=announced,
+            useful_kept=_mean_shares(shares),
             laps=rows,
             generations=samples,
         )
 
-    def path_check(self, name: str, decoder: SparseDecoder) -> float | None:
-        """The largest difference in NLL between sliced decode and the masked pass, over tokens of the first block."""
+    def path_check(self, name: str, run: Run) -> float | None:
+        """The largest difference in NLL between the engine and the masked pass, over tokens of the first block."""
         count = self.session.spec.path_check_tokens
         if not count:
             return None
-        model, start = self.session.loaded.model, self.session.texts.prompt_length
-        block = self.session.texts.quality.ids[0].to(model.device)
+        start = self.session.texts.prompt_length
+        block = self.session.texts.quality.ids[0].to(self.session.loaded.model.device)
         targets = block[start + 1 : start + 1 + count]
-        cache = new_cache(model, start + count)
-        decoder.prefill(block[None, :start], cache)
-        decoder.select()
-        logits = forced(model, block[None, start : start + len(targets)], cache, start)[0]
+        run.prefill(block[None, :start], watch=True)
+        run.select()
+        run.use(sparse=True)
+        logits = run.forced(block[None, start : start + len(targets)])[0]
         found = -logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
         rows = self.tokens.filter(plan=name, replica=0, block=0).sort("position")["nll"][1 : 1 + len(targets)]
         difference = float((found.double().cpu() - torch.from_numpy(rows.to_numpy().copy())).abs().max())
-        decoder.dense()
+        run.use(sparse=False)
         return difference if isfinite(difference) else None
 
-    def sparse_text(self, decoder: SparseDecoder, ids: Tensor) -> list[int]:
-        """The greedy continuation of one prompt by sliced decode."""
-        model, room = self.session.loaded.model, self.session.spec.max_new_tokens
-        cache = new_cache(model, ids.shape[1] + room)
-        logits = decoder.prefill(ids, cache)
-        decoder.select()
-        text = greedy(model, logits, cache, ids.shape[1], room, self.is_end)
-        decoder.dense()
-        return text[0].tolist()
+    def sparse_text(self, run: Run, ids: Tensor) -> list[int]:
+        """The greedy continuation of one prompt by sparse decode."""
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        text = run.generate(self.session.spec.max_new_tokens, stop=self.stops)[0]
+        run.use(sparse=False)
+        return text
 
     def masked_samples(self, group: PlanGroup, dense: PlanSpeed) -> tuple[Generation, ...]:
         """Greedy continuations in the masked path."""
@@ -213,6 +249,12 @@ class _Runner:
         device = self.session.loaded.device
         return [ids[-cut:][None].to(device) if cut else ids[None].to(device) for ids in self.session.texts.prompts.ids]
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        end = self.session.loaded.tokenizer.eos_token_id
+        return frozenset() if end is None else frozenset({int(end)})
+
     def is_end(self, token: Tensor) -> bool:
         """Whether a generated token ends the text."""
         return int(token) == self.session.loaded.tokenizer.eos_token_id
@@ -245,6 +287,15 @@ def repetition(tokens: Sequence[int]) -> float:
     """The share of 4-grams of a text that occurred in it before; 0 for texts without 4-grams."""
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _mean_shares(found: Sequence[dict[tuple[str, int], float]]) -> tuple[KeptShare, ...]:
+    """What was read of each unit of each layer, mean over prompts; units that only an engine knows are left out."""
+    places = [place for place in (found[0] if found else ()) if place[0] in Unit]
+    return tuple(
+        KeptShare(unit=Unit(unit), layer=layer, share=sum(one[unit, layer] for one in found) / len(found))
+        for unit, layer in places
+    )
 
 
 def _row(plan: str, prompt: int, lap: timing.Lap) -> TimingRow:

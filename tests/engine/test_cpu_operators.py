@@ -199,7 +199,7 @@ def test_columns(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
         {"score": score, "add": 1, "scale": 0.7, "dropped": poisoned(batch, rows)},
         {"keep": 1, "threshold": None},
         {"top": (rows + 2) // 3, "score": score},
-        {"top": rows, "base": drawn(width)},
+        {"top": rows, "base": drawn(width), "fill": drawn(rows, seed=13)},
     ):
         agree(
             lambda c=changes: columns(

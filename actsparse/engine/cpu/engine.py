@@ -8,7 +8,6 @@ from torch import Tensor
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.ops import MAX_BATCH
-from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork, Listed
 from actsparse.engine.cpu.program import Program
 from actsparse.engine.cpu.step import Counter, StepBuilder
 from actsparse.engine.step.decoder import Runner
@@ -16,6 +15,7 @@ from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, Neuro
 from actsparse.engine.step.state import DecodeState, embed, set_hidden
 from actsparse.engine.step.torch_step import drawn
 from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork, Listed
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -112,7 +112,8 @@ class Columns:
     Kept: x_i != 0 (`keep`), else the `top` largest of |x_i| * score_i per sequence (0: those at or over threshold [1]).
     index [inputs] int32, count [1] int32: x is compact and input i is row index_i. A row is read when any sequence
     keeps it. out [batch, .], rows `out_stride` apart; scratch: batch * (inputs + outputs) floats; list [inputs] int32;
-    read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept.
+    read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept; fill [inputs] is taken off the
+    inputs that are kept.
     """
 
     weight: Tensor
@@ -120,6 +121,7 @@ class Columns:
     score: Tensor | None = None
     threshold: Tensor | None = None
     base: Tensor | None = None
+    fill: Tensor | None = None
     index: Tensor | None = None
     count: Tensor | None = None
     out: Tensor

@@ -123,7 +123,8 @@ def _columns(op: Columns) -> None:
     else:
         keep = ~(size < (0.0 if op.threshold is None or op.top else op.threshold))
     listed = slice(None) if op.index is None else op.index[:count].long()
-    y = torch.where(keep, value, 0.0) @ op.weight[listed].float()
+    kept = value if op.fill is None else value - op.fill[listed]
+    y = torch.where(keep, kept, 0.0) @ op.weight[listed].float()
     y = (y if op.base is None else y + op.base) * op.scale
     _put(op.out[:, : op.outputs], y, op.add)
     op.read.add_(keep.any(dim=0).sum())

@@ -20,10 +20,10 @@ from actsparse.engine.cpu.ops import (
     Top,
     bfloat,
 )
-from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
 from actsparse.engine.step import sliced
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights, Weights
+from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
 from actsparse.results import SiteKind
 
 
@@ -153,19 +153,18 @@ class StepBuilder:
         x = self._inputs["mlp"][index % 2]
         self._norm(state.hidden, layer.mlp_norm, x)
         target, add = self._target(layer.post_mlp_norm)
+        self._branch(index, layer, work, x, target, add)
+        self._post(layer.post_mlp_norm)
+
+    def _branch(self, index: int, layer: LayerWeights, work: LayerWork, x: Tensor, target: Tensor, add: int) -> None:
+        """The MLP of x [batch, width], into (or added to) target [batch, width]."""
+        neurons = self._compact(self.weights.shape.neurons)
         match work.mlp:
             case None if not work.channels.keys() & {"gate", "up"}:
-                self._gated(layer, x)
-                self._project(
-                    index,
-                    "down",
-                    work,
-                    layer.down,
-                    self._compact(self.weights.shape.neurons),
-                    target,
-                    bias=layer.down_bias,
-                    add=add,
-                )
+                if self.plan.neurons is not None:
+                    neurons = self.plan.neurons[index]
+                self._gated(layer, x, out=neurons)
+                self._project(index, "down", work, layer.down, neurons, target, bias=layer.down_bias, add=add)
             case None:
                 self._by_channels(index, layer, work, x, target, add)
             case Listed() as listed:
@@ -173,22 +172,23 @@ class StepBuilder:
             case Decided() as decided:
                 self._decided(index, decided, layer, x, target, add)
             case Scored() as scored:
-                self._gated(layer, x, fill=scored.fill)
+                # the rule decides on |a|; what is filled in stands in `base`, and is taken off what is kept
+                self._gated(layer, x, out=neurons)
                 self._columns(
                     index,
                     "neuron",
                     scored.down_rows,
-                    self._compact(self.weights.shape.neurons),
+                    neurons,
                     target,
                     base=_sum(layer.down_bias, scored.base),
                     score=scored.score,
                     threshold=scored.threshold,
                     top=scored.top,
+                    fill=scored.fill,
                     add=add,
                 )
             case Routed() as routed:
                 self._routed(index, routed, layer, x, target, add)
-        self._post(layer.post_mlp_norm)
 
     def _by_channels(
         self, index: int, layer: LayerWeights, work: LayerWork, x: Tensor, target: Tensor, add: int
@@ -422,7 +422,7 @@ class StepBuilder:
     def _gated(
         self, layer: LayerWeights, x: Tensor, *, gate: Tensor | None = None, up: Tensor | None = None,
         gate_bias: Tensor | None = None, up_bias: Tensor | None = None, fill: Tensor | None = None,
-        index: Tensor | None = None, count: Tensor | None = None, mask: Tensor | None = None,
+        index: Tensor | None = None, count: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None,
     ) -> None:  # fmt: skip
         shape = self.weights.shape
         if gate is None or up is None:
@@ -439,7 +439,7 @@ class StepBuilder:
                 index=index,
                 count=count,
                 mask=mask,
-                out=self._compact(len(gate)),
+                out=self._compact(len(gate)) if out is None else out,
                 bfloat=bfloat(gate),
                 batch=self.batch,
                 rows=len(gate),
@@ -452,7 +452,8 @@ class StepBuilder:
     def _columns(
         self, layer: int, unit: str, weight: Tensor, x: Tensor, out: Tensor, *, base: Tensor | None = None,
         score: Tensor | None = None, threshold: Tensor | None = None, top: int = 0, index_: Tensor | None = None,
-        count: Tensor | None = None, keep: int = 0, dropped: Tensor | None = None, add: int = 0,
+        count: Tensor | None = None, keep: int = 0, dropped: Tensor | None = None, fill: Tensor | None = None,
+        add: int = 0,
     ) -> None:  # fmt: skip
         inputs, outputs = weight.shape
         self.ops.append(
@@ -462,6 +463,7 @@ class StepBuilder:
                 score=score,
                 threshold=threshold,
                 base=base,
+                fill=fill,
                 index=index_,
                 count=count,
                 out=out,

@@ -1,4 +1,4 @@
-"""What a step of the CPU does in each layer: the parts of a plan as tensors, one record a way of saving bytes.
+"""What a step does in each layer: the parts of a plan as tensors, one record a way of saving bytes.
 
 Any mix is allowed: another record in every layer, channel rules beside a neuron rule, heads beside both.
 """
@@ -67,7 +67,6 @@ class Chosen:
     first: Tensor | None = None
     ahead: int = 0
     members: Tensor | None = None
-    normed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,6 +121,10 @@ class LayerWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GatePlan:
-    """A plan for the CPU: the work of every layer."""
+    """The work of every layer.
+
+    neurons [layers, batch, neurons], where given, receives the activations of layers whose MLP runs dense.
+    """
 
     layers: tuple[LayerWork, ...]
+    neurons: Tensor | None = None

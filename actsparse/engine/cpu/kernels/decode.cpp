@@ -61,7 +61,7 @@ struct NeuronSparse {
 
 struct Columns {
   const void* weight;
-  const float *x, *score, *threshold, *base;
+  const float *x, *score, *threshold, *base, *fill;
   const int32_t* index;
   const int32_t* count;
   float *out, *dropped, *scratch;
@@ -305,7 +305,8 @@ i64 compact(const Columns& a) {
       float size = std::fabs(x) * (a.score ? a.score[i] : 1.0f);
       bool keep = a.keep ? x != 0.0f : !(size < least[b]);  // NaN is kept, and seen
       if (keep && a.top > 0 && size == least[b]) keep = ties[b]-- > 0;
-      coefficient[kept * B + b] = keep ? x : 0.0f;
+      float fill = a.fill ? a.fill[a.index ? a.index[i] : i] : 0.0f;
+      coefficient[kept * B + b] = keep ? x - fill : 0.0f;
       if (a.dropped) a.dropped[b * a.inputs + i] = keep ? 0.0f : x;
       any |= keep;
     }

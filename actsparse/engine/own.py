@@ -1,0 +1,290 @@
+"""Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from actsparse.engine.cpu.engine import CpuEngine
+from actsparse.engine.decode import prefill
+from actsparse.engine.gating import GateState, PlanState
+from actsparse.engine.step.decoder import Decoder, Engine
+from actsparse.engine.step.packing import share_storage, weights_from_model
+from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.sampling import Sampling, draw
+from actsparse.engine.step.translate import Translator, choose
+from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.work import GatePlan, LayerWork, Listed
+from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
+from actsparse.models.sites import ModelSites
+from actsparse.models.taps import tapped
+from actsparse.results import Site, SiteKind
+
+STOP_EVERY = 8  # tokens between two looks at what was generated: a look waits for the device
+
+
+class OwnSteps:
+    """What a model's own steps share: its weights packed once (the model's parameters become views of them), and
+    matrices stored one row an input. Raises ModelError where the family has no step."""
+
+    def __init__(self, sites: ModelSites, note: Callable[[str], None]) -> None:
+        self.sites = sites
+        self.weights: Weights = weights_from_model(sites.model)
+        share_storage(sites.model, self.weights)
+        self.translator = Translator(self.weights)
+        self.note = note
+
+    def engine(self, batch: int) -> Engine:
+        """A new engine of the weights' device."""
+        if self.weights.device.type == "cuda":
+            from actsparse.engine.cuda.engine import CudaEngine
+
+            return CudaEngine(self.weights, batch=batch)
+        return CpuEngine(note=self.note)
+
+
+class OwnRun:
+    """Decodes `batch` sequences of up to `max_length` tokens, dense and under one plan, from the same prompts."""
+
+    tier = 1
+
+    def __init__(
+        self, steps: OwnSteps, gates: Sequence[LayerGates], *, sink_tokens: int, batch: int, max_length: int
+    ) -> None:
+        self.gates = list(gates)
+        self.batch = batch
+        self.max_length = max_length
+        self.warnings: list[str] = []
+        self._steps = steps
+        self._sink_tokens = sink_tokens
+        self._engine = steps.engine(batch)
+        self._plan = steps.translator.plan(gates, batch) if gates else None
+        self._dense = DensePlan()
+        self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
+        self._prompt: PlanState | None = None
+        self._state: PlanState | None = None
+        self._start: tuple[Tensor, int] | None = None
+        self._sparse = False
+        self._fed = 0
+        self._counted = 0
+        self._logits = torch.zeros(0)
+        self._recorders: dict[frozenset[int], GatePlan] = {}
+
+    @property
+    def path(self) -> str:
+        """How the step at work runs."""
+        return f"own step on {self._steps.weights.device.type}, {self._decoder.path}"
+
+    @property
+    def announced(self) -> list[str]:
+        """Which better path could not be taken, and why."""
+        return [*self.warnings, *self._decoder.warnings]
+
+    @property
+    def watches(self) -> bool:
+        """Whether masks depend on the prompt."""
+        return any(isinstance(gates.neurons, PrefillGate) for gates in self.gates)
+
+    def prefill(
+        self, ids: Int[Tensor, "batch seq"], *, watch: bool, padding: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch vocab"]:
+        """Run prompts dense by the model's own forward, watching what gates need; the logits of their last position."""
+        cache = DynamicCache(config=self._steps.sites.model.config)
+        length = ids.shape[1]
+        state = PlanState(self.gates, prompt_length=length, sink_tokens=self._sink_tokens)
+        if not (watch and self.watches):
+            logits = prefill(self._steps.sites.model, ids, cache, padding)
+        else:
+            left = () if padding is None else tuple(padding.tolist())
+
+            def see(site: Site, a: Tensor) -> None:
+                state.observe(site.layer, a, 0, left)
+
+            with tapped(self._steps.sites, {SiteKind.NEURON: see}):
+                logits = prefill(self._steps.sites.model, ids, cache, padding)
+        if watch:
+            self._prompt = state
+        self._logits = logits
+        following = logits.argmax(dim=-1)
+        self._decoder.load_prefill(cache, following, padding)
+        self._start = (following, length)
+        self._fed = 0
+        return logits
+
+    def select(self) -> None:
+        """Decide the masks of the prompts prefilled last, and list what they keep."""
+        if self._prompt is None or self._plan is None:
+            return
+        self._state = deepcopy(self._prompt) if self._refreshes else self._prompt
+        self._fill()
+
+    def use(self, *, sparse: bool) -> None:
+        """Decode under the plan, or dense, from now on."""
+        self._sparse = sparse and self._plan is not None
+        self._set(self._plan if self._sparse and self._plan else self._dense)
+
+    def rewind(self) -> None:
+        """Back to the end of the prompts."""
+        assert self._start is not None, "prefill comes first"
+        self._decoder.start(*self._start)
+        self._fed = 0
+        if self._refreshes and self._sparse:
+            self.select()
+
+    def feed(self, tokens: Int[Tensor, "batch count"]) -> None:
+        """Process given tokens one by one, the first being the one after the prompt."""
+        self.begin(tokens)
+        self._advance(tokens.shape[1])
+
+    def begin(self, tokens: Int[Tensor, "batch count"]) -> None:
+        """Make ready to process given tokens, one at each `advance`."""
+        assert self._start is not None, "prefill comes first"
+        self._decoder.sample(None)
+        self._decoder.start(tokens[:, 0], self._start[1])
+        self._decoder.force(tokens[:, 1:])
+        self._fed = 0
+
+    def advance(self) -> None:
+        """Process the next of the given tokens."""
+        self._advance(1)
+
+    def forced(self, tokens: Int[Tensor, "batch count"]) -> Float[Tensor, "batch count vocab"]:
+        """Process given tokens one by one; the logits after each."""
+        self.begin(tokens)
+        found = []
+        for _ in range(tokens.shape[1]):
+            self._advance(1)
+            found.append(self._decoder.state.logits.clone())
+        return torch.stack(found, dim=1)
+
+    def generate(
+        self, count: int, *, sampling: Sampling | None = None, stop: frozenset[int] = frozenset()
+    ) -> list[list[int]]:
+        """Up to `count` tokens a sequence after the prompt, greedy or drawn; each ends with the first stop token.
+
+        The first token is the one that the prompt's logits chose.
+        """
+        assert self._start is not None, "prefill comes first"
+        self._decoder.force(None)
+        self._decoder.sample(sampling)
+        found = [self._first(sampling)[:, None]]
+        self._decoder.start(found[0][:, 0], self._start[1])
+        self._fed = 0
+        made = 1
+        while made < count and not _ended(found, stop):
+            some = min(STOP_EVERY if stop else count, count - made)
+            found.append(self._advance(some))
+            made += some
+        self._decoder.sample(None)
+        return [_cut(row, stop) for row in torch.cat(found, dim=1).tolist()]
+
+    def kept(self) -> dict[tuple[str, int], float]:
+        """The share of each unit of each layer that the plan's steps have read since `forget`; empty if not counted."""
+        if self._plan is None or not isinstance(self._engine, CpuEngine):
+            return {}
+        steps = max(1, self._counted)
+        counters = self._engine.counters.get(id(self._plan), [])
+        return {(one.unit, one.layer): int(one.read) / (steps * one.total) for one in counters}
+
+    def forget(self) -> None:
+        """Count what is read from here on."""
+        self._counted = 0
+        if isinstance(self._engine, CpuEngine):
+            for one in self._engine.counters.get(id(self._plan), []):
+                one.read.zero_()
+
+    @property
+    def _refreshes(self) -> bool:
+        return any(isinstance(g.neurons, PrefillGate) and g.neurons.refresh_every for g in self.gates)
+
+    def _first(self, sampling: Sampling | None) -> Int[Tensor, " batch"]:
+        """The token that the prompts' logits choose."""
+        assert self._start is not None
+        if sampling is None:
+            return self._start[0]
+        state = self._decoder.state
+        return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
+
+    def _set(self, plan: GatePlan | DensePlan) -> None:
+        self._decoder.set_plan(cast(Any, plan))
+
+    def _advance(self, count: int) -> Tensor:
+        """Decode `count` steps; the tokens [batch, count] that follow."""
+        if self._sparse:
+            self._counted += count
+        if not (self._sparse and self._refreshes):
+            self._fed += count
+            return self._decoder.decode(count)
+        return torch.cat([self._refreshing() for _ in range(count)], dim=1)
+
+    def _refreshing(self) -> Tensor:
+        """One step under gates that choose again: every so many tokens a dense one, whose activations they see."""
+        assert self._state is not None, "select comes first"
+        self._fed += 1
+        due = {
+            layer: gates.neurons.refresh_every
+            for layer, gates in enumerate(self.gates)
+            if isinstance(gates.neurons, PrefillGate) and gates.neurons.refresh_every
+        }
+        dense = [layer for layer, every in due.items() if self._fed % every == 0]
+        if dense:
+            self._set(self._recorder(frozenset(dense)))
+        following = self._decoder.decode(1)
+        self._see(due, dense)
+        if dense:
+            assert self._plan is not None
+            self._fill()
+            self._set(self._plan)
+        return following
+
+    def _recorder(self, dense: frozenset[int]) -> GatePlan:
+        """The plan with these layers dense, which leave their neurons' activations."""
+        if dense not in self._recorders:
+            assert self._plan is not None
+            shape = self._steps.weights.shape
+            layers = tuple(LayerWork() if i in dense else work for i, work in enumerate(self._plan.layers))
+            seen = torch.zeros(shape.layers, self.batch, shape.neurons, device=self._steps.weights.device)
+            self._recorders[dense] = GatePlan(layers=layers, neurons=seen)
+        return self._recorders[dense]
+
+    def _see(self, due: dict[int, int], dense: list[int]) -> None:
+        """Let the gates that choose again count the token, and see its activations where it ran dense."""
+        assert self._state is not None
+        recorded = self._recorder(frozenset(dense)).neurons if dense else None
+        shape = self._steps.weights.shape
+        for layer in due:
+            state = self._state.neurons[layer]
+            assert state is not None
+            a = torch.zeros(self.batch, shape.neurons) if recorded is None else recorded[layer]
+            state.masks(a[:, None], slice(0, 1))
+
+    def _fill(self) -> None:
+        """List the neurons that the gates' masks keep."""
+        assert self._plan is not None
+        assert self._state is not None
+        neurons = self._steps.weights.shape.neurons
+        for work, state in zip(self._plan.layers, self._state.neurons, strict=True):
+            if isinstance(work.mlp, Listed) and state is not None:
+                choose(work.mlp, masks_of(state, self.batch, neurons))
+
+
+def masks_of(state: GateState, batch: int, neurons: int) -> Bool[Tensor, "batch neurons"]:
+    """The masks of a gate that has seen the prompts; a prompt that showed nothing to choose from keeps everything."""
+    if isinstance(state.gate, FixedGate):
+        return state.gate.mask.expand(batch, -1)
+    return state.chosen() if state.ready else torch.ones(batch, neurons, dtype=torch.bool)
+
+
+def _ended(found: list[Tensor], stop: frozenset[int]) -> bool:
+    """Whether every sequence has a stop token."""
+    return bool(stop) and all(stop & set(row) for row in torch.cat(found, dim=1).tolist())
+
+
+def _cut(tokens: list[int], stop: frozenset[int]) -> list[int]:
+    """Tokens up to the first stop token, itself among them."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[:end]

@@ -1,0 +1,194 @@
+"""From gates to the work of an engine: thresholds, lists and routers as tensors beside the weights they choose from."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.work import (
+    Channels,
+    Chosen,
+    Decided,
+    GatePlan,
+    Groups,
+    LayerWork,
+    Listed,
+    Mlp,
+    Routed,
+    Scored,
+)
+from actsparse.errors import PlanError
+from actsparse.methods.gates import (
+    ChannelRule,
+    FixedGate,
+    HeadGate,
+    LayerGates,
+    NeuronGate,
+    PrefillGate,
+    Router,
+    Rule,
+    Threshold,
+    TopK,
+)
+from actsparse.results import KvPolicy, SiteKind, Unit
+
+EVERYTHING = torch.finfo(torch.float32).max
+FUSED: Mapping[Unit, tuple[Unit, ...]] = {Unit.QKV: (Unit.Q, Unit.K, Unit.V), Unit.GATE_UP: (Unit.GATE, Unit.UP)}
+
+
+class NoStepError(PlanError):
+    """A decode step cannot run these gates; the message says why."""
+
+
+class Translator:
+    """Turns gates into plans over `weights`; matrices stored one row an input are made once and shared by plans."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._rows: dict[tuple[Unit, int], Tensor] = {}
+
+    def plan(self, gates: Sequence[LayerGates], batch: int) -> GatePlan:
+        """The work of every layer; raises NoStepError where a rule has no closed form, or asks for what no step does.
+
+        Lists of neurons that gates choose after a prompt are empty until `choose` fills them.
+        """
+        if len(gates) != self.weights.shape.layers:
+            raise NoStepError(f"{len(gates)} gates do not fit {self.weights.shape.layers} layers")
+        return GatePlan(layers=tuple(self._layer(index, layer, batch) for index, layer in enumerate(gates)))
+
+    def input_rows(self, unit: Unit, layer: int) -> Float[Tensor, "inputs outputs"]:
+        """The weight of a projection, one row an input; q, k and v lie side by side, and so do gate and up."""
+        weights, shape = self.weights, self.weights.shape
+        match unit:
+            case Unit.Q | Unit.K | Unit.V:
+                rows = self._transposed(Unit.QKV, weights.qkv, layer)
+                return rows.split(shape.qkv_widths, dim=1)[(Unit.Q, Unit.K, Unit.V).index(unit)]
+            case Unit.GATE | Unit.UP:
+                return self._transposed(Unit.GATE_UP, weights.gate_up, layer).chunk(2, dim=1)[unit is Unit.UP]
+            case _:
+                return self._transposed(unit, weights.out if unit is Unit.O else weights.down, layer)
+
+    def _transposed(self, unit: Unit, stacked: Tensor, layer: int) -> Tensor:
+        if (unit, layer) not in self._rows:
+            self._rows[unit, layer] = stacked[layer].T.contiguous()
+        return self._rows[unit, layer]
+
+    def _layer(self, index: int, gates: LayerGates, batch: int) -> LayerWork:
+        channels = {
+            one.value: self._channels(one, index, rule)
+            for unit, rule in gates.rules.items()
+            for one in FUSED.get(unit, (unit,))
+        }
+        if gates.neurons is not None and channels.keys() & {"gate", "up", "down"}:
+            raise NoStepError("a layer that drops both neurons and channels of its MLP has no step")
+        if gates.heads is not None and channels.keys() & {"q", "k", "v", "o"}:
+            raise NoStepError("a layer that drops both heads and channels of its attention has no step")
+        return LayerWork(
+            mlp=None if gates.neurons is None else self._mlp(index, gates.neurons, batch),
+            channels=channels,
+            heads=None if gates.heads is None else self._heads(index, gates.heads),
+        )
+
+    def _channels(self, unit: Unit, layer: int, rule: ChannelRule) -> Channels:
+        top, threshold, score = self._closed(rule.rule)
+        if threshold is not None and threshold.numel() > 1:  # a threshold a channel is a score against 1
+            scale = torch.where(threshold > 0, 1 / threshold, EVERYTHING)
+            score, threshold = scale if score is None else score * scale, torch.ones_like(threshold[:1])
+        rows, basis, correction = self.input_rows(unit, layer), None, None
+        dtype, device = self.weights.dtype, self.weights.device
+        if rule.basis is not None:
+            # channel j of x Q meets column j of W Q, which is row j of Q^T W^T
+            basis = rule.basis.to(device, torch.float32).T.contiguous()
+            rows, basis = (basis @ rows.float()).to(dtype).contiguous(), basis.to(dtype)
+        if rule.correction is not None:
+            outer, inner = (one.to(device, dtype) for one in rule.correction)
+            correction = (outer.contiguous(), inner.T.contiguous())
+        return Channels(rows=rows, threshold=threshold, top=top, score=score, basis=basis, correction=correction)
+
+    def _mlp(self, layer: int, gate: NeuronGate, batch: int) -> Mlp:
+        down_rows = self.input_rows(Unit.DOWN, layer)
+        fill = base = None
+        if gate.fill is not None:
+            fill = self._floats(gate.fill)
+            base = fill @ down_rows.float()
+        if isinstance(gate, FixedGate | PrefillGate):
+            return self._listed(layer, down_rows, fill, base, batch)
+        if gate.ideal:
+            raise NoStepError("its masks need what they would save")
+        if isinstance(gate.rule, Router):
+            return Routed(
+                router=self._router(gate.rule, gate.site, gate.ahead), down_rows=down_rows, fill=fill, base=base
+            )
+        if gate.ahead:
+            raise NoStepError("a lookahead without a router has no step")
+        top, threshold, score = self._closed(gate.rule)
+        if gate.site is SiteKind.NEURON:
+            return Scored(down_rows=down_rows, score=score, threshold=threshold, top=top, fill=fill, base=base)
+        if gate.site not in (SiteKind.GATE, SiteKind.UP) or threshold is None:
+            raise NoStepError(f"a rule of this kind that reads {gate.site.value} has no step")
+        if score is not None:
+            threshold = torch.where(score > 0, threshold / score, torch.where(threshold > 0, torch.inf, 0.0))
+        return Decided(
+            threshold=threshold, down_rows=down_rows, gate_first=gate.site is SiteKind.GATE, fill=fill, base=base
+        )
+
+    def _listed(self, layer: int, down_rows: Tensor, fill: Tensor | None, base: Tensor | None, batch: int) -> Listed:
+        weights, neurons, device = self.weights, self.weights.shape.neurons, self.weights.device
+        gate, up = weights.gate_up[layer].chunk(2)
+        biases = (None, None) if weights.gate_up_bias is None else weights.gate_up_bias[layer].chunk(2)
+        return Listed(
+            gate=gate,
+            up=up,
+            down_rows=down_rows,
+            index=torch.zeros(neurons, dtype=torch.int32, device=device),
+            count=torch.zeros(1, dtype=torch.int32, device=device),
+            gate_bias=biases[0],
+            up_bias=biases[1],
+            mask=torch.zeros(batch, neurons, dtype=torch.uint8, device=device) if batch > 1 else None,
+            fill=fill,
+            base=base,
+        )
+
+    def _heads(self, layer: int, gate: HeadGate) -> Groups:
+        shape = self.weights.shape
+        if gate.policy is not KvPolicy.COMPUTE_ALL:
+            raise NoStepError(f"the KV policy {gate.policy.value} has no step")
+        if not isinstance(gate.rule, Router):
+            raise NoStepError("heads that are chosen without a router have no step")
+        rows = torch.arange(shape.query_width, dtype=torch.int32, device=self.weights.device)
+        return Groups(
+            router=self._router(gate.rule, gate.site, gate.ahead),
+            out_rows=self.input_rows(Unit.O, layer),
+            query_rows=rows.view(shape.kv_heads, -1),
+        )
+
+    def _router(self, rule: Router, site: SiteKind, ahead: int) -> Chosen:
+        if site not in (SiteKind.ATTN_IN, SiteKind.MLP_IN):
+            raise NoStepError(f"a router that reads {site.value} has no step")
+        first, second = self._floats(rule.first), self._floats(rule.second)
+        return Chosen(first=first, second=second, top=rule.count, site=site, ahead=ahead)
+
+    def _closed(self, rule: Rule) -> tuple[int, Tensor | None, Tensor | None]:
+        """A rule as (top, threshold [1] or [units], score [units])."""
+        match rule:
+            case Threshold(values=values, weights=weights):
+                threshold = self._floats(torch.as_tensor(values)).reshape(-1)
+                return 0, threshold, None if weights is None else self._floats(weights)
+            case TopK(count=count, weights=weights):
+                return count, None, None if weights is None else self._floats(weights)
+            case _:
+                raise NoStepError(f"a rule of kind {type(rule).__name__} runs in the masked path alone")
+
+    def _floats(self, values: Tensor) -> Tensor:
+        return values.to(self.weights.device, torch.float32).contiguous()
+
+
+def choose(listed: Listed, masks: Bool[Tensor, "batch neurons"]) -> None:
+    """Fill a list with the neurons that any sequence keeps; in a batch each sequence's own are marked."""
+    union = masks.any(dim=0).nonzero().squeeze(1)
+    listed.index[: len(union)] = union.to(listed.index.device, torch.int32)
+    listed.count.fill_(len(union))
+    if listed.mask is not None:
+        listed.mask.copy_(masks)
