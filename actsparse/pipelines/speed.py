@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import polars as pl
 import torch
@@ -26,6 +27,7 @@ from actsparse.store.files import write_bytes
 NLL_TOLERANCE = 1e-3
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
+UNITS = frozenset(unit.value for unit in Unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +254,7 @@ class _Runner:
     @property
     def stops(self) -> frozenset[int]:
         """The tokens that end a text."""
-        end = self.session.loaded.tokenizer.eos_token_id
+        end: Any = self.session.loaded.tokenizer.eos_token_id
         return frozenset() if end is None else frozenset({int(end)})
 
     def is_end(self, token: Tensor) -> bool:
@@ -291,7 +293,7 @@ def repetition(tokens: Sequence[int]) -> float:
 
 def _mean_shares(found: Sequence[dict[tuple[str, int], float]]) -> tuple[KeptShare, ...]:
     """What was read of each unit of each layer, mean over prompts; units that only an engine knows are left out."""
-    places = [place for place in (found[0] if found else ()) if place[0] in Unit]
+    places = [place for place in (found[0] if found else ()) if place[0] in UNITS]
     return tuple(
         KeptShare(unit=Unit(unit), layer=layer, share=sum(one[unit, layer] for one in found) / len(found))
         for unit, layer in places
