@@ -87,7 +87,11 @@ class OwnRun:
     @property
     def watches(self) -> bool:
         """Whether masks depend on the prompt."""
-        return any(isinstance(gates.neurons, PrefillGate) for gates in self.gates)
+        return bool(self._watched)
+
+    @property
+    def _watched(self) -> frozenset[SiteKind]:
+        return frozenset(gates.neurons.site for gates in self.gates if isinstance(gates.neurons, PrefillGate))
 
     def prefill(
         self, ids: Int[Tensor, "batch seq"], *, watch: bool, padding: Int[Tensor, " batch"] | None = None
@@ -101,10 +105,12 @@ class OwnRun:
         else:
             left = () if padding is None else tuple(padding.tolist())
 
-            def see(site: Site, a: Tensor) -> None:
-                state.observe(site.layer, a, 0, left)
+            def see(site: Site, x: Tensor) -> None:
+                one = state.neurons[site.layer]
+                if one is not None and isinstance(one.gate, PrefillGate) and one.gate.site is site.kind:
+                    one.observe(x, 0, left)
 
-            with tapped(self._steps.sites, {SiteKind.NEURON: see}):
+            with tapped(self._steps.sites, dict.fromkeys(self._watched, see)):
                 logits = prefill(self._steps.sites.model, ids, cache, padding)
         if watch:
             self._prompt = state
@@ -260,7 +266,7 @@ class OwnRun:
             state = self._state.neurons[layer]
             assert state is not None
             a = torch.zeros(self.batch, shape.neurons) if recorded is None else recorded[layer]
-            state.masks(a[:, None], slice(0, 1))
+            state.masks(a[:, None], slice(0, 1), shape.neurons)
 
     def _fill(self) -> None:
         """List the neurons that the gates' masks keep."""

@@ -248,12 +248,20 @@ def test_top(batch: int) -> None:
     score = drawn(batch, 40).round(decimals=1)  # with ties
     members = torch.randperm(120, generator=torch.Generator().manual_seed(0)).view(40, 3).int()
     members[5, 2] = -1
-    for units, each, neurons in ((None, 1, 40), (members, 3, 120)):
+    always = (torch.arange(120) % 17 == 0).to(torch.uint8)
+    sizes = torch.full((40,), 3, dtype=torch.int32)
+    sizes[5] = 2
+    cases = ((None, 1, 40, None, None), (members, 3, 120, None, always), (members, 3, 120, sizes, None))
+    for units, each, neurons, size, kept in cases:
         for top in (1, 13, 40):
 
-            def make(units: Any = units, each: int = each, neurons: int = neurons, top: int = top) -> Top:
+            def make(
+                units: Any = units, each: int = each, neurons: int = neurons, top: int = top, size: Any = size,
+                kept: Any = kept,
+            ) -> Top:  # fmt: skip
                 return Top(
-                    score=score, members=units, index=torch.full((neurons,), -1, dtype=torch.int32),
+                    score=score, members=units, sizes=size, always=kept,
+                    index=torch.full((neurons,), -1, dtype=torch.int32),
                     count=counter().int(),
                     mask=torch.full((batch, neurons), 9, dtype=torch.uint8), read=counter(), batch=batch,
                     units=40, top=top, members_each=each, neurons=neurons,

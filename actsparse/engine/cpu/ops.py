@@ -146,11 +146,15 @@ class Top:
     """The `top` units of highest score of every sequence (ties: the lower one) as a list of neurons and masks.
 
     score [batch, units] float32; a unit is a neuron, or stands for members [units, members_each] int32 (-1: none).
+    sizes [units] int32: `top` counts neurons then, and units are taken until they hold as many. always [neurons] uint8:
+    kept beside.
     index [neurons] int32 ascending up to count [1] int32: the union; mask [batch, neurons] uint8: each sequence's own.
     """
 
     score: Tensor
     members: Tensor | None = None
+    sizes: Tensor | None = None
+    always: Tensor | None = None
     index: Tensor
     count: Tensor
     mask: Tensor

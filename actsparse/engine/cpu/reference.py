@@ -133,10 +133,15 @@ def _columns(op: Columns) -> None:
 
 
 def _top(op: Top) -> None:
-    best = op.score.sort(dim=1, descending=True, stable=True).indices[:, : op.top]
-    neurons = best if op.members is None else op.members[best].long().flatten(1)
-    op.mask.zero_()
-    for mask, row in zip(op.mask, neurons, strict=True):
+    order = op.score.sort(dim=1, descending=True, stable=True).indices
+    op.mask.copy_(torch.zeros_like(op.mask) if op.always is None else op.always.expand_as(op.mask))
+    for mask, units in zip(op.mask, order, strict=True):
+        if op.sizes is None:
+            best = units[: op.top]
+        else:
+            sizes = op.sizes[units]
+            best = units[sizes.cumsum(0) - sizes < op.top]
+        row = best if op.members is None else op.members[best].long().flatten()
         mask[row[row >= 0]] = 1
     union = op.mask.any(dim=0).nonzero().squeeze(1)
     op.index[: len(union)] = union.int()

@@ -317,7 +317,7 @@ class StepBuilder:
         x = self._inputs[kind][max(0, index - router.ahead) % 2]
         if router.first is not None:
             inner = self._floats(len(router.first))
-            self._rows(router.first, x, inner)
+            self._rows(router.first, x, inner, softcap=1.0 if router.tanh else 0.0)
             x = inner
         units = len(router.second)
         score = self._floats(units)
@@ -328,6 +328,8 @@ class StepBuilder:
             Top(
                 score=score,
                 members=router.members,
+                sizes=router.sizes,
+                always=router.always,
                 index=listed,
                 count=count,
                 mask=mask,

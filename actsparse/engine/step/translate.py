@@ -1,10 +1,12 @@
 """From gates to the work of an engine: thresholds, lists and routers as tensors beside the weights they choose from."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import (
@@ -20,6 +22,7 @@ from actsparse.engine.step.work import (
     Scored,
 )
 from actsparse.errors import PlanError
+from actsparse.methods.experts import CentroidScores, Experts, TrainedScores
 from actsparse.methods.gates import (
     ChannelRule,
     FixedGate,
@@ -27,6 +30,7 @@ from actsparse.methods.gates import (
     LayerGates,
     NeuronGate,
     PrefillGate,
+    Protected,
     Router,
     Rule,
     Threshold,
@@ -93,9 +97,7 @@ class Translator:
 
     def _channels(self, unit: Unit, layer: int, rule: ChannelRule) -> Channels:
         top, threshold, score = self._closed(rule.rule)
-        if threshold is not None and threshold.numel() > 1:  # a threshold a channel is a score against 1
-            scale = torch.where(threshold > 0, 1 / threshold, EVERYTHING)
-            score, threshold = scale if score is None else score * scale, torch.ones_like(threshold[:1])
+        threshold, score = _single(threshold, score)
         rows, basis, correction = self.input_rows(unit, layer), None, None
         dtype, device = self.weights.dtype, self.weights.device
         if rule.basis is not None:
@@ -114,17 +116,26 @@ class Translator:
             fill = self._floats(gate.fill)
             base = fill @ down_rows.float()
         if isinstance(gate, FixedGate | PrefillGate):
+            if isinstance(gate, PrefillGate) and gate.refresh_every and gate.site is not SiteKind.NEURON:
+                raise NoStepError(f"choosing again from {gate.site.value} has no step")
             return self._listed(layer, down_rows, fill, base, batch)
         if gate.ideal:
             raise NoStepError("its masks need what they would save")
-        if isinstance(gate.rule, Router):
-            return Routed(
-                router=self._router(gate.rule, gate.site, gate.ahead), down_rows=down_rows, fill=fill, base=base
-            )
+        rule, always = (gate.rule.rule, gate.rule.always) if isinstance(gate.rule, Protected) else (gate.rule, None)
+        if isinstance(rule, Router | Experts):
+            router = self._router(rule, gate.site, gate.ahead)
+            if always is not None:
+                router = replace(router, always=always.to(self.weights.device, torch.uint8).contiguous())
+            return Routed(router=router, down_rows=down_rows, fill=fill, base=base)
         if gate.ahead:
             raise NoStepError("a lookahead without a router has no step")
-        top, threshold, score = self._closed(gate.rule)
+        top, threshold, score = self._closed(rule)
+        if always is not None:
+            if threshold is None:
+                raise NoStepError("neurons kept beside the largest ones have no step")
+            threshold = torch.where(always.to(threshold.device), 0.0, threshold)
         if gate.site is SiteKind.NEURON:
+            threshold, score = _single(threshold, score)
             return Scored(down_rows=down_rows, score=score, threshold=threshold, top=top, fill=fill, base=base)
         if gate.site not in (SiteKind.GATE, SiteKind.UP) or threshold is None:
             raise NoStepError(f"a rule of this kind that reads {gate.site.value} has no step")
@@ -164,11 +175,36 @@ class Translator:
             query_rows=rows.view(shape.kv_heads, -1),
         )
 
-    def _router(self, rule: Router, site: SiteKind, ahead: int) -> Chosen:
+    def _router(self, rule: Router | Experts, site: SiteKind, ahead: int) -> Chosen:
         if site not in (SiteKind.ATTN_IN, SiteKind.MLP_IN):
             raise NoStepError(f"a router that reads {site.value} has no step")
+        if isinstance(rule, Experts):
+            return self._experts(rule, site, ahead)
         first, second = self._floats(rule.first), self._floats(rule.second)
         return Chosen(first=first, second=second, top=rule.count, site=site, ahead=ahead)
+
+    def _experts(self, rule: Experts, site: SiteKind, ahead: int) -> Chosen:
+        """A router over experts: its units are the experts' lists of neurons, padded with -1."""
+        match rule.scores:
+            case CentroidScores(centroids=centroids):  # the input's own length does not change the order
+                first, second, tanh = None, F.normalize(centroids.float(), dim=-1), False
+            case TrainedScores(first=first, second=second):
+                tanh = True
+            case _:
+                raise NoStepError("experts that are not scored by a router have no step")
+        lists = [(rule.expert_of == expert).nonzero().squeeze(1) for expert in range(len(rule.sizes))]
+        members = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
+        device = self.weights.device
+        return Chosen(
+            first=None if first is None else self._floats(first),
+            second=self._floats(second),
+            top=rule.count,
+            site=site,
+            ahead=ahead,
+            tanh=tanh,
+            members=members.to(device, torch.int32).contiguous(),
+            sizes=rule.sizes.to(device, torch.int32).contiguous(),
+        )
 
     def _closed(self, rule: Rule) -> tuple[int, Tensor | None, Tensor | None]:
         """A rule as (top, threshold [1] or [units], score [units])."""
@@ -183,6 +219,14 @@ class Translator:
 
     def _floats(self, values: Tensor) -> Tensor:
         return values.to(self.weights.device, torch.float32).contiguous()
+
+
+def _single(threshold: Tensor | None, score: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """One threshold for all units: where each has its own, they become scores against 1."""
+    if threshold is None or threshold.numel() == 1:
+        return threshold, score
+    scale = torch.where(threshold > 0, 1 / threshold, EVERYTHING)
+    return torch.ones_like(threshold[:1]), scale if score is None else score * scale
 
 
 def choose(listed: Listed, masks: Bool[Tensor, "batch neurons"]) -> None:

@@ -58,7 +58,9 @@ class Scored:
 class Chosen:
     """The `top` units of largest logit second @ first @ x: first [rank, width], or None for logits second @ x.
 
-    site: whose activations x are; ahead 1: those of the layer before. A unit stands for members [units, each] int32.
+    tanh: between the two. site: whose activations x are; ahead 1: those of the layer before. A unit stands for members
+    [units, each] int32 (-1: none); with sizes [units] int32, units are taken until they hold `top` neurons. always
+    [neurons] uint8: kept beside.
     """
 
     second: Tensor
@@ -66,7 +68,10 @@ class Chosen:
     site: SiteKind
     first: Tensor | None = None
     ahead: int = 0
+    tanh: bool = False
     members: Tensor | None = None
+    sizes: Tensor | None = None
+    always: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

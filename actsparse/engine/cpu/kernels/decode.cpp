@@ -79,7 +79,8 @@ struct Multiply {
 
 struct Top {
   const float* score;
-  const int32_t* members;
+  const int32_t *members, *sizes;
+  const uint8_t* always;
   int32_t* index;
   int32_t* count;
   uint8_t* mask;
@@ -385,18 +386,25 @@ void run(const Multiply& a) {
 
 void run(const Top& a) {
   // the `top` units of highest score of every sequence; the union is listed, each sequence's own marked in `mask`
-  std::fill(a.mask, a.mask + a.batch * a.neurons, uint8_t(0));
   std::vector<int32_t> order(a.units);
   for (i64 b = 0; b < a.batch; ++b) {
     const float* score = a.score + b * a.units;
     for (i64 i = 0; i < a.units; ++i) order[i] = int32_t(i);
     auto better = [&](int32_t p, int32_t q) { return score[p] != score[q] ? score[p] > score[q] : p < q; };
     i64 top = std::min(a.top, a.units);
-    if (top < a.units) std::nth_element(order.begin(), order.begin() + top, order.end(), better);
+    if (a.sizes) {  // whole units until they hold `top` neurons
+      std::sort(order.begin(), order.end(), better);
+      i64 held = 0;
+      for (top = 0; top < a.units && held < a.top; ++top) held += a.sizes[order[top]];
+    } else if (top < a.units) {
+      std::nth_element(order.begin(), order.begin() + top, order.end(), better);
+    }
+    uint8_t* mask = a.mask + b * a.neurons;
+    for (i64 i = 0; i < a.neurons; ++i) mask[i] = a.always ? a.always[i] : 0;
     for (i64 i = 0; i < top; ++i)
       for (i64 m = 0; m < a.members_each; ++m) {
         i64 neuron = a.members ? a.members[order[i] * a.members_each + m] : order[i];
-        if (neuron >= 0) a.mask[b * a.neurons + neuron] = 1;
+        if (neuron >= 0) mask[neuron] = 1;
       }
   }
   i64 kept = 0;
