@@ -1,0 +1,187 @@
+"""What experiments stand on: one model, its blocks, plans fitted once, and every scored block kept as a shard."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from actsparse.core.overlap import topk_masks
+from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.methods.gates import FixedGate, LayerGates
+from actsparse.methods.plan import Plan, fit_plan
+from actsparse.methods.prompt_statistic import PromptReading
+from actsparse.methods.short import DENSE, parse
+from actsparse.models.load import LoadedModel
+from actsparse.models.taps import tapped
+from actsparse.pipelines.calibration import TextCalibration
+from actsparse.pipelines.progress import Progress
+from actsparse.pipelines.studies.scores import Scored, mean_of
+from actsparse.results import Site, SiteKind, StepBytes
+from actsparse.store import tensors
+from actsparse.store.run import RunWriter
+
+DENSE_BYTES = 1 << 30
+
+GatesOfBlock = Callable[[int], Sequence[LayerGates]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model under study. `pool` [blocks, S] are all blocks of the text, of which the first `count` are scored;
+    `calibration` is what plans are fitted on, and `quick` says that sizes are small."""
+
+    name: str
+    loaded: LoadedModel
+    pool: Int[Tensor, "blocks seq"]
+    count: int
+    prompt_length: int
+    sink_tokens: int
+    calibration: TextCalibration
+    cost: StepBytes
+    writer: RunWriter
+    progress: Progress
+    quick: bool
+    seed: int = 0
+    counterpart: "Bench | None" = None
+    _plans: dict[str, list[Plan]] = field(default_factory=dict)
+    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.loaded.record.layers
+
+    @property
+    def block_length(self) -> int:
+        return self.pool.shape[1]
+
+    @property
+    def blocks(self) -> range:
+        """The places in the pool of the blocks that are scored."""
+        return range(self.count)
+
+    def plans(self, short: str) -> list[Plan]:
+        """The plans of a short form, one a seed, fitted once."""
+        if short not in self._plans:
+            gated = self.loaded.record.gated
+            self._plans[short] = fit_plan(parse(short), self.calibration, self.cost, gated=gated)
+        return self._plans[short]
+
+    def plan(self, short: str) -> Plan:
+        """The first plan of a short form."""
+        return self.plans(short)[0]
+
+    def score(self, short: str, *, prompt: int | None = None) -> Scored:
+        """A short form (or `dense`) over every block in the decode regime, after a prompt of P or `prompt` tokens."""
+        if short == DENSE:
+            return self._score(DENSE, None, prompt)
+        plans = self.plans(short)
+        scored = [
+            self._score(f"{short}#{place}", lambda _block, p=plan: p.gates(), prompt) for place, plan in enumerate(plans)
+        ]
+        return mean_of(scored)
+
+    def score_gates(self, key: str, gates: GatesOfBlock, *, prompt: int | None = None) -> Scored:
+        """Gates that are made for every block; `key` names them among the shards."""
+        return self._score(key, gates, prompt)
+
+    def _score(self, key: str, gates: GatesOfBlock | None, prompt: int | None) -> Scored:
+        length = self.prompt_length if prompt is None else prompt
+        parts = []
+        with self.progress.task(f"{self.name}: {key}", self.count, "blocks") as advance:
+            for block in self.blocks:
+                shard = self.writer.shard(f"score-{_digest(self.name, key, length, block)}.safetensors")
+                if not shard.exists():
+                    tensors.write(shard, self._score_block(block, gates, length))
+                parts.append(tensors.read(shard))
+                advance(1)
+        return Scored(*(torch.stack([part[name] for part in parts]) for name in Scored.__annotations__))
+
+    @torch.no_grad()
+    def _score_block(self, block: int, gates: GatesOfBlock | None, prompt: int) -> dict[str, Tensor]:
+        targets = self.pool[block, prompt:].to(self.loaded.device)
+        dense = self.dense_log_probs(block, prompt)
+        if gates is None:
+            sparse, kept = dense, torch.ones(self.layers, dtype=torch.float64)
+        else:
+            run = MaskedPlan(gates(block), prompt_length=prompt, sink_tokens=self.sink_tokens)
+            with masked(self.loaded.sites, run):
+                sparse = self._log_probs(block, prompt)
+            kept = kept_by_layer(run, self.layers)
+        return {
+            "nll": -sparse.gather(1, targets[:, None]).squeeze(1).double(),
+            "kl": (dense.exp() * (dense - sparse)).sum(dim=-1).double(),
+            "top1": (dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double(),
+            "kept": kept,
+        }
+
+    def dense_log_probs(self, block: int, prompt: int) -> Float[Tensor, "tokens vocab"]:
+        """Dense log-probabilities that predict tokens P..S-1 of a block; kept in memory as far as 1 GB goes."""
+        if (block, prompt) not in self._dense:
+            found = self._log_probs(block, prompt)
+            held = sum(one.numel() * 4 for one in self._dense.values())
+            if held + found.numel() * 4 > DENSE_BYTES:
+                self._dense.clear()
+            self._dense[block, prompt] = found
+        return self._dense[block, prompt]
+
+    @torch.no_grad()
+    def _log_probs(self, block: int, prompt: int) -> Float[Tensor, "tokens vocab"]:
+        ids = self.pool[block][None, :-1].to(self.loaded.device)
+        kept = self.block_length - prompt
+        output = self.loaded.model(input_ids=ids, use_cache=False, logits_to_keep=kept)
+        return output.logits[0].float().log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def neurons(
+        self, ids: Int[Tensor, " seq"], on_layer: Callable[[int, Float[Tensor, "seq neurons"]], None]
+    ) -> None:
+        """One dense pass over a text; every layer's neuron activations go to `on_layer`."""
+
+        def on_value(site: Site, a: Tensor) -> None:
+            on_layer(site.layer, a[0])
+
+        with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}):
+            self.loaded.model.base_model(input_ids=ids[None].to(self.loaded.device), use_cache=False)
+
+    def statistics(self, ids: Int[Tensor, " seq"], tokens: slice) -> list[Float[Tensor, " neurons"]]:
+        """GRIFFIN's statistic of every layer over some positions of a text."""
+        found: dict[int, Tensor] = {}
+
+        def on_layer(layer: int, a: Tensor) -> None:
+            statistic = PromptReading().statistic(None)
+            statistic.add(a[tokens])
+            found[layer] = statistic.value()
+
+        self.neurons(ids, on_layer)
+        return [found[layer] for layer in range(self.layers)]
+
+    @property
+    def prompt_tokens(self) -> slice:
+        """The prompt's positions after the sink tokens."""
+        return slice(self.sink_tokens, self.prompt_length)
+
+
+def kept_by_layer(run: MaskedPlan, layers: int) -> Float[Tensor, " layers"]:
+    """The share kept in each layer, over all units that the plan decides about."""
+    kept, units = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
+    for (_, layer), tally in run.tallies.items():
+        kept[layer] += tally.kept
+        units[layer] += tally.units
+    return torch.where(units > 0, kept / units.clamp(min=1), 1.0)
+
+
+def top_gates(scores: Sequence[Float[Tensor, " neurons"]], density: float) -> list[LayerGates]:
+    """Gates that keep the top r*f of each layer's scores for every token."""
+    return fixed_gates([topk_masks(one[None].cpu(), density)[0] for one in scores])
+
+
+def fixed_gates(masks: Sequence[Bool[Tensor, " neurons"]]) -> list[LayerGates]:
+    """Gates that keep one mask a layer for every token."""
+    return [LayerGates(neurons=FixedGate(mask)) for mask in masks]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16]
