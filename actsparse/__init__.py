@@ -1,8 +1,9 @@
 """Study and exploit activation sparsity in large language models.
 
 The four verbs of the command line are functions here: `profile(spec)`, `threshold(spec)`, `evaluate(spec)` and
-`report(spec)`; `sparsify(model, plan)` makes a loaded model decode sparsely. Importing this package loads neither
-torch nor transformers: every name below is imported when it is first used.
+`report(spec)`; `study(spec)` runs a paper's experiments, and `sparsify(model, plan)` makes a loaded model decode
+sparsely. Importing this package loads neither torch nor transformers: every name below is imported when it is first
+used.
 """
 
 from importlib import import_module
@@ -17,13 +18,16 @@ _HOME = {
     "ModelSpec": "specs",
     "ProfileSpec": "specs",
     "ReportSpec": "specs",
+    "StudySpec": "specs",
     "ThresholdSpec": "specs",
     "EvalRun": "store.runs",
     "PlanRun": "store.runs",
     "ProfileRun": "store.runs",
+    "StudyRun": "store.runs",
     "profile": "pipelines.profile",
     "threshold": "pipelines.threshold",
     "evaluate": "pipelines.evaluate",
+    "study": "pipelines.studies.run",
     "report": "report.build",
     "sparsify": "pipelines.sparsify",
 }
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from actsparse.pipelines.evaluate import evaluate as evaluate
     from actsparse.pipelines.profile import profile as profile
     from actsparse.pipelines.sparsify import sparsify as sparsify
+    from actsparse.pipelines.studies.run import study as study
     from actsparse.pipelines.threshold import threshold as threshold
     from actsparse.report.build import report as report
     from actsparse.specs import DataSpec as DataSpec
@@ -42,10 +47,12 @@ if TYPE_CHECKING:
     from actsparse.specs import ModelSpec as ModelSpec
     from actsparse.specs import ProfileSpec as ProfileSpec
     from actsparse.specs import ReportSpec as ReportSpec
+    from actsparse.specs import StudySpec as StudySpec
     from actsparse.specs import ThresholdSpec as ThresholdSpec
     from actsparse.store.runs import EvalRun as EvalRun
     from actsparse.store.runs import PlanRun as PlanRun
     from actsparse.store.runs import ProfileRun as ProfileRun
+    from actsparse.store.runs import StudyRun as StudyRun
 
 
 def __getattr__(name: str) -> Any:

@@ -155,6 +155,26 @@ class EvalSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudySpec:
+    """The experiments of a paper on one model: `study` is pitfalls, moyu, tda, frontier, window or union.
+
+    `counterpart` is the model with the other activation that some experiments compare with. `only` names the
+    experiments to run (empty: all); `quick` takes the small sizes.
+    """
+
+    study: str
+    model: ModelSpec
+    counterpart: ModelSpec | None = None
+    data: DataSpec = DataSpec()
+    only: tuple[str, ...] = ()
+    quick: bool = False
+    output: Path | None = field(default=None, metadata=RUNTIME)
+    root: Path = field(default=Path("runs"), metadata=RUNTIME)
+    force: bool = field(default=False, metadata=RUNTIME)
+    resume: bool = field(default=True, metadata=RUNTIME)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSpec:
     """One HTML file from run directories; the first is the reference."""
 

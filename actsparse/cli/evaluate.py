@@ -1,5 +1,6 @@
 """`actsparse evaluate`."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from actsparse.cli.options import (
@@ -15,9 +16,9 @@ from actsparse.cli.options import (
 from actsparse.cli.output import Output
 from actsparse.data.tasks import parse_dense_upto
 from actsparse.errors import ActsparseError
-from actsparse.specs import EvalSpec
+from actsparse.specs import EvalSpec, StudySpec
 
-TASKS = "Tasks"
+TASKS, STUDY = "Tasks", "Study"
 HELP = "Quality and real speed of plans against dense, in the decode regime."
 EPILOG = "Example: actsparse evaluate --model smollm2 --plan griffin@0.5 --plan cats@0.5 --corpus text.txt -n 4"
 
@@ -59,6 +60,17 @@ def command(
     dense_upto: Annotated[
         str, option("--dense-upto", help="P: the whole context is dense; P-1: its last token is sparse.", panel=TASKS)
     ] = "P",
+    study: Annotated[
+        str | None,
+        option(
+            "--study", help="A paper's experiments instead: pitfalls, moyu, tda, frontier, window, union.", panel=STUDY
+        ),
+    ] = None,
+    quick: Annotated[bool, option("--quick", help="Small sizes, minutes on two cores.", panel=STUDY)] = False,
+    only: Annotated[str | None, option("--only", help="Some experiments of the study: T1,T4.", panel=STUDY)] = None,
+    counterpart: Annotated[
+        str | None, option("--counterpart", help="The model with the other activation, for P1 and P5.", panel=STUDY)
+    ] = None,
     max_ppl_increase: Annotated[
         str | None, option("--max-ppl-increase", help="Exit with 3 when a plan is worse: 5% or 0.05.", panel=RUN)
     ] = None,
@@ -67,6 +79,12 @@ def command(
     ] = None,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
+    if study is not None:
+        run_study(study, model, data, run, output, quick=quick, only=only, counterpart=counterpart)
+        return
+    for name, value in (("--quick", quick), ("--only", only), ("--counterpart", counterpart)):
+        if value:
+            raise ActsparseError(f"{name} belongs to a study", "name one with --study pitfalls")
     for name, value in (
         ("--max-new-tokens", max_new_tokens),
         ("--timing-tokens", timing_tokens),
@@ -108,3 +126,33 @@ def command(
     found = evaluate(spec, output)
     show_eval(found, output)
     check_gate(found, spec)
+
+
+def run_study(
+    name: str,
+    model: ModelOptions,
+    data: DataOptions,
+    run: RunOptions,
+    output: Output,
+    *,
+    quick: bool,
+    only: str | None,
+    counterpart: str | None,
+) -> None:
+    """`evaluate --study`."""
+    asked = model.spec()
+    spec = StudySpec(
+        study=name,
+        model=asked,
+        counterpart=None if counterpart is None else replace(asked, name=counterpart, revision=None),
+        data=data.spec(),
+        only=tuple(part.strip() for part in (only or "").split(",") if part.strip()),
+        quick=quick,
+        output=run.output,
+        force=run.force,
+        resume=run.resume,
+    )
+    from actsparse.cli.shown import show_study
+    from actsparse.pipelines.studies.run import study
+
+    show_study(study(spec, output), output)

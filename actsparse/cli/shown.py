@@ -10,7 +10,7 @@ from actsparse.errors import QualityGateMissed
 from actsparse.results import SiteKind
 from actsparse.specs import EvalSpec, ReportSpec
 from actsparse.store.codec import pretty
-from actsparse.store.runs import EvalRun, PlanRun, ProfileRun
+from actsparse.store.runs import EvalRun, PlanRun, ProfileRun, StudyRun
 
 MISSING = "-"
 
@@ -70,6 +70,21 @@ def show_eval(run: EvalRun, output: Output) -> None:
     for plan in document["plans"]:
         if plan["speed_reason"] and not plan["control"]:
             output.note(f"{plan['plan']}: not timed: {plan['speed_reason']}")
+    output.line(f"written to {run.path}")
+    output.note(f"next: actsparse report {shlex.quote(str(run.path))}")
+
+
+def show_study(run: StudyRun, output: Output) -> None:
+    """A study: what each experiment asked and found, in one sentence each."""
+    if output.json:
+        output.document((run.path / "summary.json").read_text())
+        return
+    for one in run.experiments:
+        output.line(f"{one.experiment} {one.title}{' (quick)' if one.quick else ''}")
+        output.line(f"  claim: {one.claim} ({one.source})")
+        output.line(f"  found: {one.verdict.value}: {one.conclusion}")
+        for note in one.notes:
+            output.note(f"{one.experiment}: {note}")
     output.line(f"written to {run.path}")
     output.note(f"next: actsparse report {shlex.quote(str(run.path))}")
 

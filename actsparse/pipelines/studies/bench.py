@@ -79,7 +79,8 @@ class Bench:
             return self._score(DENSE, None, prompt)
         plans = self.plans(short)
         scored = [
-            self._score(f"{short}#{place}", lambda _block, p=plan: p.gates(), prompt) for place, plan in enumerate(plans)
+            self._score(f"{short}#{place}", lambda _block, p=plan: p.gates(), prompt)
+            for place, plan in enumerate(plans)
         ]
         return mean_of(scored)
 
@@ -135,9 +136,7 @@ class Bench:
         return output.logits[0].float().log_softmax(dim=-1)
 
     @torch.no_grad()
-    def neurons(
-        self, ids: Int[Tensor, " seq"], on_layer: Callable[[int, Float[Tensor, "seq neurons"]], None]
-    ) -> None:
+    def neurons(self, ids: Int[Tensor, " seq"], on_layer: Callable[[int, Float[Tensor, "seq neurons"]], None]) -> None:
         """One dense pass over a text; every layer's neuron activations go to `on_layer`."""
 
         def on_value(site: Site, a: Tensor) -> None:

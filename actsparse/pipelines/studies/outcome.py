@@ -58,7 +58,9 @@ class Outcome:
         label: str = "", n: int | None = None,
     ) -> None:  # fmt: skip
         """One point of a series; a number alone has no interval."""
-        interval = found if isinstance(found, Interval) else Interval(value=found, low=None, high=None, n=1, stderr=None)
+        interval = (
+            found if isinstance(found, Interval) else Interval(value=found, low=None, high=None, n=1, stderr=None)
+        )
         self.rows.append(
             StudyRow(
                 study=self.of.study, experiment=self.of.name, panel=panel, series=series, x=x, label=label,

@@ -4,7 +4,7 @@ Pitfalls in LLaMA Models*, arXiv 2405.09274)."""
 from actsparse.core.bootstrap import Interval, bootstrap_mean
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.studies.bench import Bench
-from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent
+from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent, shown
 from actsparse.pipelines.studies.scores import drop_mean, perplexity, relative_quality
 from actsparse.results import ClaimVerdict, PanelKind
 
@@ -15,7 +15,7 @@ NO_COUNTERPART = "no counterpart was given: --counterpart MODEL names the model 
 P1 = Experiment("pitfalls", "P1", "Sparsity at CETT 0.2, layer by layer", PAPER,
                 "SwiGLU activations are far less sparse than ReLU activations at the same error")  # fmt: skip
 P5 = Experiment("pitfalls", "P5", "Quality against sparsity, SwiGLU and ReLU", PAPER,
-                "Dynamic activation costs a SwiGLU model more than its ReLU counterpart, most at high sparsity")  # fmt: skip
+                "Dynamic activation costs a SwiGLU model more than a ReLU one, most at high sparsity")  # fmt: skip
 
 
 def benches(bench: Bench) -> list[Bench]:
@@ -95,14 +95,12 @@ def quality_by_sparsity(bench: Bench) -> Outcome:
     return out
 
 
-def _conclude_quality(
-    out: Outcome, bench: Bench, share: float, kept: dict[tuple[str, str, float], Interval]
-) -> None:
+def _conclude_quality(out: Outcome, bench: Bench, share: float, kept: dict[tuple[str, str, float], Interval]) -> None:
     mine = kept[label_of(bench), "griffin", share]
     if bench.counterpart is None:
         out.notes.append(NO_COUNTERPART)
-        out.conclude(f"at {share:.0%} dropped by prompt, {label_of(bench)} keeps {percent(mine)} of its quality; without"
-                     " a counterpart nothing is compared.", ClaimVerdict.UNDECIDED, mine, "share")  # fmt: skip
+        out.conclude(f"at {share:.0%} dropped by prompt, {label_of(bench)} keeps {percent(mine)} of its quality;"
+                     " without a counterpart nothing is compared.", ClaimVerdict.UNDECIDED, mine, "share")  # fmt: skip
         return
     gaps = {}
     for method, rate in (("oracle-n", share), ("griffin", share)):
@@ -117,8 +115,6 @@ def _conclude_quality(
         f"{label_of(one)} keeps {percent(kept[label_of(one), 'griffin', share])} by prompt and"
         f" {percent(kept[label_of(one), 'oracle-n', share])} by oracle" for one in benches(bench)
     )  # fmt: skip
-    from actsparse.pipelines.studies.outcome import shown
-
     out.conclude(
         f"at {share:.0%} dropped {told}; SwiGLU loses {shown(gaps['griffin'])} nats more than ReLU by prompt,"
         f" {shown(gaps['oracle-n'])} by oracle.",

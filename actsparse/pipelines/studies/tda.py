@@ -1,8 +1,11 @@
 """T1, T3-T6: threshold-based dynamic activation (*First Activations Matter*, arXiv 2408.11393) put to the test.
 
-What each experiment measures is methods.md, section 8; the bars that decide a verdict are ours, and stand in its sentence.
+The bars that decide a verdict are ours, and stand in its sentence.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from math import sqrt
 
 import torch
@@ -10,13 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, bootstrap_mean
+from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.methods.tda import over, threshold_for_share
-from actsparse.pipelines.studies.bench import Bench, fixed_gates
+from actsparse.pipelines.studies.bench import Bench, GatesOfBlock, fixed_gates
 from actsparse.pipelines.studies.outcome import Experiment, Outcome, below, percent, shown
 from actsparse.pipelines.studies.scores import Scored, difference, drop_mean, perplexity, token_mean
-from actsparse.results import ClaimVerdict, PanelKind
+from actsparse.results import PanelKind
 
 SHARE = 0.5
 PAPER = "TDA, arXiv 2408.11393"
@@ -99,15 +103,15 @@ def threshold_or_count(bench: Bench) -> Outcome:
     return out
 
 
-def _global_gates(bench: Bench):  # noqa: ANN202
-    """One threshold on s * sqrt(f) for all layers, the round(r*N*f*L)-th largest over calibration prompts; every block's
-    prompt chooses by it."""
+def _global_gates(bench: Bench) -> GatesOfBlock:
+    """One threshold on s * sqrt(f) for all layers, the round(r*N*f*L)-th largest over calibration prompts; every
+    block's prompt chooses by it."""
     replay = bench.calibration.prompts()
     scores = [replay.statistics(layer) for layer in range(bench.layers)]
     pooled = torch.cat([one * sqrt(one.shape[1]) for one in scores])
     threshold = threshold_for_share(pooled, 1 - SHARE)
 
-    def gates(block: int):  # noqa: ANN202
+    def gates(block: int) -> Sequence[LayerGates]:
         found = bench.statistics(bench.pool[block, : bench.prompt_length], bench.prompt_tokens)
         return fixed_gates([over(one * sqrt(len(one)), threshold).cpu() for one in found])
 
@@ -146,32 +150,41 @@ def staleness(bench: Bench) -> Outcome:
     out = Outcome(T5, bench.quick, settings={"share dropped": f"{SHARE:g}", "blocks": str(bench.count),
                                              "prompt tokens": str(prompt)})  # fmt: skip
     every = (bench.block_length - prompt) // 8
-    names = {
-        "chosen once": f"griffin@{SHARE:g}",
-        f"chosen again every {every} tokens": f"griffin:refresh_every={every}@{SHARE:g}",
-        "static mask": f"static:stat=griffin@{SHARE:g}",
+    dense, name = bench.score(DENSE, prompt=prompt), f"griffin@{SHARE:g}"
+    again = [_refreshed(gates, every) for gates in bench.plan(name).gates()]
+    scored = {
+        "chosen once": bench.score(name, prompt=prompt),
+        f"chosen again every {every} tokens": bench.score_gates(
+            f"{name} refresh {every}", lambda _: again, prompt=prompt
+        ),
+        "static mask": bench.score(f"static:stat=griffin@{SHARE:g}", prompt=prompt),
     }
-    dense = bench.score(DENSE, prompt=prompt)
-    scored = {label: bench.score(name, prompt=prompt) for label, name in names.items()}
     out.panel("nll", "Loss against dense along the generation", PanelKind.LINE, "decoded token", "NLL - dense (nats)",
               reference=0.0)  # fmt: skip
     bins = 4 if bench.quick else 8
     edges = [round(i * dense.nll.shape[1] / bins) for i in range(bins + 1)]
     for label, one in scored.items():
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in pairwise(edges):
             found = difference(one.part(slice(start, stop)), dense.part(slice(start, stop)), bench.seed)
             out.add("nll", label, found, "nats", x=(start + stop) / 2, n=(stop - start) * bench.count)
-    once, again, _ = scored.values()
+    once, renewed, _ = scored.values()
     growth = _growth(once, dense, edges, bench.seed)
-    fresh = difference(once, again, bench.seed)
+    fresh = difference(once, renewed, bench.seed)
     out.conclude(
-        f"from the first to the last {edges[1]} decoded tokens the loss of a mask chosen once changes by {shown(growth)}"
-        f" nats (our bar: {LITTLE:g}); choosing again every {every} tokens, those run dense, gains {shown(fresh)} nats.",
+        f"from the first to the last {edges[1]} decoded tokens the loss of a mask chosen once changes by"
+        f" {shown(growth)} nats (our bar: {LITTLE:g}); choosing again every {every} tokens, which then run dense, gains"
+        f" {shown(fresh)} nats.",
         below(growth, LITTLE),
         growth,
         "nats",
     )
     return out
+
+
+def _refreshed(gates: LayerGates, every: int) -> LayerGates:
+    """The same gates, chosen again every so many decoded tokens."""
+    assert isinstance(gates.neurons, PrefillGate)
+    return replace(gates, neurons=replace(gates.neurons, refresh_every=every))
 
 
 def _growth(one: Scored, dense: Scored, edges: list[int], seed: int) -> Interval:
@@ -219,8 +232,6 @@ def _kept(bench: Bench, plan: Plan, lengths: list[int]) -> Float[Tensor, "blocks
 
 
 def _kept_of(bench: Bench, plan: Plan, block: int, lengths: list[int]) -> list[float]:
-    from actsparse.methods.gates import PrefillGate
-
     shares = torch.zeros(len(lengths), bench.layers, dtype=torch.float64)
     gates = [one.neurons for one in plan.gates()]
 
@@ -234,5 +245,3 @@ def _kept_of(bench: Bench, plan: Plan, block: int, lengths: list[int]) -> list[f
 
     bench.neurons(bench.pool[block], on_layer)
     return shares.mean(dim=1).tolist()
-
-

@@ -44,8 +44,8 @@ def batch_unions(bench: Bench) -> Outcome:
     text = {name: f"{found.value or 0.0:.1%}" for name, found in unions.items()}
     out.conclude(
         f"at density {DENSITY:g} a batch of {at} needs {text['neurons']} of the neurons and {text['KV groups']} of the"
-        f" {groups_of_layer} KV groups of a layer together (no interval: one draw of tokens); neurons over 90 % means that"
-        " their sparsity is lost, while heads are read per sequence and keep theirs.",
+        f" {groups_of_layer} KV groups of a layer together (no interval: one draw of tokens); over 90 % of the neurons"
+        " means that their sparsity is lost, while heads are read per sequence and keep theirs.",
         ClaimVerdict.HOLDS if (unions["neurons"].value or 0.0) > 0.9 else ClaimVerdict.FAILS,
         unions["neurons"],
         "share",
@@ -67,7 +67,7 @@ def _collect(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
     block."""
     places = torch.linspace(bench.sink_tokens, bench.block_length - 1, POSITIONS).long()
     chosen = torch.arange(len(bench.pool))[: 8 if bench.quick else 64]
-    norms = [layer.mlp_weights().down.float().norm(dim=0) for layer in bench.loaded.sites.layers]
+    norms = [layer.down_norms(bench.loaded.record.intermediate_size) for layer in bench.loaded.sites.layers]
     neurons: list[list[Tensor]] = [[] for _ in norms]
     groups: list[list[Tensor]] = [[] for _ in norms]
 
@@ -87,13 +87,13 @@ def _collect(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
             bench.loaded.model.base_model(input_ids=bench.pool[block][None].to(bench.loaded.device), use_cache=False)
             advance(1)
     labels = torch.arange(len(chosen)).repeat_interleave(POSITIONS)
-    return tuple(torch.stack([torch.cat(rows) for rows in found]) for found in (neurons, groups)) + (labels,)  # pyright: ignore[reportReturnType]
+    return torch.stack([torch.cat(rows) for rows in neurons]), torch.stack([torch.cat(rows) for rows in groups]), labels
 
 
 def group_norms(bench: Bench, layer: int, o: Tensor) -> Tensor:
-    """||sum of a KV group's heads' outputs|| [tokens, kv_heads] from concatenated heads o [tokens, heads * head_dim]."""
+    """||sum of a KV group's heads' outputs|| [tokens, kv_heads], from concatenated heads o [tokens, heads_width]."""
     record = bench.loaded.record
-    weight = bench.loaded.sites.layers[layer].output_matrix().float()
+    weight = bench.loaded.sites.layers[layer].output_matrix(o.shape[1]).float()
     width = o.shape[1] // record.kv_heads
     parts = o.float().unflatten(1, (record.kv_heads, width))
     return torch.stack([(parts[:, g] @ weight[:, g * width : (g + 1) * width].T).norm(dim=1)

@@ -1,7 +1,7 @@
 """S6: how much a result depends on how much of a text is left dense (methods.md, section 8).
 
-Published perplexities differ in this window: some sparsify every token, some the second half, some leave the first one or
-the first per cent dense. The same plan then has several perplexities.
+Published perplexities differ in this window: some sparsify every token, some the second half, some leave the first
+one or the first per cent dense. The same plan then has several perplexities.
 """
 
 from math import log

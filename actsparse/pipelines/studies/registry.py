@@ -1,0 +1,50 @@
+"""Which experiments each study runs, in order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from actsparse.errors import PlanError
+from actsparse.pipelines.studies import donors, frontier, pitfalls, tda, union, window
+from actsparse.pipelines.studies.bench import Bench
+from actsparse.pipelines.studies.outcome import Experiment, Outcome
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An experiment and the function that runs it."""
+
+    of: Experiment
+    run: Callable[[Bench], Outcome]
+
+
+STUDIES: dict[str, tuple[Runner, ...]] = {
+    "pitfalls": (
+        Runner(pitfalls.P1, pitfalls.cett_sparsity),
+        Runner(pitfalls.P5, pitfalls.quality_by_sparsity),
+    ),
+    "moyu": (Runner(donors.M5, donors.donor_swap),),
+    "tda": (
+        Runner(tda.T1, tda.compare),
+        Runner(tda.T3, tda.threshold_or_count),
+        Runner(tda.T4, tda.first_tokens),
+        Runner(tda.T5, tda.staleness),
+        Runner(tda.T6, tda.other_lengths),
+    ),
+    "frontier": (Runner(frontier.S1, frontier.frontier),),
+    "window": (Runner(window.S6, window.window_sensitivity),),
+    "union": (Runner(union.S4, union.batch_unions),),
+}
+
+
+def runners(study: str, only: tuple[str, ...] = ()) -> tuple[Runner, ...]:
+    """The experiments of a study, or those that `only` names; raises PlanError with the nearest names otherwise."""
+    if study not in STUDIES:
+        near = get_close_matches(study, STUDIES, n=1)
+        hint = (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(STUDIES)}"
+        raise PlanError(f"there is no study '{study}'", hint)
+    known = {runner.of.name: runner for runner in STUDIES[study]}
+    for name in only:
+        if name not in known:
+            raise PlanError(f"the study {study} has no experiment '{name}'", f"it has {', '.join(known)}")
+    return tuple(known[name] for name in known if not only or name in only)
