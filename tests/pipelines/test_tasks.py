@@ -57,7 +57,7 @@ def griffin(tiny_loaded: Callable):
 
     short = parse("griffin@0.5")
     fit = short.method.fit(TextCalibration((FFN, FFN), pytest.fail, pytest.fail), short.budget)
-    return [short.method.gate(layer, fit) for layer in range(2)]
+    return [short.method.gates(layer, fit) for layer in range(2)]
 
 
 @pytest.mark.parametrize("back", [0, 1, 2])
