@@ -2,13 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.core.overlap import topk_masks
+from actsparse.data.sequences import Sequences
+from actsparse.data.texts import TextReader
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.methods.plan import Plan, fit_plan
@@ -31,7 +33,8 @@ GatesOfBlock = Callable[[int], Sequence[LayerGates]]
 @dataclass(frozen=True)
 class Bench:
     """One model under study. `pool` [blocks, S] are all blocks of the text, of which the first `count` are scored;
-    `calibration` is what plans are fitted on, and `quick` says that sizes are small."""
+    `calibration` is what plans are fitted on, `trainer` the larger text that routers learn from, `reader` reads the
+    text again in other cuts, and `quick` says that sizes are small."""
 
     name: str
     loaded: LoadedModel
@@ -39,7 +42,11 @@ class Bench:
     count: int
     prompt_length: int
     sink_tokens: int
+    scored_sequences: Sequences
+    calib_sequences: Sequences
     calibration: TextCalibration
+    trainer: TextCalibration
+    reader: TextReader
     cost: StepBytes
     writer: RunWriter
     progress: Progress
@@ -56,6 +63,36 @@ class Bench:
     @property
     def block_length(self) -> int:
         return self.pool.shape[1]
+
+    @property
+    def scored(self) -> Int[Tensor, "blocks seq"]:
+        """The blocks that are scored."""
+        return self.scored_sequences.stack()
+
+    @property
+    def calib(self) -> Int[Tensor, "blocks seq"]:
+        """The blocks that plans are fitted on."""
+        return self.calib_sequences.stack()
+
+    @property
+    def whole(self) -> LayerGates:
+        """Gates that keep every neuron."""
+        return LayerGates(neurons=FixedGate(torch.ones(self.loaded.record.intermediate_size, dtype=torch.bool)))
+
+    @property
+    def reader_of_count(self) -> TextReader:
+        """The reader with as many blocks as are scored."""
+        return replace(self.reader, spec=replace(self.reader.spec, limit=self.count))
+
+    def first(self, count: int) -> "Bench":
+        """The same bench with fewer blocks scored; what was fitted and scored is shared."""
+        return replace(self, count=min(count, self.count))
+
+    def joined(self, path: str) -> Sequences:
+        """Prompts of a file joined into blocks of this bench's length."""
+        spec = replace(self.reader.spec, corpus=None, dataset=None, prompts=(path,), limit=None, part="all",
+                       block_length=self.block_length, prompt_length=self.prompt_length, prompt_frac=None)  # fmt: skip
+        return replace(self.reader, spec=spec).calibration_blocks()
 
     @property
     def blocks(self) -> range:

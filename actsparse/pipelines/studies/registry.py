@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from actsparse.errors import PlanError
-from actsparse.pipelines.studies import donors, frontier, pitfalls, tda, union, window
+from actsparse.pipelines.studies import donors, frontier, heads, mechanisms, pitfalls, routers, tda, union, window
 from actsparse.pipelines.studies.bench import Bench
 from actsparse.pipelines.studies.outcome import Experiment, Outcome
 
@@ -21,9 +21,17 @@ class Runner:
 STUDIES: dict[str, tuple[Runner, ...]] = {
     "pitfalls": (
         Runner(pitfalls.P1, pitfalls.cett_sparsity),
+        Runner(heads.P2, heads.head_sparsity),
+        Runner(heads.P3, heads.kv_policies),
+        Runner(routers.P4, routers.router_inputs),
         Runner(pitfalls.P5, pitfalls.quality_by_sparsity),
     ),
-    "moyu": (Runner(donors.M5, donors.donor_swap),),
+    "moyu": (
+        Runner(mechanisms.M3, mechanisms.history_uncertainty),
+        Runner(mechanisms.M4, mechanisms.inertia_without_meaning),
+        Runner(donors.M5, donors.donor_swap),
+        Runner(routers.HU3, routers.domain_gap),
+    ),
     "tda": (
         Runner(tda.T1, tda.compare),
         Runner(tda.T3, tda.threshold_or_count),

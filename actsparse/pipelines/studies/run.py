@@ -15,6 +15,7 @@ from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.studies.bench import Bench
 from actsparse.pipelines.studies.outcome import Outcome
 from actsparse.pipelines.studies.registry import Runner, runners
+from actsparse.pipelines.training import RunCheckpoints
 from actsparse.results import ClaimVerdict, RunKind, StudyExperiment, StudyRow
 from actsparse.specs import ModelSpec, StudySpec
 from actsparse.store import tables
@@ -25,17 +26,21 @@ from actsparse.store.run import RunRequest, RunWriter, open_run
 from actsparse.store.runs import StudyRun
 
 QUICK_BLOCKS, FULL_BLOCKS = 4, 16
+QUICK_TOKENS, FULL_TOKENS = 4096, 32768
+"""Tokens that routers are trained on."""
 TWINS = {"demo": "demo:relu", "demo:silu": "demo:relu", "demo:relu": "demo"}
 
 
 @dataclass(frozen=True)
 class Texts:
-    """All blocks of the text, how many are scored, and the blocks that plans are fitted on."""
+    """All blocks of the text, how many are scored, the blocks that plans are fitted on, and those that routers are."""
 
     pool: Sequences
     count: int
     calibration: Sequences
+    training: Sequences
     prompt_length: int
+    reader: TextReader
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,10 @@ def _texts(spec: StudySpec, loaded: LoadedModel, progress: Progress) -> Texts:
     else:
         other = replace(reader, spec=replace(reader.spec, corpus=data.calib, calib=None, limit=count))
         calibration = other.profile_sequences()
-    return Texts(pool, count, calibration, reader.prompt_length)
+    first = 0 if data.calib else count
+    last = min(len(pool), first + max(1, (QUICK_TOKENS if spec.quick else FULL_TOKENS) // reader.block_length))
+    training = calibration if data.calib else pool.take(range(first, last), (first, last))
+    return Texts(pool, count, calibration, training, reader.prompt_length, reader)
 
 
 def _bench(spec: StudySpec, loaded: LoadedModel, texts: Texts, writer: RunWriter, progress: Progress) -> Bench:
@@ -109,7 +117,11 @@ def _bench(spec: StudySpec, loaded: LoadedModel, texts: Texts, writer: RunWriter
         count=texts.count,
         prompt_length=texts.prompt_length,
         sink_tokens=spec.data.sink_tokens,
+        scored_sequences=texts.pool.take(range(texts.count), (0, texts.count)),
+        calib_sequences=texts.calibration,
         calibration=of_blocks(loaded, texts.calibration, texts.prompt_length, progress),
+        trainer=of_blocks(loaded, texts.training, texts.prompt_length, progress, RunCheckpoints(writer)),
+        reader=texts.reader,
         cost=loaded.record.step,
         writer=writer,
         progress=progress,

@@ -17,6 +17,7 @@ from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.methods.tda import over, threshold_for_share
+from actsparse.pipelines.prompt_lengths import kept_by_prompt_length
 from actsparse.pipelines.studies.bench import Bench, GatesOfBlock, fixed_gates
 from actsparse.pipelines.studies.outcome import Experiment, Outcome, below, percent, shown
 from actsparse.pipelines.studies.scores import Scored, difference, drop_mean, perplexity, token_mean
@@ -197,10 +198,9 @@ def other_lengths(bench: Bench) -> Outcome:
     """T6: the share that TDA keeps of prompts shorter and longer than those that its threshold was fitted on."""
     out = Outcome(T6, bench.quick, settings={"share dropped": f"{SHARE:g}", "blocks": str(bench.count),
                                              "fitted at": str(bench.prompt_length)})  # fmt: skip
-    longest = bench.block_length - bench.sink_tokens
-    lengths = [k for k in (2**power for power in range(3, 16)) if k <= longest]
+    lengths = [k for k in (2**power for power in range(4, 16)) if bench.sink_tokens < k <= bench.block_length]
     fixed, aware = bench.plan(f"tda@{SHARE:g}"), bench.plan(f"tda:length_aware=true@{SHARE:g}")
-    out.panel("kept", "Share kept by prompt length", PanelKind.LINE, "prompt tokens after the sink tokens",
+    out.panel("kept", "Share kept by prompt length", PanelKind.LINE, "prompt tokens",
               "share of neurons kept", log_x=True, reference=1 - SHARE)  # fmt: skip
     kept = {name: _kept(bench, plan, lengths) for name, plan in (("one threshold", fixed), ("length-aware", aware))}
     for name, of_length in kept.items():
@@ -222,26 +222,6 @@ def other_lengths(bench: Bench) -> Outcome:
 
 
 def _kept(bench: Bench, plan: Plan, lengths: list[int]) -> Float[Tensor, "blocks lengths"]:
-    """The mean share over layers that a plan keeps of every block's first tokens."""
-    rows = []
-    with bench.progress.task(f"{bench.name}: prompt lengths", bench.count, "blocks") as advance:
-        for block in bench.blocks:
-            rows.append(_kept_of(bench, plan, block, lengths))
-            advance(1)
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _kept_of(bench: Bench, plan: Plan, block: int, lengths: list[int]) -> list[float]:
-    shares = torch.zeros(len(lengths), bench.layers, dtype=torch.float64)
-    gates = [one.neurons for one in plan.gates()]
-
-    def on_layer(layer: int, a: Tensor) -> None:
-        gate = gates[layer]
-        assert isinstance(gate, PrefillGate)
-        for place, k in enumerate(lengths):
-            statistic = gate.statistic()
-            statistic.add(a[bench.sink_tokens : bench.sink_tokens + k])
-            shares[place, layer] = float(gate.rule(statistic.value()).double().mean())
-
-    bench.neurons(bench.pool[block], on_layer)
-    return shares.mean(dim=1).tolist()
+    """The mean share over layers that a plan keeps after every block's first tokens."""
+    found = kept_by_prompt_length(bench.loaded, plan.gates(), bench.scored_sequences, bench.progress, lengths)
+    return torch.stack([found[length].mean(dim=0) for length in lengths], dim=1)
