@@ -75,7 +75,8 @@ class ProfileSpec:
 
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
     `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured
-    beside (`uncertainty`, `inertia`, `union`). `decode`: that many tokens which the model itself writes after each
+    beside (`uncertainty`, `inertia`, `union`, `gradients`; `default`: the first three as far as the text allows,
+    `cheap`: the same for small models alone). `decode`: that many tokens which the model itself writes after each
     prompt are recorded too, as a phase of their own. `dump`: activations written token by token. `strict`: activations
     that are not finite are an error.
     """
@@ -191,6 +192,7 @@ class RunSpec:
     model: ModelSpec
     data: DataSpec = DataSpec()
     plans: tuple[str, ...] = ("griffin@0.5", "cats@0.5")
+    probes: tuple[str, ...] = ("cheap",)
     target_error: float = 0.2
     timing_pairs: int = 7
     output: Path = Path("runs")

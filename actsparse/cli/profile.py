@@ -1,6 +1,6 @@
 """`actsparse profile`."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 from actsparse.cli.options import (
     RUN,
@@ -15,7 +15,7 @@ from actsparse.cli.options import (
 )
 from actsparse.cli.output import Output
 from actsparse.errors import ActsparseError
-from actsparse.pipelines.probes.names import left_out, probe_names
+from actsparse.pipelines.probes.names import GRADIENTS, left_out, probe_names
 from actsparse.pipelines.ranks import leads
 from actsparse.specs import DUMP_KINDS, DumpSpec, ProfileSpec
 
@@ -42,8 +42,11 @@ def command(
     ] = None,
     reservoir_mb: Annotated[int, option("--reservoir-mb", help="Megabytes they may take.", panel=RUN)] = 512,
     probes: Annotated[
-        str, option("--probes", help="Mechanisms to measure: uncertainty,inertia,union. [none]", panel=RUN)
-    ] = "",
+        str, option("--probes", help="Mechanisms: uncertainty,inertia,union,gradients; all; none.", panel=RUN)
+    ] = "default",
+    with_gradients: Annotated[
+        bool, option("--gradients", help="Also the probe gradients: HU4 and M2, from backward passes.", panel=RUN)
+    ] = False,
     decode: Annotated[
         int, option("--decode", help="Record N tokens that the model writes itself after each prompt.", panel=RUN)
     ] = 0,
@@ -70,7 +73,7 @@ def command(
         reservoir_tokens=reservoir_tokens,
         reservoir_mb=reservoir_mb,
         batch_size=batch_size,
-        probes=probe_names(probes.split(",")),
+        probes=probe_names([*probes.split(","), *([GRADIENTS] if with_gradients else [])]),
         decode=decode,
         dump=dump_spec(dump, dump_tokens),
         strict=strict,
@@ -84,7 +87,7 @@ def command(
     found = profile(spec, output)
     if leads():
         show_profile(found, output)
-        output.note(left_out(spec.probes))
+        output.note(left_out(cast(list[str], found.manifest.spec["probes"])))
 
 
 def dump_spec(text: str | None, tokens: int) -> DumpSpec | None:

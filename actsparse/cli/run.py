@@ -14,6 +14,7 @@ from actsparse.cli.options import (
     share,
 )
 from actsparse.cli.output import Output
+from actsparse.pipelines.probes.names import probe_names
 from actsparse.specs import ReportSpec, RunSpec
 
 HELP = "Profile, threshold, evaluate and report in a row; what is up to date is used again."
@@ -32,6 +33,9 @@ def command(
     target_error: Annotated[
         str, option("--target-error", help="Error that the TDA plan may make in a layer's output.", panel=RUN)
     ] = "0.2",
+    probes: Annotated[
+        str, option("--probes", help="Mechanisms: as profile takes them. [default on small models]", panel=RUN)
+    ] = "cheap",
     timing_pairs: Annotated[int, option("--timing-pairs", help="Pairs of dense and sparse laps.", panel=RUN)] = 7,
     output_dir: Annotated[Path, option("--output", "-o", help="Folder of the runs.", panel=RUN)] = Path("runs"),
     report_file: Annotated[
@@ -45,6 +49,7 @@ def command(
         model=model.spec(),
         data=data.spec(),
         plans=tuple(plan or ("griffin@0.5", "cats@0.5")),
+        probes=probe_names(probes.split(",")),
         target_error=share(target_error, "--target-error"),
         timing_pairs=timing_pairs,
         output=output_dir,

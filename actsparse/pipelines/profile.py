@@ -14,7 +14,7 @@ from actsparse.pipelines.continuation import continuing, prompts_of
 from actsparse.pipelines.distributed import Team, local_device, team
 from actsparse.pipelines.dump import Dump, write_dump
 from actsparse.pipelines.identity import data_identity, model_identity
-from actsparse.pipelines.probes.names import probe_names
+from actsparse.pipelines.probes.names import CHEAP, chosen, probe_names
 from actsparse.pipelines.probes.run import run_probes
 from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
 from actsparse.pipelines.profile_files import Phase, write_measures, write_phase
@@ -77,7 +77,7 @@ class Job:
         continued = None
         if spec.decode:
             continued = prompts_of(reader, sequences, spec.decode, loaded.record.max_positions)
-        probed = probe_texts(reader, spec.probes, loaded.record.vocab_size) if spec.probes else None
+        spec, probed = _with_probes(spec, reader, loaded, progress)
         return cls(spec, loaded, sequences, continued, probed, layers, crew, progress)
 
     def record(self, phase: str, folder: Path) -> ProfileState:
@@ -110,6 +110,29 @@ class Job:
     @property
     def phases(self) -> tuple[str, ...]:
         return (PREFILL,) if self.continued is None else (PREFILL, DECODE)
+
+
+def _with_probes(
+    spec: ProfileSpec, reader: TextReader, loaded: LoadedModel, progress: Progress
+) -> tuple[ProfileSpec, ProbeTexts | None]:
+    """The spec with its probes named one by one, and their texts; what nobody named gives way where text is short."""
+    names = chosen(spec.probes, loaded.record.parameters)
+    asked_by_name = set(spec.probes) & set(names)
+    texts = None
+    while names and texts is None:
+        try:
+            texts = probe_texts(reader, names, loaded.record.vocab_size)
+        except DataError as error:
+            if asked_by_name:
+                raise
+            short = names[:1] if "uncertainty" in names else names
+            names = tuple(name for name in names if name not in short)
+            progress.note(f"the probes {', '.join(short)} are left out: {error.what}")
+    if CHEAP in spec.probes and not names:
+        progress.note("probes are left out on a model of this size: measure them with --probes default")
+    if texts is not None:
+        progress.note(f"probes: {', '.join(names)} (--probes none leaves them out)")
+    return replace(spec, probes=names), texts
 
 
 def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tuple[int, ...]:

@@ -32,7 +32,9 @@ def measure(spec: RunSpec, progress: Progress | None = None) -> Finished:
         spec = replace(spec, data=replace(spec.data, limit=CORPUS_BLOCKS))
     fitted_on, judged_on = replace(spec.data, part="even"), replace(spec.data, part="odd")
     progress.note("1/4 profile")
-    profiled = profile(ProfileSpec(model=spec.model, data=fitted_on, root=root, force=spec.force), progress)
+    profiled = profile(
+        ProfileSpec(model=spec.model, data=fitted_on, probes=spec.probes, root=root, force=spec.force), progress
+    )
     progress.note("2/4 threshold")
     plan = threshold(
         ThresholdSpec(

@@ -6,23 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
-from actsparse.core.uncertainty import (
+from actsparse.core.hu1 import (
     HistoryContexts,
     choose_contexts,
     control_contexts,
-    count_types,
     history_share,
     hu1,
     hu1_control,
-    hu2,
-    hu4,
-    root_cause,
-    signed_gradient_sum,
-    theta_uncertainty,
-    token_diversity,
-    type_labels,
 )
+from actsparse.core.hu2 import count_types, hu2, type_labels
+from actsparse.core.hu4 import hu4, theta_uncertainty, token_diversity
+from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
+from actsparse.core.root_cause import root_cause, signed_gradient_sum
 from actsparse.errors import DataError
 
 NEURONS = 200

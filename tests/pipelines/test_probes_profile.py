@@ -21,7 +21,7 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError
 from actsparse.models.load import LoadedModel, load
 from actsparse.models.taps import tapped
-from actsparse.pipelines.probes.names import PROBES, left_out, probe_names
+from actsparse.pipelines.probes.names import BY_DEFAULT, CHEAP_PARAMETERS, PROBES, chosen, left_out, probe_names
 from actsparse.pipelines.probes.text import probe_texts
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.progress import Advance, Silent
@@ -134,6 +134,8 @@ def on_layers(params: set[str], *, mean: bool = True) -> set[tuple[int | None, s
 
 
 UNIFORM_AND_NATURAL = (None, "nat")
+# of 60 positions after the sink tokens
+DISTANCES = ("1", "2", "4", "8", "16", "32")
 INTERVALS = {
     "hu1": on_layers(expected_params(r=DENSITIES, pop=UNIFORM_AND_NATURAL, control=(None, *CONTROLS))),
     "history_share": on_layers(expected_params(r=DENSITIES, pop=("nat",))),
@@ -146,13 +148,16 @@ INTERVALS = {
     "kappa_u": on_layers(
         expected_params(r=DENSITIES, rung=RUNGS, pairs=("within", "between", "between-apart", "neighbour"))
         | expected_params(r=DENSITIES, pairs=("same-history", "same-token", "unrelated"))
-    ),
+    )
+    | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES)},
     "kappa_p": on_layers(
         expected_params(
             r=DENSITIES, rung=RUNGS, pairs=("within", "between", "between-apart", "neighbour"), pop=("nat", "own")
         )
         | expected_params(r=DENSITIES, pairs=("same-history", "same-token", "unrelated"), pop=("nat",))
-    ),
+    )
+    | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES, pop=("nat",))},
+    "overlap_distance": {(None, param) for param in expected_params(r=DENSITIES, d=DISTANCES)},
     "matrix_2x2": on_layers(
         expected_params(
             r=DENSITIES, pop=UNIFORM_AND_NATURAL, text=("real", "random"), feed=("parallel", "sequential")
@@ -347,7 +352,7 @@ def test_the_four_arms_differ(probed: ProfileRun) -> None:
 def test_a_killed_run_goes_on_to_the_same_rows(
     task: str, after: int, finished: list[str], probed: ProfileRun, folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    spec = spec_of(folder, data_of(corpus), tmp_path / "cut", probes=tuple(PROBES))
+    spec = spec_of(folder, data_of(corpus), tmp_path / "cut", probes=BY_DEFAULT)
     with pytest.raises(KeyboardInterrupt):
         profile(spec, Listener(task, after))
     assert not (tmp_path / "cut" / "manifest.json").exists()
@@ -412,11 +417,32 @@ def test_an_unknown_probe_names_the_nearest(folder: Path, corpus: Path, tmp_path
 
 def test_names_are_put_in_order_and_once() -> None:
     assert probe_names(["union", " inertia", "union", ""]) == ("inertia", "union")
-    assert probe_names([]) == ()
+    assert probe_names([]) == probe_names(["none"]) == ()
+    assert probe_names(["all"]) == tuple(PROBES)
+    assert probe_names(["gradients", "default"]) == ("default", "gradients")
+
+
+def test_sets_of_probes_depend_on_the_size_of_the_model() -> None:
+    assert chosen(("default",), 10**12) == BY_DEFAULT
+    assert chosen(("cheap",), CHEAP_PARAMETERS) == BY_DEFAULT
+    assert chosen(("cheap",), CHEAP_PARAMETERS + 1) == ()
+    assert chosen(("cheap", "gradients"), 10**12) == ("gradients",)
+
+
+def test_default_probes_give_way_where_the_text_is_short(folder: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(sentences_text(70, seed=1))
+    listener = Listener()
+    run = profile(spec_of(folder, data_of(short), tmp_path / "p", probes=("default",)), listener)
+    assert any("the probes uncertainty are left out: no token of" in note for note in listener.notes)
+    assert rows_of(run, "overlap_w")
+    assert not rows_of(run, "hu1")
+    assert run.manifest.spec["probes"] == ["inertia", "union"]
 
 
 def test_the_line_about_what_was_left_out() -> None:
-    assert "--probes inertia,union" in left_out(["uncertainty"])
+    assert "--probes inertia,union,gradients" in left_out(["uncertainty"])
+    assert left_out(BY_DEFAULT).endswith("measure them with --gradients")
     assert "--probes" not in left_out(PROBES)
     assert "HU3" in left_out(PROBES)
 

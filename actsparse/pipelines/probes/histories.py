@@ -5,7 +5,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, LayerIntervals
-from actsparse.core.uncertainty import HistoryContexts, control_contexts, history_share, hu1, hu1_control
+from actsparse.core.hu1 import HistoryContexts, control_contexts, history_share, hu1, hu1_control
 from actsparse.pipelines.probes.reading import DENSITIES, batched
 from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 from actsparse.pipelines.progress import Advance

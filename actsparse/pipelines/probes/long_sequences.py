@@ -4,11 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsparse.core.bootstrap import layered_ratio
 from actsparse.core.inertia import MAX_DELTA, PREFIXES, PrefixCurve, prefix_overlaps, si1
+from actsparse.core.overlap import paired_overlaps
 from actsparse.core.variance_shares import VarianceShares, VarianceSums, factor_levels, variance_shares, variance_sums
 from actsparse.pipelines.probes.reading import DENSITIES
-from actsparse.pipelines.probes.setting import Found, Setting
+from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 
+RAW = "raw"
 DELTAS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # kappa of every prefix and distance, [layers, sequences, prefixes, deltas], by density and chance level.
@@ -16,8 +19,9 @@ PrefixKappas = dict[tuple[float, str | None], Float[Tensor, "layers sequences pr
 
 
 def add_si1_and_si3(setting: Setting, found: Found) -> None:
-    """Rows of `si1` and `si3`."""
-    kappas, shares = _read(setting)
+    """Rows of `si1`, `si3`, and of overlaps by distance."""
+    kappas, shares, distances = _read(setting)
+    distances.add_rows(found)
     for (density, pop), values in kappas.items():
         curve = si1(values)
         for prefix, point in zip(curve.prefixes, curve.curve, strict=True):
@@ -51,7 +55,45 @@ def _add_shares(found: Found, shares: VarianceShares, layer: int) -> None:
             found.add("si3_chance", part.chance, shares.tokens, layer=layer, factor=factor)
 
 
-def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares]]:
+class _Distances:
+    """Overlaps of two tokens of a sequence that stand `d` positions apart and have different ids, by d."""
+
+    def __init__(self, layers: int, sequences: int, chance: dict[float, dict[str | None, Tensor]]) -> None:
+        names = [(density, pop) for density, rates in chance.items() for pop in (RAW, *rates)]
+        shape = (len(DELTAS), layers, sequences)
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+        self.counts = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+
+    def add(
+        self, place: int, row: int, density: float, masks: Tensor, ids: Tensor, rates: dict[str | None, Tensor]
+    ) -> None:
+        """Add one sequence of one layer: masks [positions, neurons] of the tokens `ids`."""
+        for step, distance in enumerate(DELTAS):
+            if distance >= len(ids):
+                continue
+            different = (ids[distance:] != ids[:-distance]).to(masks.device)
+            pairs = paired_overlaps(masks[distance:], masks[:-distance]).only(different)
+            for pop, rate in {RAW: 0.0, **{pop: float(of[place]) for pop, of in rates.items()}}.items():
+                kappas = pairs.kappa(rate)
+                self.sums[density, pop][step, place, row] = float(kappas.nansum(dtype=torch.float64))
+                self.counts[density, pop][step, place, row] = float(kappas.isnan().logical_not().sum())
+
+    def add_rows(self, found: Found) -> None:
+        """The mean over layers at every distance."""
+        for (density, pop), sums in self.sums.items():
+            for step, distance in enumerate(DELTAS):
+                counts = self.counts[density, pop][step]
+                if not counts.any():
+                    continue
+                mean = layered_ratio(sums[step], counts).mean
+                if pop == RAW:
+                    found.add_interval("overlap_distance", mean, layer=None, r=density, d=distance)
+                    continue
+                metric = "kappa_u" if pop is UNIFORM else "kappa_p"
+                found.add_interval(metric, mean, layer=None, r=density, pop=pop, pairs="distance", d=distance)
+
+
+def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distances]:
     reader, sink = setting.reader, setting.texts.sink_tokens
     ids = setting.texts.spread()
     levels = factor_levels(ids[:, sink:])
@@ -60,12 +102,15 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares]]:
     shape = (len(reader.layers), len(ids), len(PREFIXES), MAX_DELTA)
     kappas = {(density, pop): torch.zeros(shape) for density in DENSITIES for pop in chance[density]}
     shares: list[VarianceShares] = []
+    distances = _Distances(len(reader.layers), len(ids), chance)
 
     def on_layer(place: int, a: Tensor) -> None:
         sums: list[VarianceSums] = []
         for row, sequence in enumerate(a[:, sink:]):
             for density, rates in chance.items():
-                overlaps = prefix_overlaps(sequence, reader.masks(place, sequence, density), density)
+                masks = reader.masks(place, sequence, density)
+                distances.add(place, row, density, masks, ids[row, sink:], rates)
+                overlaps = prefix_overlaps(sequence, masks, density)
                 for pop, rate in rates.items():
                     kappas[density, pop][place, row] = overlaps.kappa(float(rate[place])).cpu()
             sums.append(variance_sums(sequence, levels.rows(row * length, (row + 1) * length)))
@@ -77,4 +122,4 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares]]:
     with setting.progress.task("probe inertia: prefixes and variance", ids.numel(), "tokens") as advance:
         reader.read(ids, on_layer)
         advance(ids.numel())
-    return kappas, shares
+    return kappas, shares, distances

@@ -9,21 +9,41 @@ PROBES = {
     "uncertainty": "HU1 with its controls, HU2",
     "inertia": "overlaps and SI2 on the input ladder, SI1, SI3, the 2x2",
     "union": "neurons that a batch needs together",
+    "gradients": "HU4 and M2, from backward passes",
 }
-NOT_HERE = "HU3 (trained routers), HU4 and M2 (gradients), SI4 (evaluation)"
+GRADIENTS = "gradients"
+# What a set of probes is called: those that a profile measures by itself (as far as its text allows); the same for
+# models so small that they cost little; every one; none.
+DEFAULT, CHEAP, ALL, NONE = "default", "cheap", "all", "none"
+BY_DEFAULT = ("uncertainty", "inertia", "union")
+CHEAP_PARAMETERS = 50_000_000
+NOT_HERE = "HU3 (trained routers), SI4 (evaluation)"
 
 
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
-    """The asked probes, each once, in the order of `PROBES`; raises ActsparseError with the nearest name."""
-    names = [name.strip() for name in asked if name.strip()]
-    for name in names:
-        if name not in PROBES:
-            near = get_close_matches(name, PROBES, n=1)
+    """The asked probes, each once, in the order of `PROBES`; raises ActsparseError with the nearest name.
+
+    `all` is every probe, `none` adds none; `default` and `cheap` stay in front, for `chosen` to decide.
+    """
+    names = {name.strip() for name in asked if name.strip()}
+    known = (*PROBES, DEFAULT, CHEAP, ALL, NONE)
+    for name in sorted(names):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
             raise ActsparseError(
                 f"there is no probe '{name}'",
-                (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(PROBES)}",
+                (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(known)}",
             )
-    return tuple(name for name in PROBES if name in names)
+    sets = tuple(name for name in (DEFAULT, CHEAP) if name in names)
+    return sets + tuple(name for name in PROBES if name in names or ALL in names)
+
+
+def chosen(names: Iterable[str], parameters: int) -> tuple[str, ...]:
+    """The probes behind the names of a set, for a model of so many parameters."""
+    asked = set(names)
+    if DEFAULT in asked or (CHEAP in asked and parameters <= CHEAP_PARAMETERS):
+        asked |= set(BY_DEFAULT)
+    return tuple(name for name in PROBES if name in asked)
 
 
 def left_out(chosen: Iterable[str]) -> str:
@@ -32,4 +52,5 @@ def left_out(chosen: Iterable[str]) -> str:
     if not missing:
         return f"left out: {NOT_HERE}"
     listed = "; ".join(f"{name} ({what})" for name, what in missing.items())
-    return f"left out: the probes {listed}: measure them with --probes {','.join(missing)}"
+    them = "--gradients" if set(missing) == {GRADIENTS} else f"--probes {','.join(missing)}"
+    return f"left out: the probes {listed}: measure them with {them}"

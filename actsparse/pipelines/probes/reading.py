@@ -1,6 +1,7 @@
 """Reading the neurons of a model block by block: one layer at a time in a callback, nothing kept here."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,22 @@ DENSITIES = (0.2, 0.5)
 
 # What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, neurons]).
 OnLayer = Callable[[int, Tensor], None]
+
+# The same with dL/da [batch, seq, neurons] beside the activations.
+OnGradient = Callable[[int, Tensor, Tensor], None]
+
+
+@contextmanager
+def without_weight_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient while the block runs."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 class NeuronReader:
@@ -36,6 +53,29 @@ class NeuronReader:
 
         with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, self.layers):
             self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
+
+    def read_gradients(self, ids: Int[Tensor, "1 seq"], on_layer: OnGradient) -> None:
+        """One forward and one backward pass over a block; L is the sum of the NLL of all its tokens but the first."""
+        kept: dict[int, Tensor] = {}
+
+        def on_value(site: Site, a: Tensor) -> Tensor:
+            # the first recorded layer starts the graph, so that nothing before it, and no weight, costs memory
+            kept[site.layer] = a if a.requires_grad else a.detach().requires_grad_()
+            return kept[site.layer]
+
+        with (
+            torch.enable_grad(),
+            without_weight_gradients(self.loaded.model),
+            tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, self.layers),
+        ):
+            ids = ids.to(self.loaded.device)
+            logits = self.loaded.model(input_ids=ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"
+            )
+            found = torch.autograd.grad(loss, [kept[layer] for layer in self.layers])
+        for place, (layer, gradient) in enumerate(zip(self.layers, found, strict=True)):
+            on_layer(place, kept[layer].detach().float(), gradient.float())
 
     def masks(self, place: int, a: Float[Tensor, "*batch neurons"], density: float) -> Bool[Tensor, "*batch neurons"]:
         """Masks of the top |a| * ||w|| at a density; a neuron that is exactly 0 is not active (ReLU)."""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from actsparse.models.load import LoadedModel
+from actsparse.pipelines.probes.gradients import gradients
 from actsparse.pipelines.probes.inertia import inertia
+from actsparse.pipelines.probes.names import GRADIENTS
 from actsparse.pipelines.probes.popularity import Popularity, measure_popularity
 from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.probes.setting import Found, Setting
@@ -19,7 +21,12 @@ from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 from actsparse.store.run import RunWriter
 
-RUNNERS: dict[str, Callable[[Setting], Found]] = {"uncertainty": uncertainty, "inertia": inertia, "union": union}
+RUNNERS: dict[str, Callable[[Setting], Found]] = {
+    "uncertainty": uncertainty,
+    "inertia": inertia,
+    "union": union,
+    GRADIENTS: gradients,
+}
 TENSORS = "probes.safetensors"
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from actsparse.core.hu1 import HistoryContexts, choose_contexts
+from actsparse.core.hu2 import TypeLabels, type_labels
 from actsparse.core.inertia import spread_blocks
 from actsparse.core.ladder import ordinary_ids, sentence_ends
-from actsparse.core.uncertainty import HistoryContexts, TypeLabels, choose_contexts, type_labels
 from actsparse.data.sequences import Sequences, adds_bos
 from actsparse.data.texts import DEFAULT_BLOCKS, TextReader
 from actsparse.errors import DataError

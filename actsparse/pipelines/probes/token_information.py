@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from actsparse.core.uncertainty import TypeCounts, count_types, hu2
+from actsparse.core.hu2 import TypeCounts, count_types, hu2
 from actsparse.pipelines.probes.reading import DENSITIES, batched
 from actsparse.pipelines.probes.setting import Found, Setting
 
