@@ -15,13 +15,15 @@ RUNTIME = {"runtime": True}
 class ModelSpec:
     """A causal language model: hub id, directory, `.gguf` file, or the alias `smollm2` / `demo`.
 
-    `family`: a TOML file with the row of its family, for a model type that the table lacks.
+    `family`: a TOML file with the row of its family, for a model type that the table lacks. `device_map`: how a model
+    larger than one device is spread (`auto`, `balanced`, `sequential`), for profiling and masked evaluation.
     """
 
     name: str
     revision: str | None = None
     dtype: str = "auto"
     device: str = field(default="auto", metadata=RUNTIME)
+    device_map: str | None = field(default=None, metadata=RUNTIME)
     trust_remote_code: bool = False
     offline: bool = field(default=False, metadata=RUNTIME)
     dequantize: bool = False

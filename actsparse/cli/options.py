@@ -31,6 +31,10 @@ class ModelOptions:
         str, option("--dtype", help="auto, float32, bfloat16, float16. auto on a CPU: float32.", panel=MODEL)
     ] = "auto"
     device: Annotated[str, option("--device", help="auto, cpu, cuda, cuda:N.", panel=MODEL)] = "auto"
+    device_map: Annotated[
+        str | None,
+        option("--device-map", help="Spread a model larger than one device: auto, balanced, sequential.", panel=MODEL),
+    ] = None
     dequantize: Annotated[
         bool, option("--dequantize", help="Unpack a quantised checkpoint while loading.", panel=MODEL)
     ] = False
@@ -48,6 +52,7 @@ class ModelOptions:
             revision=self.revision,
             dtype=self.dtype,
             device=self.device,
+            device_map=self.device_map,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
             offline=self.offline,

@@ -22,6 +22,7 @@ from actsparse.models.sources import Source, find
 from actsparse.results import ModelRecord
 from actsparse.specs import ModelSpec
 
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -36,7 +37,9 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where inputs go: the first device of a model that is spread over several."""
+        first = next(self.model.get_input_embeddings().parameters()).device
+        return torch.device("cpu") if first.type == "meta" else first
 
 
 def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) -> LoadedModel:
@@ -49,6 +52,7 @@ def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) ->
     family = read_family(Path(spec.family)) if spec.family is not None else None
     row = _row_of(config, family)
     device = resolve_device(spec.device)
+    _check_device_map(spec)
     model = _weights(source, config, spec, resolve_dtype(spec.dtype, config, device), device)
     sites = resolve(model, row)
     tokenizer = _tokenizer(source, spec)
@@ -91,6 +95,18 @@ def resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def _check_device_map(spec: ModelSpec) -> None:
+    if spec.device_map is None:
+        return
+    if spec.device_map not in DEVICE_MAPS:
+        raise ModelError(f"there is no device map '{spec.device_map}'", f"use one of {', '.join(DEVICE_MAPS)}")
+    if spec.device != "auto":
+        raise ModelError(
+            f"both --device {spec.device} and --device-map {spec.device_map} are given",
+            "leave out --device: the map chooses the devices",
+        )
+
+
 def _config(source: Source, spec: ModelSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=spec.trust_remote_code)
@@ -129,6 +145,7 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **({} if spec.device_map is None else {"device_map": spec.device_map}),
             **({"quantization_config": _dequantizing(config)} if spec.dequantize and _quantized(config) else {}),
         )
     except torch.OutOfMemoryError:
@@ -146,7 +163,7 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
             f"the weights of {source.resolved} lack {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
             "check that the directory holds every *.safetensors file of its index",
         )
-    return _move(model, device, source).eval()
+    return (model if spec.device_map else _move(model, device, source)).eval()
 
 
 def _move(model: PreTrainedModel, device: torch.device, source: Source) -> PreTrainedModel:

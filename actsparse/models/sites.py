@@ -232,6 +232,10 @@ class LayerSites:
         return in_features(self.down, f"layer {self.index}, {self.family.down}")
 
     def _matrix(self, linear: nn.Module, width: int) -> Tensor:
+        weight = linear._parameters.get("weight")
+        if weight is not None and weight.is_meta:
+            # offloaded: the projection fetches its weights when it runs
+            return materialise(linear, width, torch.empty(0, dtype=weight.dtype))
         if is_plain(linear):
             return dense_weight(linear, self.family.transposed, "")[0].detach()
         return materialise(linear, width, next(p for p in self.block.parameters() if p.is_floating_point()))

@@ -279,3 +279,44 @@ def test_a_repository_with_pickles_only(hub: Callable, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     hub(tmp_path)
     assert "safetensors" in refused("someone/model").what
+
+
+def test_a_device_map_that_does_not_fit_is_said(tiny_folder: Callable) -> None:
+    name = str(tiny_folder("llama"))
+    with pytest.raises(ModelError, match="no device map 'sideways'"):
+        load(ModelSpec(name=name, device_map="sideways"))
+    with pytest.raises(ModelError, match="both --device cpu and --device-map auto"):
+        load(ModelSpec(name=name, device="cpu", device_map="auto"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_spread_or_offloaded_model_records_what_it_does_in_one_place(
+    family: str, tiny_folder: Callable, tiny_loaded: Callable, tmp_path: Path
+) -> None:
+    from accelerate import cpu_offload
+    from tiny import FFN, token_ids
+
+    from actsparse.pipelines.batches import padded
+    from actsparse.pipelines.profile_state import ProfileState
+    from actsparse.pipelines.recording import Recorder
+
+    plain = tiny_loaded(family)
+    spread = load(ModelSpec(name=str(tiny_folder(family)), device_map="auto"))
+    offloaded = load(ModelSpec(name=str(tiny_folder(family)), device="cpu"))
+    cpu_offload(offloaded.model, execution_device=torch.device("cpu"))
+    down = offloaded.sites.layers[1].down.weight
+    assert down.is_meta
+    for other in (spread, offloaded):
+        layers = zip(plain.sites.layers, other.sites.layers, strict=True)
+        for one, same in layers:
+            torch.testing.assert_close(one.down_matrix(FFN).cpu(), same.down_matrix(FFN).cpu(), rtol=1e-4, atol=1e-6)
+    batch = padded(tuple(token_ids(3, 20)), [4, 4, 4])
+    states = []
+    for loaded in (plain, spread, offloaded):
+        state = ProfileState.empty(loaded, (0, 1), 8)
+        Recorder(loaded, state, seed=0).record(batch)
+        states.append(state.on_host())
+    for site, moments in states[0].moments.items():
+        for other in states[1:]:
+            torch.testing.assert_close(other.moments[site].sums, moments.sums, rtol=1e-4, atol=1e-3)
+            assert other.moments[site].count == moments.count
