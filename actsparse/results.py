@@ -389,11 +389,34 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLayer:
+    """What a plan did to one unit of one layer on a text: the share dropped, and the mean relative error of the output
+    on dense inputs."""
+
+    layer: int
+    unit: Unit
+    dropped: float
+    rel_err: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPlan:
+    """What a plan did on a text at positions P..S-1 of its blocks, on dense activations: sparsity on every basis, the
+    mean of the layers' relative errors, and every layer."""
+
+    text: TextRecord
+    realised: Sparsity
+    rel_err: float
+    layers: tuple[MeasuredLayer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThresholdPlan:
     """A method fitted to a model: everything but its tensors (`plan.json`; tensors in `plan.safetensors`).
 
-    `short` is the form as typed. `predicted` sparsity follows from the fit, `realised` was counted on the calibration
-    text (None where a method decides at run time and was not replayed).
+    `short` is the form as typed, or what a target was solved to. `predicted` sparsity follows from the fit, `realised`
+    was counted on the calibration text (None where a method decides at run time and was not replayed). `measured`:
+    what it did to calibration blocks, and to the transfer text, where these were run.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -407,6 +430,7 @@ class ThresholdPlan:
     predicted: Sparsity
     realised: Sparsity | None
     layers: tuple[LayerPlan, ...]
+    measured: tuple[MeasuredPlan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

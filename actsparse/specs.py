@@ -104,14 +104,22 @@ class ProfileSpec:
 class ThresholdSpec:
     """Derive a plan from the profile run in `run`.
 
-    `plan` is the method in the short form `method[:key=value,...][@x]`; `sparsity` or `target_error` may give the
-    amount instead of `@x`.
+    `plan` is the method in the short form `method[:key=value,...][@x]`. One target may give the amount instead of
+    `@x`: a `sparsity` on a `basis` (`unit`: the method's own units; `neuron`, `mlp-bytes`, `model-bytes`), a
+    `target_error` of every layer, a relative `target_ppl_increase` in the decode regime on the calibration text, or a
+    `target_speedup` through the byte model. `transfer` is another text (a file) on which the plan's sparsity and errors
+    are measured. `export` is a folder to which a static plan is written as a smaller checkpoint.
     """
 
     run: Path
     plan: str
     sparsity: float | None = None
+    basis: str = "unit"
     target_error: float | None = None
+    target_ppl_increase: float | None = None
+    target_speedup: float | None = None
+    transfer: str | None = None
+    export: Path | None = field(default=None, metadata=RUNTIME)
     device: str = field(default="auto", metadata=RUNTIME)
     offline: bool = field(default=False, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)

@@ -9,6 +9,7 @@ from actsparse.cli.options import MODEL, RUN, OutputOptions, RunOptions, grouped
 from actsparse.cli.output import Output
 from actsparse.specs import ThresholdSpec
 
+TARGET = "How much to drop"
 HELP = "Derive a plan from a profile: which neurons a method keeps, or the threshold that it uses."
 EPILOG = "Example: actsparse threshold runs/MODEL/profile-3f9c1e --method tda --target-error 0.2"
 
@@ -27,10 +28,31 @@ def command(
         list[str] | None, option("--set", help="An option of the method, name=value. Repeatable.", panel=RUN)
     ] = None,
     sparsity: Annotated[
-        str | None, option("--sparsity", help="Share of neurons to drop: 0.5 or 50%.", panel=RUN)
+        str | None, option("--sparsity", help="Share to drop: 0.5 or 50%, of what --basis names.", panel=TARGET)
     ] = None,
+    basis: Annotated[
+        str,
+        option("--basis", help="unit (the method's own), neuron, mlp-bytes, model-bytes.", panel=TARGET),
+    ] = "unit",
     target_error: Annotated[
-        str | None, option("--target-error", help="Mean relative error of the FFN output to allow.", panel=RUN)
+        str | None,
+        option("--target-error", help="Mean relative error of the FFN output to allow in each layer.", panel=TARGET),
+    ] = None,
+    target_ppl_increase: Annotated[
+        str | None,
+        option("--target-ppl-increase", help="Rise of perplexity on the calibration text to allow: 1%.", panel=TARGET),
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        option("--target-speedup", help="Speed-up that the bytes not read shall allow: 1.3.", panel=TARGET),
+    ] = None,
+    transfer: Annotated[
+        str | None,
+        option("--transfer", help="Another text: sparsity and errors are measured there too.", panel=RUN),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        option("--export", help="Folder for a smaller checkpoint of a static plan.", panel=RUN),
     ] = None,
     device: Annotated[str, option("--device", help="auto, cpu, cuda, cuda:N.", panel=MODEL)] = "auto",
     offline: Annotated[bool, option("--offline", help="Use no network.", panel=MODEL)] = False,
@@ -40,7 +62,14 @@ def command(
         run=profile,
         plan=_with_settings(method, settings or []),
         sparsity=None if sparsity is None else share(sparsity, "--sparsity"),
+        basis=basis,
         target_error=None if target_error is None else share(target_error, "--target-error"),
+        target_ppl_increase=(
+            None if target_ppl_increase is None else share(target_ppl_increase, "--target-ppl-increase")
+        ),
+        target_speedup=target_speedup,
+        transfer=transfer,
+        export=export,
         device=device,
         offline=offline,
         output=run.output,

@@ -37,6 +37,13 @@ class Tally:
         self.units += mask.numel()
         self.positions += mask.shape[0] * mask.shape[1]
 
+    def add(self, other: "Tally") -> None:
+        """Add what was counted elsewhere."""
+        self.kept += other.kept
+        self.units += other.units
+        self.positions += other.positions
+        self.errors += other.errors
+
     @property
     def kept_frac(self) -> float:
         """The share of units kept; 1 where nothing was sparse."""

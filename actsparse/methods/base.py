@@ -99,6 +99,11 @@ class Calibration(Protocol):
         """The calibration blocks again, as prompts and their continuations."""
         ...
 
+    def local_errors(self, gates: Sequence[LayerGates]) -> Sequence[float]:
+        """What gates over neurons do in each layer: the mean over continuation tokens of the relative error of the MLP
+        output, on dense inputs. One pass over the calibration text."""
+        ...
+
     def training(self) -> Training:
         """A sample of calibration tokens that routers may be trained on."""
         ...
@@ -175,6 +180,7 @@ class Method(ABC):
     has_engine: ClassVar[bool] = True
     ideal: ClassVar[bool] = False
     takes_error_target: ClassVar[bool] = False
+    """Whether it finds what meets an error target by itself, and has a default one."""
     needs_statistics: ClassVar[bool] = False
 
     @property

@@ -9,6 +9,7 @@ from actsparse.core.cost import LayerDrops, saved
 from actsparse.errors import PlanError
 from actsparse.methods.add_ons import AddOns
 from actsparse.methods.base import Calibration, Fit, Method
+from actsparse.methods.error_target import fit_to_error
 from actsparse.methods.gates import LayerGates, TokenGate
 from actsparse.methods.registry import method_class
 from actsparse.methods.short import NO_ADD_ONS, ShortForm
@@ -45,7 +46,7 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
     short.method.check(gated)
     plans = []
     for replica in short.method.replicas():
-        fit = with_add_ons(replica.fit(calibration, short.budget), short.add_ons, calibration)
+        fit = with_add_ons(_fit(replica, short, calibration), short.add_ons, calibration)
         gates = gates_of(replica, fit, short.add_ons)
         plans.append(
             Plan(
@@ -171,6 +172,14 @@ def _layer_drops(gates: LayerGates, layer: int, dropped: Mapping[tuple[Unit, int
         unread = neurons.unread(gated) if isinstance(neurons, TokenGate) else neurons.saves
         drops = replace(drops, neuron_saves=unread)
     return drops if gates.heads is None else replace(drops, head_saves=gates.heads.saves)
+
+
+def _fit(method: Method, short: ShortForm, calibration: Calibration) -> Fit:
+    """What the budget of a short form asks of a method."""
+    target = short.budget.target_error
+    if target is None or method.takes_error_target:
+        return method.fit(calibration, short.budget)
+    return fit_to_error(method, short.add_ons, calibration, target)[0]
 
 
 def _target(short: ShortForm) -> str:

@@ -31,7 +31,7 @@ class ShortForm:
     @property
     def needs_text(self) -> bool:
         """Whether a fit asks for calibration text at all."""
-        return self.needs_statistics or self.method.needs_replay
+        return self.needs_statistics or self.method.needs_replay or self.budget.target_error is not None
 
 
 def parse(text: str) -> ShortForm:
@@ -41,12 +41,10 @@ def parse(text: str) -> ShortForm:
     cls = method_class(name.strip())
     given = dict(_pair(item, text) for item in listed.split(",") if item.strip()) if listed else {}
     target = next((parse_share(given.pop(key), key) for key in ERROR_TARGETS if key in given), None)
-    if target is not None and not cls.takes_error_target:
-        raise PlanError(f"'{text}': {name} takes no error target", f"give the share to drop: {name}@0.5")
     drop = parse_share(amount, "the share dropped") if at else None
     if drop is not None and target is not None:
         raise PlanError(f"'{text}' gives both a share and an error target", "give one of the two")
-    if drop is None and not cls.takes_error_target:
+    if drop is None and target is None and not cls.takes_error_target:
         raise PlanError(f"'{text}' does not say how much to drop", f"write {head}@0.5")
     method, add_ons = build(cls, given)
     return ShortForm(text=text, method=method, budget=Budget(drop=drop, target_error=target), add_ons=add_ons)

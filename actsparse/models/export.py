@@ -29,6 +29,12 @@ def check_exportable(sites: ModelSites, masks: Sequence[Bool[Tensor, " neurons"]
             "export a plan that drops the same share in every layer",
         )
     for layer in sites.layers:
+        if layer.experts is not None:
+            raise ModelError(
+                f"layer {layer.index} is a mixture of experts, and a mask over neurons does not say what of each expert"
+                " is kept",
+                "use the plan with actsparse.sparsify",
+            )
         if any(not is_plain(module) for module in (layer.up, layer.down)):
             raise ModelError(
                 f"layer {layer.index} has quantised weights, which cannot be cut", "load with --dequantize"

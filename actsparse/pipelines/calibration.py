@@ -14,15 +14,17 @@ from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import relative_errors
 from actsparse.errors import PlanError
 from actsparse.methods.base import NeuronMeans
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.shape import HeadShape, shape_of
 from actsparse.models.taps import tapped
+from actsparse.pipelines.probing import probe
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
 from actsparse.pipelines.recording import record_sequences
 from actsparse.pipelines.training import NO_CHECKPOINTS, Checkpoints, TrainingReplay
-from actsparse.results import ModelRecord, Site, SiteKind
+from actsparse.results import ModelRecord, Site, SiteKind, Unit
 from actsparse.store.runs import ProfileRun
 
 REPLAY_BYTES = 512 * 2**20
@@ -258,6 +260,12 @@ class TextCalibration:
 
     def prompts(self) -> Replay:
         return self._replay
+
+    def local_errors(self, gates: Sequence[LayerGates]) -> list[float]:
+        replay = self._replay
+        what = "measuring errors on calibration text"
+        found = probe(replay.loaded, gates, replay.blocks, replay.prompt_length, what, replay.progress)
+        return [found.tally(Unit.NEURON, layer).mean_error for layer in range(len(gates))]
 
     def training(self) -> TrainingReplay:
         replay = self._replay

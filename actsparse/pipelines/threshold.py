@@ -1,70 +1,65 @@
 """`threshold`: derive a plan from a profile; its tables where they suffice, its model and text again where not."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
-from actsparse.data.sequences import Sequences
-from actsparse.data.texts import TextReader
+from actsparse.core.cost import saved
+from actsparse.data.sequences import Sequences, shares_text
 from actsparse.errors import PlanError
-from actsparse.methods.plan import Plan, fit_plan, to_record
-from actsparse.methods.short import ShortForm, parse
-from actsparse.models.load import LoadedModel, load
-from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration, widths_of
-from actsparse.pipelines.identity import model_identity
-from actsparse.pipelines.progress import Progress, Silent, describe
+from actsparse.methods.plan import Plan, drops_of, fit_plan, to_record
+from actsparse.methods.short import ShortForm
+from actsparse.pipelines.export import export_plan
+from actsparse.pipelines.probing import probe
+from actsparse.pipelines.profiled import Profiled
+from actsparse.pipelines.progress import Progress, Silent
+from actsparse.pipelines.targets import asked_form, solve, target_of
 from actsparse.pipelines.training import RunCheckpoints
-from actsparse.results import ModelRecord, RunKind, TextRecord
-from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ThresholdSpec
+from actsparse.results import MeasuredLayer, MeasuredPlan, RunKind, TextRecord, ThresholdPlan
+from actsparse.specs import ThresholdSpec
 from actsparse.store import tensors
 from actsparse.store.codec import builtins, pretty
-from actsparse.store.files import write_bytes
+from actsparse.store.files import sha256_of, write_bytes
 from actsparse.store.run import RunRequest, RunWriter, open_run
 from actsparse.store.runs import PlanRun, ProfileRun
 
 
 def threshold(spec: ThresholdSpec, progress: Progress | None = None) -> PlanRun:
-    """The plan that `spec` asks for, as a complete run, new or up to date.
+    """The plan that `spec` asks for, as a complete run, new or up to date; exported where that is asked for.
 
-    Raises ActsparseError where profile, method or budget do not go together.
+    Raises ActsparseError where profile, method, target or export do not go together.
     """
     progress = progress or Silent()
     run = ProfileRun.open(spec.run)
-    model = run.manifest.model
-    assert model is not None
-    short = _with_amount(spec)
-    short.method.check(model.gated)
-    with open_run(_request(spec, short, run, model)) as writer:
+    short = asked_form(spec)
+    profiled = Profiled(run, spec, short, progress)
+    short.method.check(profiled.model.gated)
+    with open_run(_request(spec, short, profiled)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
-            _fit_and_write(spec, short, run, model, writer, progress)
-    return PlanRun.open(writer.path)
+            _fit_and_write(spec, short, profiled, writer, progress)
+    plan = PlanRun.open(writer.path)
+    if spec.export is not None:
+        export_plan(plan, profiled, spec.export, force=spec.force, progress=progress)
+    return plan
 
 
-def _with_amount(spec: ThresholdSpec) -> ShortForm:
-    """The plan as typed, with --sparsity or --target-error in place of its own amount."""
-    text = spec.plan
-    if spec.sparsity is not None and spec.target_error is not None:
-        raise PlanError("both --sparsity and --target-error are given", "give one of the two")
-    if spec.sparsity is None and spec.target_error is None:
-        return parse(text)
-    if "@" in text:
-        raise PlanError(f"'{text}' names a share already", "leave out @x, or --sparsity and --target-error")
-    if spec.sparsity is not None:
-        return parse(f"{text}@{spec.sparsity:g}")
-    return parse(f"{text}{',' if ':' in text else ':'}target_error={spec.target_error:g}")
-
-
-def _request(spec: ThresholdSpec, short: ShortForm, run: ProfileRun, model: ModelRecord) -> RunRequest:
+def _request(spec: ThresholdSpec, short: ShortForm, profiled: Profiled) -> RunRequest:
+    target, manifest = target_of(spec), profiled.run.manifest
+    files = {str(path): _sha256(path) for path in short.method.files}
+    identity: dict[str, Any] = {"plan": short.text, "profile": manifest.fingerprint}
+    identity |= {"target": target.text} if target else {}
+    identity |= {"files": files} if files else {}
+    identity |= {"transfer": _sha256(Path(spec.transfer).expanduser())} if spec.transfer else {}
     return RunRequest(
         kind=RunKind.PLAN,
-        identity={"plan": short.text, "profile": run.manifest.fingerprint},
+        identity=identity,
         spec=spec,
-        model=model,
-        texts=run.manifest.texts,
+        model=manifest.model,
+        texts=manifest.texts,
         output=spec.output,
         root=spec.root,
         device=spec.device,
@@ -74,33 +69,74 @@ def _request(spec: ThresholdSpec, short: ShortForm, run: ProfileRun, model: Mode
     )
 
 
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise PlanError(f"there is no file {path}", "check the path")
+    return sha256_of(path)
+
+
 def _fit_and_write(
-    spec: ThresholdSpec, short: ShortForm, run: ProfileRun, model: ModelRecord, writer: RunWriter, progress: Progress
+    spec: ThresholdSpec, short: ShortForm, profiled: Profiled, writer: RunWriter, progress: Progress
 ) -> None:
-    calibration, text = run.manifest.texts[0], run.manifest.texts[0]
-    if short.method.needs_replay:
-        progress.note(f"{short.method.name} needs more than the profile's tables: loading {model.resolved} again")
-        loaded = _reload(run, spec, progress)
-        progress.detail(describe(loaded.record, str(loaded.device)))
-        blocks, prompt_length = _blocks(run, loaded, progress)
-        text = blocks.record
-        source = TextCalibration(
-            widths_of(model),
-            lambda: Statistics.of_run(run),
-            lambda: Replay.of(loaded, blocks, prompt_length, progress),
-            RunCheckpoints(writer),
-        )
-    else:
-        source = TextCalibration(widths_of(model), lambda: Statistics.of_run(run), _no_replay)
-    plans = fit_plan(short, source, model.step, gated=model.gated)
-    plan = plans[0]
-    if len(plans) > 1:
-        progress.note(f"{short.text} is three seeds in an evaluation; a plan directory holds one: seed 0")
-    _write(plan, model, replace(text, role="calibration"), calibration, writer)
+    source, step, gated = profiled.calibration(RunCheckpoints(writer)), profiled.model.step, profiled.model.gated
+
+    def fit(form: ShortForm) -> Plan:
+        return fit_plan(form, source, step, gated=gated)[0]
+
+    target = target_of(spec)
+    plan = solve(target, spec, profiled, fit, progress) if target else fit(short)
+    if len(short.method.replicas()) > 1:
+        progress.note(f"{plan.name} is three seeds in an evaluation; a plan directory holds one: seed 0")
+    if plan.predicted.model_bytes_frac < 0:
+        _warn(f"{plan.name}: its rules read more bytes than they save", writer, progress)
+    measured = _measured(plan, spec, profiled, writer, progress)
+    if plan.realised is None and measured:
+        plan = replace(plan, realised=measured[0].realised)
+    calibration = profiled.run.manifest.texts[0]
+    text = profiled.blocks.record if profiled.was_loaded else calibration
+    record = replace(to_record(plan, profiled.model, replace(text, role="calibration")), measured=measured)
+    _write(record, plan, calibration, writer)
 
 
-def _write(plan: Plan, model: ModelRecord, text: TextRecord, profiled: TextRecord, writer: RunWriter) -> None:
-    record = to_record(plan, model, text)
+def _measured(
+    plan: Plan, spec: ThresholdSpec, profiled: Profiled, writer: RunWriter, progress: Progress
+) -> tuple[MeasuredPlan, ...]:
+    """What the plan does to calibration blocks and to the transfer text; nothing where neither needs to be run."""
+    if spec.transfer is None and not (profiled.was_loaded and plan.realised is None):
+        return ()
+    texts = [profiled.blocks]
+    if spec.transfer is not None:
+        texts.append(profiled.transfer_blocks(spec.transfer))
+        if shares_text(texts[0].record, texts[1].record):
+            _warn(f"the transfer text ({spec.transfer}) overlaps the calibration text", writer, progress)
+    return tuple(measure_plan(plan, profiled, blocks, progress) for blocks in texts)
+
+
+def measure_plan(plan: Plan, profiled: Profiled, blocks: Sequences, progress: Progress) -> MeasuredPlan:
+    """Sparsity and local errors of a plan at positions P..S-1 of blocks, on dense activations."""
+    gates = plan.gates()
+    role = "transfer" if blocks.record.role == "transfer" else "calibration"
+    what = f"measuring the plan on {role} text"
+    found = probe(profiled.loaded, gates, blocks, profiled.prompt_length, what, progress)
+    layers = tuple(
+        MeasuredLayer(layer=layer, unit=unit, dropped=1 - tally.kept_frac, rel_err=tally.mean_error)
+        for (unit, layer), tally in sorted(found.tallies.items(), key=lambda item: (item[0][1], item[0][0]))
+    )
+    dropped = {(one.unit, one.layer): one.dropped for one in layers}
+    return MeasuredPlan(
+        text=replace(blocks.record, role=role, window_hashes=()),
+        realised=saved(profiled.model.step, drops_of(gates, dropped, gated=profiled.model.gated)),
+        rel_err=sum(one.rel_err for one in layers) / max(1, len(layers)),
+        layers=layers,
+    )
+
+
+def _warn(text: str, writer: RunWriter, progress: Progress) -> None:
+    writer.warn(text)
+    progress.warn(text)
+
+
+def _write(record: ThresholdPlan, plan: Plan, profiled: TextRecord, writer: RunWriter) -> None:
     write_bytes(writer.path / "plan.json", pretty(record).encode())
     tensors.write(writer.path / "plan.safetensors", plan.fit.tensors)
     document: dict[str, Any] = builtins(record)
@@ -110,6 +146,7 @@ def _write(plan: Plan, model: ModelRecord, text: TextRecord, profiled: TextRecor
         "model": document["model"],
         "predicted": document["predicted"],
         "realised": document["realised"],
+        "measured": document["measured"],
         "calibration": document["calibration"],
         "profile_text": profiled.sha256,
         "warnings": list(writer.warnings),
@@ -117,39 +154,3 @@ def _write(plan: Plan, model: ModelRecord, text: TextRecord, profiled: TextRecor
     }
     write_bytes(writer.path / "summary.json", pretty(summary).encode())
     writer.finish()
-
-
-def _reload(run: ProfileRun, spec: ThresholdSpec, progress: Progress) -> LoadedModel:
-    """The model of a profile, as it was then; raises PlanError where its content has changed since."""
-    asked = _profile_spec(run).model
-    loaded = load(replace(asked, dtype=_dtype_of(run), device=spec.device, offline=spec.offline), progress.note)
-    if model_identity(loaded) != run.manifest.identity["model"]:
-        raise PlanError(
-            f"the model {asked.name} is not the one that was profiled: its files have changed",
-            "profile it again: actsparse profile --model " + asked.name,
-        )
-    return loaded
-
-
-def _dtype_of(run: ProfileRun) -> str:
-    """The dtype that the profile computed in, whatever `auto` would mean on this device."""
-    assert run.manifest.model is not None
-    return run.manifest.model.dtype
-
-
-def _blocks(run: ProfileRun, loaded: LoadedModel, progress: Progress) -> tuple[Sequences, int]:
-    """The profile's text as blocks, and their prompt length; raises PlanError where the text has changed since."""
-    data = _profile_spec(run).data
-    reader = TextReader(data, loaded.tokenizer, loaded.record.max_positions, progress.note)
-    if reader.profile_sequences().record.sha256 != run.manifest.texts[0].sha256:
-        raise PlanError("the profile's text has changed since it was profiled", "profile the new text")
-    return reader.calibration_blocks(), reader.prompt_length
-
-
-def _profile_spec(run: ProfileRun) -> ProfileSpec:
-    spec = dict(run.manifest.spec)
-    return ProfileSpec(model=msgspec.convert(spec["model"], ModelSpec), data=msgspec.convert(spec["data"], DataSpec))
-
-
-def _no_replay() -> Replay:
-    raise PlanError("this method did not ask for a replay", "this is a defect of the method: set needs_replay")

@@ -200,7 +200,6 @@ def test_a_plan_with_unknown_options_is_refused(loaded: LoadedModel, calibration
         ("griffin@120%", "120%", "0.5"),
         ("griffin@nan", "nan", "0.5"),
         ("griffin@0.5@0.6", "0.5@0.6", "0.5"),
-        ("griffin:target_error=0.2", "griffin takes no error target", "griffin@0.5"),
         ("tda:target_error=0.2@0.5", "both a share and an error target", "one of the two"),
         ("tda:target_error=2", "target_error", "0.5"),
         ("static:stta=griffin@0.5", "no option 'stta'", "'stat'"),

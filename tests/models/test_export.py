@@ -14,6 +14,7 @@ from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind
 
 FIXED_WIDTH = ("bloom", "mpt")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 BIASED = ("opt", "gpt2", "phi", "starcoder2", "gpt_neox", "gptj", "gpt_neo")
 
 
@@ -31,7 +32,7 @@ def masked_logits(model, sites, masks, fills, ids) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in FIXED_WIDTH])
+@pytest.mark.parametrize("model_type", [name for name in CONFIGS if name not in FIXED_WIDTH + MIXTURES])
 def test_the_reloaded_checkpoint_computes_the_masked_model(model_type: str, tmp_path: Path) -> None:
     model = make_model(model_type)
     sites = resolve(model)
@@ -70,6 +71,12 @@ def test_a_family_of_fixed_width_is_refused_with_the_reason(model_type: str) -> 
     with pytest.raises(ModelError, match=f"'{model_type}' cannot be exported smaller") as caught:
         smaller_model(sites, drawn_masks(WIDTHS[model_type], 20), [None] * LAYERS)
     assert "sparsify" in caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_mixture_of_experts_is_refused_with_the_reason(model_type: str) -> None:
+    with pytest.raises(ModelError, match="is a mixture of experts"):
+        smaller_model(resolve(make_model(model_type)), drawn_masks(48, 20), [None] * LAYERS)
 
 
 def test_a_family_without_biases_cannot_hold_a_compensation() -> None:
