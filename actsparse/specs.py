@@ -138,6 +138,7 @@ class EvalSpec:
     `task_files` are tasks as JSON lines, `tasks` those of lm-eval, also from the folder `include_path`: `task_limit`
     items each after `shots` examples, answers of at most `task_tokens` tokens; the last `dense_upto` tokens of a
     context run sparse too.
+    With `throughput`, dense and every plan are timed at all `batch_sizes`, `prompt_lengths` and `gen_lengths`.
     """
 
     model: ModelSpec
@@ -157,6 +158,10 @@ class EvalSpec:
     task_tokens: int = 256
     shots: int = 0
     dense_upto: int = 0
+    throughput: bool = False
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    prompt_lengths: tuple[int, ...] = (128, 512, 2048)
+    gen_lengths: tuple[int, ...] = (32, 128, 512)
     max_ppl_increase: float | None = field(default=None, metadata=RUNTIME)
     min_top1: float | None = field(default=None, metadata=RUNTIME)
     output: Path | None = field(default=None, metadata=RUNTIME)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from gpu_timing import paired
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.engine import CpuEngine, as_gate_plan
@@ -30,7 +30,7 @@ from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan
 from actsparse.engine.step.weights import input_rows, transpose_rows
 from actsparse.models.load import load
-from actsparse.models.sites import ModelSites
+from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind
 from actsparse.specs import ModelSpec
@@ -64,15 +64,29 @@ def read_gbps(megabytes: int = 1024, repeats: int = 7) -> float:
     return data.numel() * 4 / statistics.median(seconds[1:]) / 1e9
 
 
+def random_model(dtype: str) -> PreTrainedModel:
+    """SmolLM2-135M's shape with random weights, for machines without the real ones: speed does not see the values."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
 class Bench:
     """One model, one prompt, and the time of a few teacher-forced tokens under any plan."""
 
     def __init__(self, model: str, text: Path, prompt: int, tokens: int, dtype: str) -> None:
-        self.loaded = load(ModelSpec(name=model, device="cpu", dtype=dtype), print)
-        words = text.read_text()[: 12 * (prompt + tokens)]
-        self.ids = torch.tensor(self.loaded.tokenizer(words).input_ids)[None, : prompt + tokens + 1]
+        if model == "random":
+            self.model, self.ids = random_model(dtype), torch.randint(0, 49152, (1, prompt + tokens + 1))
+        else:
+            loaded = load(ModelSpec(name=model, device="cpu", dtype=dtype), print)
+            words = text.read_text()[: 12 * (prompt + tokens)]
+            self.model = loaded.model
+            self.ids = torch.tensor(loaded.tokenizer(words).input_ids)[None, : prompt + tokens + 1]
         self.prompt, self.tokens = prompt, tokens
-        self.model = self.loaded.model
+        self.sites = resolve(self.model)
         self.cache = new_cache(self.model, prompt + tokens + 1)
         prefill(self.model, self.ids[:, :prompt], self.cache)
         self.engine = CpuEngine(note=print)
@@ -117,6 +131,7 @@ class Bench:
 
     def density(self, plan: Plan) -> float:
         """The share of the last products' rows that were read: neurons of down, or inputs of every projection."""
+        self.run(plan)
         counters = self.engine.counters[id(plan)]
         for one in counters:
             one.read.zero_()
@@ -152,7 +167,7 @@ def profile(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="any that actsparse loads, or random: the same shape")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", type=Path, default=Path("shared/data/wikitext2-test.txt"))
     parser.add_argument("--prompt", type=int, default=256)
@@ -193,7 +208,7 @@ def main() -> None:
         rate = dense_bytes / ms / 1e6
         print(f"  dense {ms:.2f} ms, {rate:.1f} GB/s, {rate / gbps:.0%} of the ceiling")
     kinds = (SiteKind.GATE, SiteKind.ATTN_IN, SiteKind.ATTN_OUT, SiteKind.MLP_IN, SiteKind.NEURON)
-    seen = activations(bench.loaded.sites, bench.ids[:, : asked.prompt], kinds)
+    seen = activations(bench.sites, bench.ids[:, : asked.prompt], kinds)
     down_rows = transpose_rows(weights.down)
     layers = range(shape.layers)
 

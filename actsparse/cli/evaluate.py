@@ -9,6 +9,7 @@ from actsparse.cli.options import (
     ModelOptions,
     OutputOptions,
     RunOptions,
+    counts,
     grouped,
     option,
     share,
@@ -18,7 +19,7 @@ from actsparse.data.tasks import parse_dense_upto
 from actsparse.errors import ActsparseError
 from actsparse.specs import EvalSpec, StudySpec
 
-TASKS, STUDY = "Tasks", "Study"
+TASKS, STUDY, THROUGHPUT = "Tasks", "Study", "Throughput"
 HELP = "Quality and real speed of plans against dense, in the decode regime."
 EPILOG = "Example: actsparse evaluate --model smollm2 --plan griffin@0.5 --plan cats@0.5 --corpus text.txt -n 4"
 
@@ -71,6 +72,18 @@ def command(
     counterpart: Annotated[
         str | None, option("--counterpart", help="The model with the other activation, for P1 and P5.", panel=STUDY)
     ] = None,
+    throughput: Annotated[
+        bool, option("--throughput", help="Time dense and plans at the sizes below.", panel=THROUGHPUT)
+    ] = False,
+    batch_sizes: Annotated[
+        str, option("--batch-sizes", help="Sequences decoded together, up to 8 on a CPU.", panel=THROUGHPUT)
+    ] = "1,2,4,8",
+    prompt_lengths: Annotated[
+        str, option("--prompt-lengths", help="Tokens of a prompt.", panel=THROUGHPUT)
+    ] = "128,512,2048",
+    gen_lengths: Annotated[
+        str, option("--gen-lengths", help="Tokens generated after it.", panel=THROUGHPUT)
+    ] = "32,128,512",
     max_ppl_increase: Annotated[
         str | None, option("--max-ppl-increase", help="Exit with 3 when a plan is worse: 5% or 0.05.", panel=RUN)
     ] = None,
@@ -114,6 +127,10 @@ def command(
         task_tokens=task_tokens,
         shots=shots,
         dense_upto=parse_dense_upto(dense_upto),
+        throughput=throughput,
+        batch_sizes=counts(batch_sizes, "--batch-sizes"),
+        prompt_lengths=counts(prompt_lengths, "--prompt-lengths"),
+        gen_lengths=counts(gen_lengths, "--gen-lengths"),
         max_ppl_increase=None if max_ppl_increase is None else share(max_ppl_increase, "--max-ppl-increase"),
         min_top1=None if min_top1 is None else share(min_top1, "--min-top1"),
         output=run.output,

@@ -209,6 +209,14 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted(set(layers)))
 
 
+def counts(text: str, name: str) -> tuple[int, ...]:
+    """`1,2,4` as numbers from 1 on, ascending; raises ActsparseError otherwise."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ActsparseError(f"{name} must be numbers from 1 on, not '{text}'", f"write for example {name} 1,2,4")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def shares(text: str, name: str) -> tuple[float, ...]:
     """`0.1,20%` as numbers between 0 and 1; raises ActsparseError otherwise."""
     return tuple(share(part, name) for part in text.split(","))

@@ -26,7 +26,6 @@ class Cats(Method):
     decides = Decides.TOKEN
     needs = (SiteKind.GATE,)
     saves = frozenset({"up", "down"})
-    has_engine = False
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:

@@ -32,7 +32,6 @@ class Cett(Method):
     paper = "arXiv 2402.03804"
     decides = Decides.TOKEN
     saves = frozenset({"down"})
-    has_engine = False
     takes_error_target = True
 
     @property

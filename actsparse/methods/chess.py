@@ -35,7 +35,6 @@ class Chess(Method):
     needs = (SiteKind.GATE, SiteKind.UP)
     saves = frozenset({"up", "down"})
     gated_only = True
-    has_engine = False
     needs_statistics = True
 
     @property

@@ -27,7 +27,6 @@ class Countdown(Method):
     needs = (SiteKind.UP,)
     saves = frozenset({"gate", "down"})
     gated_only = True
-    has_engine = False
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:

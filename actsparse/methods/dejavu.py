@@ -52,7 +52,6 @@ class DejaVu(TrainedMethod):
     paper = "arXiv 2310.17157"
     decides = Decides.TOKEN
     needs = (SiteKind.MLP_IN,)
-    has_engine = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

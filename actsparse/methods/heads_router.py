@@ -49,7 +49,6 @@ class HeadsRouter(TrainedMethod):
     decides = Decides.TOKEN
     needs = (SiteKind.ATTN_IN,)
     saves = frozenset({"q", "o"})
-    has_engine = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

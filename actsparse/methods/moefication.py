@@ -58,7 +58,6 @@ class MoEfication(TrainedMethod):
     paper = "arXiv 2110.01786"
     decides = Decides.TOKEN
     needs = (SiteKind.MLP_IN,)
-    has_engine = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

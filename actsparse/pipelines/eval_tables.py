@@ -24,6 +24,8 @@ def result_rows(
 ) -> list[EvalRow]:
     """Every measured number of an evaluation, dense first."""
     rows = quality_rows(DENSE, tokens) + _dense_speed_rows(speeds)
+    timed = [one.speed.dense_ms for one in speeds.plans.values() if one.speed is not None]
+    rows += _rate_rows(DENSE, _median(timed) if timed else None, nothing_saved(), cost, speeds)
     rows += _byte_rows(DENSE, cost, nothing_saved())
     for group in groups:
         kept = layers.filter(pl.col("plan") == group.name)
@@ -39,6 +41,7 @@ def result_rows(
         if useful is not None:
             rows += _sparsity_rows(group.name, useful, "useful")
         rows += _speed_rows(found, useful or realised)
+        rows += _rate_rows(found.plan, found.speed and found.speed.sparse_ms, (useful or realised), cost, speeds)
     return rows
 
 
@@ -68,7 +71,7 @@ def summary(
         "device": device,
         "dense": {
             "quality": _pick(rows, DENSE, QUALITY),
-            "speed": _pick(rows, DENSE, ("ms_per_token", "generate_ms_per_token", "prefill_ms")) or None,
+            "speed": _pick(rows, DENSE, DENSE_SPEED) or None,
             "tasks": task_document(rows, DENSE),
         },
         "plans": [_plan_document(group, rows, speeds.plans[group.name]) for group in groups],
@@ -78,8 +81,9 @@ def summary(
 
 
 QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1", "delta_nll", "delta_nll_low", "delta_nll_high")
+DENSE_SPEED = ("ms_per_token", "generate_ms_per_token", "prefill_ms", "gb_per_s", "ceiling_share")
 SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
-         "break_even_tokens", "path_check")  # fmt: skip
+         "break_even_tokens", "path_check", "gb_per_s", "ceiling_share")  # fmt: skip
 
 
 def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
@@ -104,6 +108,8 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         "tasks": task_document(rows, group.name),
         "speed": speed,
         "speed_reason": found.reason,
+        "engine": found.engine,
+        "tier": found.tier,
     }
 
 
@@ -270,6 +276,18 @@ def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
     return rows + [
         EvalRow(plan=found.plan, metric=metric, value=value, unit=unit, n=speed.pairs)
         for metric, (value, unit) in values.items()
+    ]
+
+
+def _rate_rows(name: str, ms: float | None, not_read: Sparsity, cost: StepBytes, speeds: Speeds) -> list[EvalRow]:
+    """Weight bytes a second of decode, and their share of what this device reads at best, both of this run."""
+    best = speeds.dense.read_bandwidth
+    if ms is None or best is None:
+        return []
+    rate = cost.total * (1 - not_read.model_bytes_frac) / (ms / 1e3)
+    return [
+        EvalRow(plan=name, metric="gb_per_s", value=rate / 1e9, unit="GB/s", n=1),
+        EvalRow(plan=name, metric="ceiling_share", value=rate / best, unit="share", n=1),
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from actsparse.data.tasks import Task
 from actsparse.data.texts import EvalTexts, TextReader
+from actsparse.engine.timing import read_bandwidth
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
@@ -18,8 +19,9 @@ from actsparse.pipelines.session import Session
 from actsparse.pipelines.speed import Speeds, measure_all
 from actsparse.pipelines.task_tables import task_rows
 from actsparse.pipelines.tasks import read_tasks, score_all_tasks, tasks_identity
+from actsparse.pipelines.throughput import measure_throughput
 from actsparse.pipelines.training import RunCheckpoints
-from actsparse.results import EvalRow, RunKind, TimingRow
+from actsparse.results import EvalRow, RunKind, ThroughputRow, TimingRow
 from actsparse.specs import EvalSpec
 from actsparse.store import tables
 from actsparse.store.codec import builtins, encode, pretty
@@ -87,14 +89,16 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
     for text in calibration_warnings(groups, texts.calibration.record, texts.quality.record):
         session.warn(text)
-    if loaded.device.type == "cuda" and session.spec.timing_pairs:
-        session.warn("timed in eager mode: launches, not bytes, may bound both sides; ratios understate the engine")
     tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
     for text in eval_tables.not_finite(tokens):
         session.warn(text)
     items = score_all_tasks(session, groups, tasks)
     speeds = measure_all(session, groups, tokens)
     rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds) + task_rows(items)
+    if session.spec.throughput:
+        bandwidth = speeds.dense.read_bandwidth or read_bandwidth(loaded.device)
+        found = measure_throughput(session, groups, bandwidth)
+        tables.write(session.writer.path / "throughput.parquet", tables.frame(found, ThroughputRow))
     _write(session, groups, rows, tokens, items, speeds)
 
 

@@ -20,7 +20,7 @@ from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
-from actsparse.results import Generation, TimingRow, Unit
+from actsparse.results import Generation, TimingRow, Unit, Verdict
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 
@@ -90,6 +90,10 @@ def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFr
                 f"{one.plan}: engine and masked path differ by {one.path_check:.2g} nats on a token"
                 f" (tolerance {NLL_TOLERANCE:g})"
             )
+        if one.speed is not None and one.speed.verdict is Verdict.SLOWER:
+            session.warn(f"{one.plan} does not pay here: {one.speed.speedup:.2f}x of dense decode; run dense instead")
+    for text in dict.fromkeys(text for one in (dense, *plans.values()) for text in one.warnings):
+        session.warn(text)
     return Speeds(dense, plans)
 
 

@@ -1,0 +1,194 @@
+"""Throughput runs: dense and every plan at several batch sizes, prompt lengths and generated lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from actsparse.core.cost import saved
+from actsparse.engine import timing
+from actsparse.engine.choose import Engines, Run
+from actsparse.engine.memory import memory_bytes
+from actsparse.errors import PlanError
+from actsparse.methods.plan import drops_of
+from actsparse.methods.short import DENSE
+from actsparse.pipelines.plans import PlanGroup
+from actsparse.pipelines.session import Session
+from actsparse.results import ThroughputRow, Unit
+
+ROUNDS = 3
+QUANTILES = {"ms_p50": 0.5, "ms_p90": 0.9, "ms_p99": 0.99}
+UNITS = frozenset(unit.value for unit in Unit)
+
+
+@dataclass
+class _Arm:
+    """What the rounds of one arm showed: seconds of prefill and selection, and of every token of every round."""
+
+    prefill: list[float] = field(default_factory=list)
+    select: list[float] = field(default_factory=list)
+    tokens: list[list[float]] = field(default_factory=list)
+
+    def decode(self, count: int) -> list[float]:
+        """Seconds of the first `count` tokens, round by round."""
+        return [sum(laps[:count]) for laps in self.tokens]
+
+
+def measure_throughput(session: Session, groups: Sequence[PlanGroup], read_bandwidth: float) -> list[ThroughputRow]:
+    """Every named plan beside dense, in turns over the same teacher-forced tokens, at every combination asked for.
+
+    Combinations that do not fit the model's context, and plans that no engine runs, are left out with a warning.
+    """
+    spec = session.spec
+    shapes = [shape for shape in product(spec.batch_sizes, spec.prompt_lengths) if _fits(session, shape[1])]
+    named = [group for group in groups if group.named]
+    engines = Engines(session.loaded.sites, session.progress.note)
+    rows: list[ThroughputRow] = []
+    with session.progress.task("throughput", len(shapes) * max(1, len(named)), "runs") as advance:
+        for batch, prompt in shapes:
+            ids = _prompts(session, batch, prompt)
+            for group in named or [None]:
+                try:
+                    rows += _one(session, engines, group, ids, read_bandwidth)
+                except (PlanError, torch.OutOfMemoryError) as error:
+                    name = DENSE if group is None else group.name
+                    session.warn(f"{name} at batch {batch}, prompt {prompt}: no throughput ({error})")
+                advance(1)
+    return _without_repeats(rows)
+
+
+def _one(
+    session: Session, engines: Engines, group: PlanGroup | None, ids: Tensor, read_bandwidth: float
+) -> list[ThroughputRow]:
+    """The rows of dense and of one plan (None: dense alone) on prompts ids [batch, prompt]."""
+    spec, model = session.spec, session.loaded.model
+    batch, prompt = ids.shape
+    longest = max(spec.gen_lengths)
+    gates = [] if group is None else group.plan.gates()
+    sink = session.texts.quality.record.sink_tokens
+    arms = {DENSE: _Arm()} if group is None else {DENSE: _Arm(), group.name: _Arm()}
+    with engines.open(gates, sink_tokens=sink, max_length=prompt + longest + 2, batch=batch) as run:
+        run.use(sparse=False)
+        run.prefill(ids, watch=bool(gates))
+        stream = timing.dense_stream(run, ids, longest)
+        run.select()
+        for name in arms:  # warm up
+            run.use(sparse=name != DENSE)
+            run.rewind()
+            run.feed(stream[:, :4])
+        run.forget()
+        for _ in range(ROUNDS):
+            for name, arm in arms.items():
+                sparse = name != DENSE
+                run.use(sparse=False)
+                arm.prefill.append(timing.elapsed(model, lambda w=sparse: run.prefill(ids, watch=w)))
+                arm.select.append(timing.elapsed(model, run.select) if sparse else 0.0)
+                run.use(sparse=sparse)
+                arm.tokens.append(timing.token_laps(run, model, stream))
+        unread = _unread(session, group, run)
+        memory = memory_bytes(model.device)
+        announced = run.announced
+    for text in announced:
+        session.warn(f"throughput at batch {batch}: {text}")
+    rows = []
+    for gen, (name, arm) in product(spec.gen_lengths, arms.items()):
+        share = 0.0 if name == DENSE else unread
+        step_bytes = session.cost.total * (1 - share) + _cache_bytes(session, batch, prompt + gen / 2)
+        rows += _rows(name, arm, arms[DENSE], batch, prompt, gen, step_bytes, read_bandwidth, memory)
+    if group is not None:
+        _say_whether_it_pays(session, group.name, arms, batch, prompt, longest)
+    return rows
+
+
+def _rows(
+    name: str, arm: _Arm, dense: _Arm, batch: int, prompt: int, gen: int, step_bytes: float, read_bandwidth: float,
+    memory: int,
+) -> list[ThroughputRow]:  # fmt: skip
+    each = torch.tensor([lap for laps in arm.tokens for lap in laps[:gen]], dtype=torch.float64) * 1e3
+    prefill, select = _median(arm.prefill), _median(arm.select)
+    decode, base = _median(arm.decode(gen)), _median(dense.decode(gen))
+    ratios = [one / two for one, two in zip(dense.decode(gen), arm.decode(gen), strict=True)]
+    saved_per_token = (base - decode) / gen
+    extra = prefill + select - _median(dense.prefill)
+    rate = step_bytes / (float(each.quantile(0.5)) / 1e3)
+    values: dict[str, tuple[float | None, str]] = {
+        "tokens_per_s": (batch * gen / (prefill + select + decode), "tokens/s"),
+        "decode_tokens_per_s": (batch * gen / decode, "tokens/s"),
+        **{metric: (float(each.quantile(q)), "ms") for metric, q in QUANTILES.items()},
+        "ttft_ms": ((prefill + select) * 1e3, "ms"),
+        "select_ms": (select * 1e3, "ms"),
+        "memory_mb": (memory / 2**20, "MiB"),
+        "gb_per_s": (rate / 1e9, "GB/s"),
+        "ceiling_share": (rate / read_bandwidth, "share"),
+    }
+    if name != DENSE:
+        values["speedup"] = (_median(ratios), "1")
+        even = max(0.0, extra) / saved_per_token if saved_per_token > 0 else None
+        values["break_even_tokens"] = (even, "tokens")
+    return [
+        ThroughputRow(
+            plan=name, batch_size=batch, prompt_length=prompt, gen_length=gen, metric=metric, value=value, unit=unit,
+            n=len(each),
+        )
+        for metric, (value, unit) in values.items()
+    ]  # fmt: skip
+
+
+def _say_whether_it_pays(session: Session, name: str, arms: dict[str, _Arm], batch: int, prompt: int, gen: int) -> None:
+    ratios = [dense / sparse for dense, sparse in zip(arms[DENSE].decode(gen), arms[name].decode(gen), strict=True)]
+    if max(ratios) < 1:
+        session.warn(
+            f"{name} does not pay at batch {batch}, prompt {prompt}: {_median(ratios):.2f}x of dense; run dense there"
+        )
+
+
+def _unread(session: Session, group: PlanGroup | None, run: Run) -> float:
+    """The share of a step's weight bytes that the engine did not read; as fitted where it does not count."""
+    if group is None:
+        return 0.0
+    kept = {(Unit(unit), layer): share for (unit, layer), share in run.kept().items() if unit in UNITS}
+    if not kept:
+        return (group.plan.realised or group.plan.predicted).model_bytes_frac
+    dropped = {place: 1 - share for place, share in kept.items()}
+    cost = session.cost
+    return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp)).model_bytes_frac
+
+
+def _cache_bytes(session: Session, batch: int, position: float) -> float:
+    """Bytes of keys and values that a step reads on average."""
+    record = session.loaded.record
+    size = next(session.loaded.model.parameters()).element_size()
+    return 2 * record.layers * record.kv_heads * record.head_dim * size * batch * position
+
+
+def _prompts(session: Session, batch: int, length: int) -> Tensor:
+    """ids [batch, length]: stretches of the run's own text, repeated where it is too short."""
+    texts = session.texts
+    stream = torch.cat([one.flatten() for one in (*texts.quality.ids, *texts.prompts.ids)])
+    needed = batch * length
+    stream = stream.repeat(-(-needed // len(stream)))[:needed]
+    return stream.view(batch, length).to(session.loaded.device)
+
+
+def _fits(session: Session, prompt: int) -> bool:
+    limit, longest = session.loaded.record.max_positions, max(session.spec.gen_lengths)
+    if limit is None or prompt + longest + 2 <= limit:
+        return True
+    session.warn(
+        f"no throughput at prompt {prompt}: with {longest} new tokens it passes the model's context of {limit}"
+    )
+    return False
+
+
+def _without_repeats(rows: list[ThroughputRow]) -> list[ThroughputRow]:
+    """Dense stands beside every plan: its first measurement of a shape is kept."""
+    found: dict[tuple[str, int, int, int, str], ThroughputRow] = {}
+    for row in rows:
+        found.setdefault((row.plan, row.batch_size, row.prompt_length, row.gen_length, row.metric), row)
+    return list(found.values())
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))

@@ -1,0 +1,161 @@
+"""Every method of the registry in the engine that is chosen for it: the logits of the masked path, token by token."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import make_tokenizer, token_ids, words
+from torch import Tensor
+
+from actsparse.data.sequences import blocks_of
+from actsparse.engine.choose import Engines, tier_of
+from actsparse.engine.decode import forced, new_cache, prefill
+from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.engine.step.sampling import Sampling
+from actsparse.errors import PlanError
+from actsparse.methods.gates import LayerGates
+from actsparse.methods.plan import Plan, fit_plan
+from actsparse.methods.registry import all_methods
+from actsparse.methods.short import parse
+from actsparse.models.load import LoadedModel
+from actsparse.models.sites import resolve
+from actsparse.pipelines.calibration import TextCalibration, of_blocks
+from actsparse.pipelines.progress import Silent
+
+PROMPT, BLOCK, SINK, ROOM = 16, 40, 4, 64
+QUICK = {
+    "dejavu": "dejavu:epochs=2,batch=32",
+    "moefication": "moefication:neurons=2",
+    "heads-router": "heads-router:epochs=2,batch=32,dense_layers=0",
+}
+OPTIONS = [
+    "griffin:refresh_every=3@0.5",
+    "griffin:source=gate@0.5",
+    "griffin:compensate=true@0.5",
+    "cats:compensate=true@0.5",
+    "cats:protect=0.2@0.5",
+    "countdown:compensate=true@0.4",
+    "cett:compensate=true@0.5",
+    "dejavu:epochs=2,batch=32,input=lookahead@0.5",
+    "dejavu:epochs=2,batch=32,input=parallel,protect=0.1@0.5",
+    "moefication:neurons=2,router=mlp,epochs=2,batch=32@0.5",
+    "moefication:neurons=2,routing=sequence@0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_loaded: Callable) -> LoadedModel:
+    return tiny_loaded("llama")
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded: LoadedModel) -> TextCalibration:
+    text = words(400, seed=3)
+    blocks = blocks_of(text, make_tokenizer(), block_length=BLOCK, prompt_length=PROMPT, source="t", role="calibration")
+    return of_blocks(loaded, blocks, PROMPT, Silent())
+
+
+@pytest.fixture(scope="module")
+def engines(loaded: LoadedModel) -> Engines:
+    return Engines(loaded.sites)
+
+
+def fitted(name: str, loaded: LoadedModel, calibration: TextCalibration) -> Plan:
+    return fit_plan(parse(name), calibration, loaded.record.step, gated=True)[0]
+
+
+def in_the_masked_path(loaded: LoadedModel, gates: list[LayerGates], ids: Tensor, tokens: Tensor) -> Tensor:
+    plan = MaskedPlan(gates, prompt_length=ids.shape[1], sink_tokens=SINK)
+    cache = new_cache(loaded.model, ROOM)
+    with masked(loaded.sites, plan):
+        prefill(loaded.model, ids, cache)
+        return forced(loaded.model, tokens, cache, ids.shape[1])
+
+
+def in_the_engine(engines: Engines, gates: list[LayerGates], ids: Tensor, tokens: Tensor) -> Tensor:
+    with engines.open(gates, sink_tokens=SINK, max_length=ROOM, batch=len(ids)) as run:
+        assert run.tier == 1
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        first = run.forced(tokens)
+        run.rewind()
+        assert torch.equal(run.forced(tokens), first), "a run left something behind"
+        assert run.announced == []
+        return first
+
+
+@pytest.mark.parametrize("name", [*(f"{QUICK.get(name, name)}@0.5" for name in all_methods()), *OPTIONS])
+def test_the_engine_is_the_masked_path(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, engines: Engines
+) -> None:
+    plan = fitted(name, loaded, calibration)
+    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 8, seed=6)
+    if not plan.method.has_engine or plan.method.ideal:
+        with pytest.raises(PlanError, match="no engine"):
+            in_the_engine(engines, plan.gates(), ids, tokens)
+        return
+    expected = in_the_masked_path(loaded, plan.gates(), ids, tokens)
+    torch.testing.assert_close(in_the_engine(engines, plan.gates(), ids, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["griffin@0.5", "cats@0.5", "dejavu:epochs=2,batch=32@0.5", "griffin:refresh_every=3@0.5"]
+)
+def test_sequences_of_a_batch_are_sparse_each_for_itself(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, engines: Engines
+) -> None:
+    gates = fitted(name, loaded, calibration).gates()
+    ids, tokens = token_ids(3, PROMPT, seed=5), token_ids(3, 8, seed=6)
+    alone = [in_the_engine(engines, gates, ids[i : i + 1], tokens[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(in_the_engine(engines, gates, ids, tokens), torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibration, engines: Engines) -> None:
+    gates = fitted("cats@0.5", loaded, calibration).gates()
+    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 8, seed=6)
+    plan = MaskedPlan(gates, prompt_length=PROMPT, sink_tokens=SINK)
+    cache = new_cache(loaded.model, ROOM)
+    with masked(loaded.sites, plan):
+        prefill(loaded.model, ids, cache)
+        forced(loaded.model, tokens, cache, PROMPT)
+    with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        run.feed(tokens)
+        run.forget()
+        run.rewind()
+        run.feed(tokens)
+        found = run.kept()
+    assert [found["neuron", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
+    assert [found["second", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
+
+
+def test_greedy_text_stops_and_a_seed_gives_the_same_text(engines: Engines) -> None:
+    ids = token_ids(2, PROMPT, seed=8)
+    with engines.open((), sink_tokens=SINK, max_length=ROOM, batch=2) as run:
+        run.prefill(ids, watch=False)
+        whole = run.generate(20)
+        assert [len(row) for row in whole] == [20, 20]
+        stop = whole[0][9]
+        cut = run.generate(20, stop=frozenset({stop}))
+        assert cut[0] == whole[0][: whole[0].index(stop) + 1]
+        drawn = [run.generate(12, sampling=Sampling(temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "mpt"])
+def test_other_families_run_their_own_forward_and_say_so(family: str, tiny_loaded: Callable) -> None:
+    loaded = tiny_loaded(family)
+    ids = token_ids(1, PROMPT)
+    with Engines(resolve(loaded.model)).open((), sink_tokens=SINK, max_length=ROOM) as run:
+        assert run.tier == tier_of(family)
+        assert "no step of its own" in run.announced[0]
+        run.prefill(ids, watch=False)
+        text = run.generate(8)[0]
+    with torch.no_grad():
+        expected = loaded.model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    same = sum(one == other for one, other in zip(text, expected[0, PROMPT:].tolist(), strict=True))
+    assert same == 8 or loaded.model.generation_config.eos_token_id in text
