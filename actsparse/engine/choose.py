@@ -107,15 +107,18 @@ def tier_of(family: str) -> int:
 class Engines:
     """What one model needs to decode fast, made when first needed and shared by all plans.
 
-    `note` is told before anything is built.
+    `note` is told before anything is built. `share`: see `OwnSteps`.
     """
 
-    def __init__(self, sites: ModelSites, note: Callable[[str], None] = lambda _text: None) -> None:
+    def __init__(
+        self, sites: ModelSites, note: Callable[[str], None] = lambda _text: None, *, share: bool = True
+    ) -> None:
         self.sites = sites
         self.note = note
+        self.share = share
 
     @cached_property
-    def _own(self) -> OwnSteps | str:
+    def own(self) -> OwnSteps | str:
         """The model's own steps, or why there are none."""
         model = self.sites.model
         devices = {parameter.device for parameter in model.parameters()}
@@ -127,7 +130,7 @@ class Engines:
         if tier_of(self.sites.family.model_type) > 1:
             return f"the family {self.sites.family.model_type} has no step of its own"
         try:
-            return OwnSteps(self.sites, self.note)
+            return OwnSteps(self.sites, self.note, share=self.share)
         except ModelError as error:
             return error.what
 
@@ -137,7 +140,7 @@ class Engines:
 
         Raises PlanError where no engine can run them, with the reason.
         """
-        own, reason = self._own, None
+        own, reason = self.own, None
         if isinstance(own, OwnSteps):
             try:
                 run = OwnRun(own, gates, sink_tokens=sink_tokens, batch=batch, max_length=max_length)

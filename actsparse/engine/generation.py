@@ -11,69 +11,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from actsparse.engine.gating import PlanState, SiteValues
-from actsparse.engine.points import Replaced, visited
+from actsparse.engine.gating import SiteValues
+from actsparse.engine.phases import Phases
+from actsparse.engine.points import visited
 from actsparse.engine.slicing import SlicedMlps, sliceable
 from actsparse.engine.sparse import chosen_mask, why_not_sliced
+from actsparse.engine.stepping import own_steps, stepping
 from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import ForwardPass, tapped, watched
 from actsparse.results import Site, SiteKind, Unit
-
-WHOLE_PROMPT = 2**31
-
-
-class _Phases:
-    """Follows the forward passes of a model: which gates have seen what, and whether the pass at work is decode."""
-
-    def __init__(self, gates: Sequence[LayerGates], sink_tokens: int) -> None:
-        self.gates = list(gates)
-        self.sink_tokens = sink_tokens
-        self.at_work = ForwardPass(batch=1, tokens=1, past=0, padding=())
-        self.state = PlanState(gates, prompt_length=WHOLE_PROMPT, sink_tokens=sink_tokens)
-        self.decoded = False
-        self.ever_decoded = False
-        self.passes = 0
-
-    def begin(self, forward: ForwardPass) -> None:
-        """Note a pass that is about to run."""
-        self.at_work = forward
-        self.passes += 1
-        self.ever_decoded |= self.decoding
-        if forward.past == 0:
-            self.decoded = False
-            self.state = PlanState(self.gates, prompt_length=WHOLE_PROMPT, sink_tokens=self.sink_tokens)
-
-    @property
-    def decoding(self) -> bool:
-        """Whether the pass at work decodes one token after a prompt."""
-        return self.at_work.past > 0 and self.at_work.tokens == 1
-
-    def observe(self, layer: int, values: SiteValues) -> None:
-        """See a prompt's activations; what is fed after the first decoded token changes no mask."""
-        if not self.decoding and not self.decoded:
-            self.state.observe(layer, values, self.at_work.past, self.at_work.padding)
-
-    def edited(self, unit: Unit, layer: int, x: Tensor, values: SiteValues) -> Replaced | None:
-        """The input of a projection under the plan: as it is in a prompt, edited for a decoded token."""
-        if unit is Unit.NEURON:
-            self.observe(layer, values)
-        if not self.decoding:
-            return None
-        self.decoded = True
-        edit = self.state.edit(unit, layer, x, values, slice(0, None))
-        return None if edit is None else Replaced(edit.kept, edit.added(x))
 
 
 @contextmanager
 def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int) -> Iterator[None]:
     """Every decode step of the model runs under the gates while the block runs; then the model is as before.
 
-    Batch 1 under gates over neurons that decide by the end of the prompt: weights are sliced. Otherwise, each
-    sequence's own gates are applied to its activations: exact, and not faster.
+    Models that have a step of our own, on a CPU, decode by it. Else, at batch 1 under gates over neurons that decide by
+    the end of the prompt, weights are sliced. Otherwise, each sequence's own gates are applied to its activations:
+    exact, and not faster.
     """
-    phases = _Phases(gates, sink_tokens)
-    if why_not_sliced(gates):
+    phases = Phases(gates, sink_tokens)
+    steps = own_steps(sites, gates)
+    if steps is not None:
+        with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited), stepping(steps, phases):
+            yield
+    elif why_not_sliced(gates):
         with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited):
             yield
     else:
@@ -87,7 +50,7 @@ def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_to
 
 
 @contextmanager
-def _sliced(sites: ModelSites, phases: _Phases, mlps: SlicedMlps) -> Iterator[None]:
+def _sliced(sites: ModelSites, phases: Phases, mlps: SlicedMlps) -> Iterator[None]:
     values = SiteValues()
 
     def begin(forward: ForwardPass) -> None:

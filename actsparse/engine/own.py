@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from actsparse.engine.cpu.engine import CpuEngine
 from actsparse.engine.decode import prefill
@@ -28,13 +29,17 @@ STOP_EVERY = 8  # tokens between two looks at what was generated: a look waits f
 
 
 class OwnSteps:
-    """What a model's own steps share: its weights packed once (the model's parameters become views of them), and
-    matrices stored one row an input. Raises ModelError where the family has no step."""
+    """What a model's own steps share: its weights packed once, and matrices stored one row an input.
 
-    def __init__(self, sites: ModelSites, note: Callable[[str], None]) -> None:
+    `share`: the model's parameters become views of the packed weights, the same values bit for bit, so that they are
+    held once. Raises ModelError where the family has no step.
+    """
+
+    def __init__(self, sites: ModelSites, note: Callable[[str], None], *, share: bool) -> None:
         self.sites = sites
         self.weights: Weights = weights_from_model(sites.model)
-        share_storage(sites.model, self.weights)
+        if share:
+            share_storage(sites.model, self.weights)
         self.translator = Translator(self.weights)
         self.note = note
 
@@ -120,6 +125,23 @@ class OwnRun:
         self._start = (following, length)
         self._fed = 0
         return logits
+
+    def adopt(self, cache: Cache, prompt: PlanState, padding: Int[Tensor, " batch"] | None) -> None:
+        """Take over prompts that ran elsewhere: their cache, and what the gates have seen of them."""
+        self._prompt = prompt
+        self._decoder.load_prefill(cache, torch.zeros(self.batch, dtype=torch.long), padding)
+        self._fed = 0
+
+    def step(self, tokens: Int[Tensor, " batch"], position: int) -> Float[Tensor, "batch vocab"]:
+        """Process one token a sequence at `position`; the logits of the next, valid until the next step."""
+        self._decoder.start(tokens, position)
+        self._advance(1)
+        return self._decoder.state.logits
+
+    def written(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, kv_heads, 1, head_dim] of a layer at a position."""
+        state, at = self._decoder.state, slice(position, position + 1)
+        return state.keys[layer, :, :, at], state.values[layer, :, :, at]
 
     def select(self) -> None:
         """Decide the masks of the prompts prefilled last, and list what they keep."""

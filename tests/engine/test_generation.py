@@ -11,9 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 from actsparse import sparsify
 from actsparse.engine.decode import greedy, new_cache, prefill
 from actsparse.engine.generation import sparse_generation
+from actsparse.engine.own import OwnRun
 from actsparse.engine.sparse import sparse_decoder
 from actsparse.errors import PlanError
-from actsparse.methods.gates import Custom, LayerGates, PrefillGate, TokenGate
+from actsparse.methods.gates import Custom, LayerGates, PrefillGate, Threshold, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.sites import resolve
 from actsparse.results import SiteKind
@@ -133,3 +134,67 @@ def test_token_gates_mask_decoded_tokens_only() -> None:
 def test_plans_that_need_text_are_refused(plan: str, what: str) -> None:
     with pytest.raises(PlanError, match=what), sparsify(make_model("llama"), Path(plan)):
         pass
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions that our own step decodes from here on."""
+    taken: list[int] = []
+    whole = OwnRun.step
+
+    def noted(self: OwnRun, tokens: Tensor, position: int) -> Tensor:
+        taken.append(position)
+        return whole(self, tokens, position)
+
+    monkeypatch.setattr(OwnRun, "step", noted)
+    return taken
+
+
+def test_a_family_with_a_step_of_its_own_decodes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    taken = steps_taken(monkeypatch)
+    with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK):
+        generated(model, ids)
+    assert taken == list(range(20, 20 + NEW - 1))
+    taken.clear()
+    plain = make_model("opt")
+    with sparse_generation(resolve(plain), half_gates(plain), sink_tokens=SINK):
+        generated(plain, ids)
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"output_hidden_states": True, "return_dict_in_generate": True}]
+)
+def test_token_gates_under_generate_are_the_masked_path(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    gates = [LayerGates(neurons=TokenGate(SiteKind.GATE, Threshold(0.3))) for _ in resolve(model).layers]
+
+    def text() -> Tensor:
+        with sparse_generation(resolve(model), gates, sink_tokens=SINK):
+            found = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                min_new_tokens=NEW, pad_token_id=0, **options,
+            )  # fmt: skip
+        return found if isinstance(found, Tensor) else found.sequences
+
+    taken = steps_taken(monkeypatch)
+    ours = text()
+    assert bool(taken) is ("output_hidden_states" not in options)
+    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
+    assert torch.equal(ours, text())
+
+
+def test_a_cache_that_the_caller_cuts_is_followed() -> None:
+    model, ids = make_model("llama"), token_ids(1, 24)
+    gates = half_gates(model)
+    with torch.no_grad(), sparse_generation(resolve(model), gates, sink_tokens=SINK):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :20], past_key_values=cache)
+        once = model(input_ids=ids[:, 20:21], past_key_values=cache).logits
+        model(input_ids=ids[:, 21:22], past_key_values=cache)
+        cache.crop(-2)
+        again = model(input_ids=ids[:, 20:21], past_key_values=cache).logits
+    assert cache.get_seq_length() == 21
+    torch.testing.assert_close(again, once)

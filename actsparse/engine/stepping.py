@@ -1,0 +1,142 @@
+"""Decode passes of a model that others drive (`generate`, a harness, a loop), run by a step of our own.
+
+The model's forward is stood in for while the block runs: a pass of one token after a prompt goes through the step and
+leaves its keys and values in the caller's cache; every other pass, and one that asks for more than logits, goes on.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from actsparse.engine.choose import Engines
+from actsparse.engine.cpu.ops import MAX_BATCH
+from actsparse.engine.own import OwnRun, OwnSteps
+from actsparse.engine.phases import Phases
+from actsparse.engine.step.translate import NoStepError
+from actsparse.methods.gates import LayerGates
+from actsparse.models.sites import ModelSites
+from actsparse.models.taps import ForwardPass
+
+GROWTH = 256  # positions of room behind a prompt; doubled when they are used up
+UNDERSTOOD = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
+     "logits_to_keep"}
+)  # fmt: skip
+
+
+def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None:
+    """The model's own steps, where it is on a CPU, has some, and they can run these gates."""
+    parameters = list(sites.model.parameters())
+    if any(one.device.type != "cpu" for one in parameters):
+        return None
+    if parameters[0].dtype not in (torch.float32, torch.bfloat16):
+        return None
+    own = Engines(sites, share=False).own
+    if not isinstance(own, OwnSteps):
+        return None
+    try:
+        own.translator.plan(gates, 1)
+    except NoStepError:
+        return None
+    return own
+
+
+@contextmanager
+def stepping(steps: OwnSteps, phases: Phases) -> Iterator[None]:
+    """Run decode passes of the model by its own steps while the block runs; then its forward is as before."""
+    model: Any = steps.sites.model
+    known = model.__dict__.get("forward")
+    model.forward = _Forward(steps, phases, model.forward)
+    try:
+        yield
+    finally:
+        if known is None:
+            del model.forward
+        else:
+            model.forward = known
+
+
+class _Forward:
+    """Stands in for a model's forward."""
+
+    def __init__(self, steps: OwnSteps, phases: Phases, whole: Callable[..., Any]) -> None:
+        self._steps = steps
+        self._phases = phases
+        self._whole = whole
+        self._run: OwnRun | None = None
+        self._cache: DynamicCache | None = None
+        # `generate` reads the signature to learn what a model takes
+        self.__signature__ = inspect.signature(whole)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if args or not isinstance(ids, Tensor) or not self._decodes(ids, cache, kwargs):
+            self._cache = None
+            return self._whole(*args, **kwargs)
+        position = int(cache.get_seq_length())
+        padding = _padding(kwargs.get("attention_mask"))
+        left = () if padding is None else tuple(padding.tolist())
+        self._phases.begin(ForwardPass(batch=len(ids), tokens=1, past=position, padding=left))
+        with torch.no_grad():
+            logits = self._step(ids[:, 0], cache, position, padding)
+        for layer in range(self._steps.weights.shape.layers):
+            assert self._run is not None
+            keys, values = self._run.written(layer, position)
+            cache.update(keys.clone(), values.clone(), layer)
+        logits = logits[:, None].to(self._steps.weights.dtype, copy=True)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]
+
+    def _decodes(self, ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is one decoded token a sequence, asks for logits alone, and has a cache that can be read."""
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        return (
+            type(cache) is DynamicCache
+            and ids.shape[1] == 1
+            and len(ids) <= MAX_BATCH
+            and int(cache.get_seq_length()) > 0
+            and asked <= UNDERSTOOD
+            and _left_padded(kwargs.get("attention_mask"))
+        )
+
+    def _step(self, tokens: Tensor, cache: DynamicCache, position: int, padding: Tensor | None) -> Tensor:
+        if not self._follows(cache, len(tokens), position):
+            room = max(GROWTH, position) + position
+            run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=len(tokens), max_length=room)
+            run.adopt(cache, self._phases.state, padding)
+            run.select()
+            run.use(sparse=True)
+            self._run, self._cache = run, cache
+        assert self._run is not None
+        self._phases.decoded = True
+        return self._run.step(tokens, position)
+
+    def _follows(self, cache: DynamicCache, batch: int, position: int) -> bool:
+        """Whether our cache is the caller's: nothing was reordered, cropped or added since our last step."""
+        run = self._run
+        if run is None or self._cache is not cache or run.batch != batch or position + 1 >= run.max_length:
+            return False
+        last = self._steps.weights.shape.layers - 1
+        keys, _ = run.written(last, position - 1)
+        theirs = cache.layers[last].keys
+        return theirs is not None and torch.equal(theirs[:, :, -1:], keys)
+
+
+def _left_padded(mask: Any) -> bool:
+    """Whether an attention mask only leaves out positions in front."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return False
+    seen = mask.long()
+    return bool((seen.diff(dim=1) >= 0).all() and seen[:, -1].all())
+
+
+def _padding(mask: Any) -> Tensor | None:
+    """Positions of padding in front of each sequence [batch]."""
+    return mask.long().argmax(dim=1) if isinstance(mask, Tensor) else None
