@@ -14,10 +14,11 @@ from actsparse.engine.cpu.engine import CpuEngine
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import GateState, PlanState
 from actsparse.engine.step.decoder import Decoder, Engine
+from actsparse.engine.step.fold import fold
 from actsparse.engine.step.packing import share_storage, weights_from_model
-from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.plans import DensePlan, Plan
 from actsparse.engine.step.sampling import Sampling, draw
-from actsparse.engine.step.translate import Translator, choose
+from actsparse.engine.step.translate import NoStepError, Translator, choose
 from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan, LayerWork, Listed
 from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
@@ -69,6 +70,11 @@ class OwnRun:
         self._engine = steps.engine(batch)
         self._plan = steps.translator.plan(gates, batch) if gates else None
         self._dense = DensePlan()
+        self._folded: Plan | None = None
+        if self._plan is not None and steps.weights.device.type == "cuda":
+            if self._refreshes:
+                raise NoStepError("choosing again while decoding has no CUDA step yet")
+            self._folded = fold(self._plan, steps.translator, batch)
         self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
         self._prompt: PlanState | None = None
         self._state: PlanState | None = None
@@ -238,7 +244,8 @@ class OwnRun:
         return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
 
     def _set(self, plan: GatePlan | DensePlan) -> None:
-        self._decoder.set_plan(cast(Any, plan))
+        known = self._folded if plan is self._plan and self._folded is not None else plan
+        self._decoder.set_plan(cast(Any, known))
 
     def _advance(self, count: int) -> Tensor:
         """Decode `count` steps; the tokens [batch, count] that follow."""

@@ -75,7 +75,8 @@ class _Forward:
         self.__signature__ = inspect.signature(whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids: Any = kwargs.get("input_ids")
+        cache: Any = kwargs.get("past_key_values")
         if args or not isinstance(ids, Tensor) or not self._decodes(ids, cache, kwargs):
             self._cache = None
             return self._whole(*args, **kwargs)
@@ -104,7 +105,7 @@ class _Forward:
             and _left_padded(kwargs.get("attention_mask"))
         )
 
-    def _step(self, tokens: Tensor, cache: DynamicCache, position: int, padding: Tensor | None) -> Tensor:
+    def _step(self, tokens: Tensor, cache: Any, position: int, padding: Tensor | None) -> Tensor:
         if not self._follows(cache, len(tokens), position):
             room = max(GROWTH, position) + position
             run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=len(tokens), max_length=room)
@@ -116,7 +117,7 @@ class _Forward:
         self._phases.decoded = True
         return self._run.step(tokens, position)
 
-    def _follows(self, cache: DynamicCache, batch: int, position: int) -> bool:
+    def _follows(self, cache: Any, batch: int, position: int) -> bool:
         """Whether our cache is the caller's: nothing was reordered, cropped or added since our last step."""
         run = self._run
         if run is None or self._cache is not cache or run.batch != batch or position + 1 >= run.max_length:

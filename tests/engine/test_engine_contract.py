@@ -6,12 +6,18 @@ import pytest
 import torch
 from tiny import make_tokenizer, token_ids, words
 from torch import Tensor
+from transformers import DynamicCache
 
 from actsparse.data.sequences import blocks_of
 from actsparse.engine.choose import Engines, tier_of
 from actsparse.engine.decode import forced, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.engine.own import OwnRun, OwnSteps
+from actsparse.engine.step.decoder import Decoder
+from actsparse.engine.step.fold import fold
+from actsparse.engine.step.plans import DensePlan
 from actsparse.engine.step.sampling import Sampling
+from actsparse.engine.step.translate import NoStepError
 from actsparse.errors import PlanError
 from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import Plan, fit_plan
@@ -159,3 +165,49 @@ def test_other_families_run_their_own_forward_and_say_so(family: str, tiny_loade
         expected = loaded.model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     same = sum(one == other for one, other in zip(text, expected[0, PROMPT:].tolist(), strict=True))
     assert same == 8 or loaded.model.generation_config.eos_token_id in text
+
+
+@pytest.mark.parametrize("name", ["griffin@0.5", "static@0.25", "cats@0.5", "chess@0.5", "countdown@0.5"])
+def test_what_cuda_kernels_run_means_the_same(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, engines: Engines
+) -> None:
+    gates = fitted(name, loaded, calibration).gates()
+    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 6, seed=6)
+    expected = in_the_engine(engines, gates, ids, tokens)
+    assert isinstance(engines.own, OwnSteps)
+    plan = engines.own.translator.plan(gates, 1)
+    folded = fold(plan, engines.own.translator, 1)
+    assert not isinstance(folded, DensePlan)
+    with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
+        assert isinstance(run, OwnRun)
+        run.prefill(ids, watch=True)
+        run.select()
+        assert run._plan is not None
+        assert run._plan.selection is not None
+        assert plan.selection is not None
+        plan.selection.index.copy_(run._plan.selection.index)
+        plan.selection.count.copy_(run._plan.selection.count)
+    cache = DynamicCache(config=loaded.model.config)
+    prefill(loaded.model, ids, cache)
+    decoder = Decoder(engines.own.weights, max_length=ROOM)
+    decoder.load_prefill(cache, tokens[:, 0])
+    decoder.force(tokens[:, 1:])
+    decoder.set_plan(folded)
+    for at in range(tokens.shape[1]):
+        decoder.decode(1)
+        torch.testing.assert_close(decoder.state.logits, expected[:, at], atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_kernels_cannot_do_is_refused(
+    loaded: LoadedModel, calibration: TextCalibration, engines: Engines
+) -> None:
+    assert isinstance(engines.own, OwnSteps)
+    translator = engines.own.translator
+    for name, batch, why in (
+        ("griffin:compensate=true@0.5", 1, "filled in"),
+        ("griffin@0.5", 2, "of their own"),
+        ("cett@0.5", 1, "different ways"),
+    ):
+        gates = fitted(name, loaded, calibration).gates()
+        with pytest.raises(NoStepError, match=why):
+            fold(translator.plan(gates, batch), translator, batch)

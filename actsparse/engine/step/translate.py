@@ -8,7 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.plans import Selection
+from actsparse.engine.step.sliced import empty_selection
+from actsparse.engine.step.weights import Weights, transpose_rows
 from actsparse.engine.step.work import (
     Channels,
     Chosen,
@@ -51,7 +53,7 @@ class Translator:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        self._rows: dict[tuple[Unit, int], Tensor] = {}
+        self._rows: dict[Unit, Tensor] = {}
 
     def plan(self, gates: Sequence[LayerGates], batch: int) -> GatePlan:
         """The work of every layer; raises NoStepError where a rule has no closed form, or asks for what no step does.
@@ -60,26 +62,32 @@ class Translator:
         """
         if len(gates) != self.weights.shape.layers:
             raise NoStepError(f"{len(gates)} gates do not fit {self.weights.shape.layers} layers")
-        return GatePlan(layers=tuple(self._layer(index, layer, batch) for index, layer in enumerate(gates)))
+        lists = empty_selection(self.weights, self.weights.shape.neurons)
+        layers = tuple(self._layer(index, layer, batch, lists) for index, layer in enumerate(gates))
+        return GatePlan(layers=layers, selection=lists)
 
     def input_rows(self, unit: Unit, layer: int) -> Float[Tensor, "inputs outputs"]:
         """The weight of a projection, one row an input; q, k and v lie side by side, and so do gate and up."""
-        weights, shape = self.weights, self.weights.shape
         match unit:
             case Unit.Q | Unit.K | Unit.V:
-                rows = self._transposed(Unit.QKV, weights.qkv, layer)
-                return rows.split(shape.qkv_widths, dim=1)[(Unit.Q, Unit.K, Unit.V).index(unit)]
+                parts = self.stacked(Unit.QKV)[layer].split(self.weights.shape.qkv_widths, dim=1)
+                return parts[(Unit.Q, Unit.K, Unit.V).index(unit)]
             case Unit.GATE | Unit.UP:
-                return self._transposed(Unit.GATE_UP, weights.gate_up, layer).chunk(2, dim=1)[unit is Unit.UP]
+                return self.stacked(Unit.GATE_UP)[layer].chunk(2, dim=1)[unit is Unit.UP]
             case _:
-                return self._transposed(unit, weights.out if unit is Unit.O else weights.down, layer)
+                return self.stacked(unit)[layer]
 
-    def _transposed(self, unit: Unit, stacked: Tensor, layer: int) -> Tensor:
-        if (unit, layer) not in self._rows:
-            self._rows[unit, layer] = stacked[layer].T.contiguous()
-        return self._rows[unit, layer]
+    def stacked(self, unit: Unit) -> Float[Tensor, "layers inputs outputs"]:
+        """The weights of a projection in every layer, one row an input: `qkv`, `o`, `gate_up` or `down`."""
+        if unit not in self._rows:
+            weights = self.weights
+            fused = {
+                Unit.QKV: weights.qkv, Unit.O: weights.out, Unit.GATE_UP: weights.gate_up, Unit.DOWN: weights.down,
+            }  # fmt: skip
+            self._rows[unit] = transpose_rows(fused[unit])
+        return self._rows[unit]
 
-    def _layer(self, index: int, gates: LayerGates, batch: int) -> LayerWork:
+    def _layer(self, index: int, gates: LayerGates, batch: int, lists: Selection) -> LayerWork:
         channels = {
             one.value: self._channels(one, index, rule)
             for unit, rule in gates.rules.items()
@@ -90,7 +98,7 @@ class Translator:
         if gates.heads is not None and channels.keys() & {"q", "k", "v", "o"}:
             raise NoStepError("a layer that drops both heads and channels of its attention has no step")
         return LayerWork(
-            mlp=None if gates.neurons is None else self._mlp(index, gates.neurons, batch),
+            mlp=None if gates.neurons is None else self._mlp(index, gates.neurons, batch, lists),
             channels=channels,
             heads=None if gates.heads is None else self._heads(index, gates.heads),
         )
@@ -109,7 +117,7 @@ class Translator:
             correction = (outer.contiguous(), inner.T.contiguous())
         return Channels(rows=rows, threshold=threshold, top=top, score=score, basis=basis, correction=correction)
 
-    def _mlp(self, layer: int, gate: NeuronGate, batch: int) -> Mlp:
+    def _mlp(self, layer: int, gate: NeuronGate, batch: int, lists: Selection) -> Mlp:
         down_rows = self.input_rows(Unit.DOWN, layer)
         fill = base = None
         if gate.fill is not None:
@@ -118,7 +126,7 @@ class Translator:
         if isinstance(gate, FixedGate | PrefillGate):
             if isinstance(gate, PrefillGate) and gate.refresh_every and gate.site is not SiteKind.NEURON:
                 raise NoStepError(f"choosing again from {gate.site.value} has no step")
-            return self._listed(layer, down_rows, fill, base, batch)
+            return self._listed(layer, down_rows, fill, base, batch, lists)
         if gate.ideal:
             raise NoStepError("its masks need what they would save")
         rule, always = (gate.rule.rule, gate.rule.always) if isinstance(gate.rule, Protected) else (gate.rule, None)
@@ -145,7 +153,9 @@ class Translator:
             threshold=threshold, down_rows=down_rows, gate_first=gate.site is SiteKind.GATE, fill=fill, base=base
         )
 
-    def _listed(self, layer: int, down_rows: Tensor, fill: Tensor | None, base: Tensor | None, batch: int) -> Listed:
+    def _listed(
+        self, layer: int, down_rows: Tensor, fill: Tensor | None, base: Tensor | None, batch: int, lists: Selection
+    ) -> Listed:
         weights, neurons, device = self.weights, self.weights.shape.neurons, self.weights.device
         gate, up = weights.gate_up[layer].chunk(2)
         biases = (None, None) if weights.gate_up_bias is None else weights.gate_up_bias[layer].chunk(2)
@@ -153,8 +163,8 @@ class Translator:
             gate=gate,
             up=up,
             down_rows=down_rows,
-            index=torch.zeros(neurons, dtype=torch.int32, device=device),
-            count=torch.zeros(1, dtype=torch.int32, device=device),
+            index=lists.index[layer],
+            count=lists.count[layer : layer + 1],
             gate_bias=biases[0],
             up_bias=biases[1],
             mask=torch.zeros(batch, neurons, dtype=torch.uint8, device=device) if batch > 1 else None,

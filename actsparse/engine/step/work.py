@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from actsparse.engine.step.plans import Selection
 from actsparse.results import SiteKind
 
 
@@ -128,8 +129,10 @@ class LayerWork:
 class GatePlan:
     """The work of every layer.
 
-    neurons [layers, batch, neurons], where given, receives the activations of layers whose MLP runs dense.
+    neurons [layers, batch, neurons], where given, receives the activations of layers whose MLP runs dense. selection:
+    the lists of all `Listed` layers, one a row.
     """
 
     layers: tuple[LayerWork, ...]
     neurons: Tensor | None = None
+    selection: Selection | None = None
