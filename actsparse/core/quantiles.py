@@ -112,6 +112,44 @@ def quantile_of(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], sh
     return low if high == float("inf") else (low + high) / 2
 
 
+@dataclass
+class ExactQuantile:
+    """The exact quantile of magnitudes that a histogram counted: the bin that holds it, and later its members.
+
+    Two passes over the same values in bounded memory: the first counts, the second keeps the members of one bin.
+    """
+
+    low: float
+    high: float
+    before: int
+    rank: int
+    total: int
+    members: list[Float[Tensor, " values"]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, histogram: LogHistogram, share: float) -> "ExactQuantile":
+        """Where the floor(share * n)-th smallest lies; raises ValueError where nothing was counted."""
+        counts, edges = histogram.trimmed()
+        cumulative, total = counts.cumsum(0), histogram.total
+        if not total:
+            raise ValueError("nothing was counted")
+        place = min(rank(share, total), total - 1)
+        index = int(torch.searchsorted(cumulative, place, right=True))
+        before = int(cumulative[index - 1]) if index else 0
+        return cls(float(edges[index]), float(edges[index + 1]), before, place - before, total)
+
+    def add(self, x: Float[Tensor, "..."]) -> None:
+        """Keep the magnitudes of the bin."""
+        values = x.abs()
+        self.members.append(values[(values >= self.low) & (values < self.high)].flatten())
+
+    def solve(self) -> tuple[float, float]:
+        """The quantile, and the share of all values under it."""
+        members = torch.cat(self.members).sort().values
+        value = members[self.rank]
+        return float(value), (self.before + int((members < value).sum())) / self.total
+
+
 def share_below(counts: Int[Tensor, " bins"], edges: Float[Tensor, " edges"], threshold: float) -> float:
     """The share of counted magnitudes in bins whose middle is under the threshold."""
     total = int(counts.sum())

@@ -74,6 +74,11 @@ class MaskedPlan:
             self.tally(unit, layer).count(edit.mask)
         return sparse, edit
 
+    def replaced(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, start: int) -> Replaced | None:
+        """The input of a projection under the plan, counted; None where it stays."""
+        sparse, edit = self.edit(unit, layer, x, values, start)
+        return None if edit is None else in_place(x, sparse, edit)
+
     def tally(self, unit: Unit, layer: int) -> Tally:
         """The counts of a unit in a layer."""
         return self.tallies.setdefault((unit, layer), Tally())
@@ -106,13 +111,10 @@ def masked(sites: ModelSites, plan: MaskedPlan, *, errors: bool = False) -> Iter
         sparse, edit = plan.edit(unit, layer, x, values, at.start)
         if edit is None:
             return None
-        part = x[:, sparse]
         if errors:
             reader = reader_of(sites, unit, layer)
-            plan.tally(unit, layer).errors += float(edit_errors(reader, part, edit).sum())
-        edited = x.clone()
-        edited[:, sparse] = edit.kept
-        return Replaced(edited, _at_positions(edit.added(part), sparse))
+            plan.tally(unit, layer).errors += float(edit_errors(reader, x[:, sparse], edit).sum())
+        return in_place(x, sparse, edit)
 
     with (
         watched(sites, at.begin),
@@ -179,8 +181,9 @@ def relative_errors(
     return torch.where(dense > 0, dropped / dense, 0.0)
 
 
-def _at_positions(added: Tensor | None, sparse: slice) -> Tensor | None:
-    """What is added at sparse positions, with zeros before them."""
-    if added is None:
-        return None
-    return torch.nn.functional.pad(added, (0, 0, sparse.start, 0))
+def in_place(x: Float[Tensor, "batch seq in"], sparse: slice, edit: Edit) -> Replaced:
+    """The whole input with the edit of its sparse positions in it, and what is added to the output there."""
+    edited = x.clone()
+    edited[:, sparse] = edit.kept
+    added = edit.added(x[:, sparse])
+    return Replaced(edited, None if added is None else torch.nn.functional.pad(added, (0, 0, sparse.start, 0)))

@@ -25,11 +25,13 @@ Visit = Callable[[Unit, int, Tensor, SiteValues], Replaced | None]
 
 
 @contextmanager
-def visited(sites: ModelSites, plans: Sequence[Sequence[LayerGates]], visit: Visit) -> Iterator[None]:
+def visited(
+    sites: ModelSites, plans: Sequence[Sequence[LayerGates]], visit: Visit, layers: tuple[int, ...] | None = None
+) -> Iterator[None]:
     """Call `visit(unit, layer, x, values)` at every input that a gate of the plans edits while the block runs.
 
-    x [batch, seq, width] is the input of the projection that reads the unit; `values` hold what rules read. None
-    leaves the pass alone.
+    x [batch, seq, width] is the input of the projection that reads the unit; `values` hold what rules read;
+    `layers` are those that are visited (None: all). None leaves the pass alone.
     """
     units, values = units_of(plans), SiteValues()
     at = {EDITED[unit]: unit for unit in units if not unit.is_projection}
@@ -55,9 +57,11 @@ def visited(sites: ModelSites, plans: Sequence[Sequence[LayerGates]], visit: Vis
     kinds = {kind for plan in plans for layer in plan for kind in layer.sites} | set(at)
     callbacks: dict[SiteKind, Callback] = dict.fromkeys(kinds, on_site)
     with ExitStack() as stack:
-        stack.enter_context(tapped(sites, callbacks))
+        stack.enter_context(tapped(sites, callbacks, layers))
         projections = [unit for unit in units if unit.is_projection]
         corrected = any(rule.correction for plan in plans for layer in plan for rule in layer.rules.values())
         if projections:
-            stack.enter_context(projections_tapped(sites, projections, on_input, on_output if corrected else None))
+            stack.enter_context(
+                projections_tapped(sites, projections, on_input, on_output if corrected else None, layers)
+            )
         yield

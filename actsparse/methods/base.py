@@ -15,6 +15,7 @@ from actsparse.core.cett import CettPoint
 from actsparse.core.masks import kept_count
 from actsparse.core.quantiles import LogHistogram, share_below
 from actsparse.errors import PlanError
+from actsparse.methods.channel_replay import ChannelReplay
 from actsparse.methods.gates import ALL_MATRICES, LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.methods.training import Training
@@ -93,6 +94,10 @@ class Calibration(Protocol):
 
     def magnitudes(self, kind: SiteKind, weights: Sequence[Float[Tensor, " neurons"]]) -> Sequence[LogHistogram]:
         """Histograms of |x_i| * weights_i at a site, one a layer, from one more pass over the calibration text."""
+        ...
+
+    def channels(self) -> ChannelReplay:
+        """The calibration blocks again, as inputs of projections."""
         ...
 
     def prompts(self) -> "PromptReplay":

@@ -296,6 +296,12 @@ class ModelSites:
         return tuple(layer.index for layer in self.layers if layer.experts is not None)
 
 
+def dense_linears(sites: ModelSites) -> dict[Unit, Projection]:
+    """The projections that every layer has, from the first one (of a mixture of experts those of the attention)."""
+    shared = set.intersection(*(set(layer.projections) for layer in sites.layers))
+    return {unit: one for unit, one in sites.layers[0].projections.items() if unit in shared}
+
+
 def unit_widths(sites: ModelSites) -> dict[Unit, int]:
     """How many units a layer has, by kind; layers are alike."""
     widths = {unit: one.width for unit, one in sites.layers[0].projections.items()}

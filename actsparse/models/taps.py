@@ -63,6 +63,7 @@ def projections_tapped(
     units: Collection[Unit],
     on_input: ProjectionCallback,
     on_output: ProjectionCallback | None = None,
+    layers: Collection[int] | None = None,
 ) -> Iterator[None]:
     """Call `on_input(layer, unit, x)` before and `on_output(layer, unit, y)` after these projections run.
 
@@ -74,7 +75,7 @@ def projections_tapped(
         handles.append(_trunk(sites).register_forward_pre_hook(shape.note, with_kwargs=True))
         for layer in sites.layers:
             for unit, projection in layer.projections.items():
-                if unit in units:
+                if unit in units and (layers is None or layer.index in layers):
                     before = partial(_ask_projection, on_input, layer.index, unit, shape)
                     handles.append(projection.module.register_forward_pre_hook(partial(_replace_input, before)))
                     if on_output is not None:
@@ -84,6 +85,41 @@ def projections_tapped(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How a model called one of its layers on one sequence, and the hidden states that came back [1, seq, hidden]."""
+
+    args: tuple
+    kwargs: dict
+    output: Tensor
+
+    def again(self, layer: LayerSites) -> Tensor:
+        """The hidden states of the same call now."""
+        return hidden_of(layer.block(*self.args, **self.kwargs))
+
+
+@contextmanager
+def block_calls(sites: ModelSites) -> Iterator[dict[int, list[BlockCall]]]:
+    """Collect how every layer is called while the block runs, by layer; batches of one, without a cache."""
+    found: dict[int, list[BlockCall]] = {layer.index: [] for layer in sites.layers}
+
+    def keep(index: int, _module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        found[index].append(BlockCall(args, kwargs, hidden_of(output)))
+
+    with ExitStack() as stack:
+        for layer in sites.layers:
+            handle = layer.block.register_forward_hook(partial(keep, layer.index), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield found
+
+
+def hidden_of(output: object) -> Tensor:
+    """The hidden states in what a layer returns: themselves, or first in a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +203,7 @@ class _TokenShape:
     """Batch and sequence length of the forward pass at work (OPT flattens its tokens inside a layer)."""
 
     def __init__(self) -> None:
-        self.batch = 0
+        self.batch = 1
         self.tokens = 0
 
     def note(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -19,6 +19,7 @@ from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.shape import HeadShape, shape_of
 from actsparse.models.taps import tapped
+from actsparse.pipelines.channel_replay import ChannelReplay
 from actsparse.pipelines.probing import probe
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
@@ -266,6 +267,13 @@ class TextCalibration:
         what = "measuring errors on calibration text"
         found = probe(replay.loaded, gates, replay.blocks, replay.prompt_length, what, replay.progress)
         return [found.tally(Unit.NEURON, layer).mean_error for layer in range(len(gates))]
+
+    def channels(self) -> ChannelReplay:
+        return self._channels
+
+    @cached_property
+    def _channels(self) -> ChannelReplay:
+        return ChannelReplay(self._replay.loaded, self._replay.blocks, self._replay.progress)
 
     def training(self) -> TrainingReplay:
         replay = self._replay

@@ -24,9 +24,10 @@ from actsparse.methods.registry import all_methods, method_class
 from actsparse.methods.short import parse
 from actsparse.methods.tda import over, threshold_for_share
 from actsparse.models.load import LoadedModel
+from actsparse.models.sites import unit_widths
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
 from actsparse.pipelines.progress import Silent
-from actsparse.results import SiteKind, ThresholdPlan, Unit
+from actsparse.results import SiteKind, Sparsity, ThresholdPlan, Unit
 from actsparse.store import tensors
 from actsparse.store.codec import decode, encode
 
@@ -61,14 +62,34 @@ def fitted(text: str, loaded: LoadedModel, calibration: TextCalibration) -> list
 
 
 def kept_on(plan: Plan, loaded: LoadedModel, ids: Tensor, prompt: int = PROMPT) -> list[float]:
-    """The share kept by layer at dense inputs, block by block."""
-    kept = torch.zeros(LAYERS, dtype=torch.float64)
+    """The share kept by unit and layer at dense inputs, block by block."""
+    return list(kept_by_unit(plan, loaded, ids, prompt).values())
+
+
+def kept_by_unit(plan: Plan, loaded: LoadedModel, ids: Tensor, prompt: int) -> dict[tuple[Unit, int], float]:
+    kept: dict[tuple[Unit, int], list[float]] = {}
     for block in ids:
         probe = MaskedPlan(plan.gates(), prompt_length=prompt, sink_tokens=SINK)
         with probed(loaded.sites, [probe]), torch.no_grad():
             loaded.model(input_ids=block[None], use_cache=False)
-        kept += torch.tensor(probe.kept_frac(), dtype=torch.float64)
-    return (kept / len(ids)).tolist()
+        for place, tally in sorted(probe.tallies.items()):
+            kept.setdefault(place, []).append(tally.kept_frac)
+    return {place: sum(shares) / len(shares) for place, shares in kept.items()}
+
+
+def own_share(sparsity: Sparsity | None) -> float:
+    """Sparsity on the basis of the method's own units."""
+    assert sparsity is not None
+    found = [one for one in (sparsity.neuron_frac, sparsity.channel_frac, sparsity.head_frac) if one is not None]
+    assert len(found) == 1
+    return found[0]
+
+
+def by_size(shares: dict[tuple[Unit, int], float], loaded: LoadedModel) -> float:
+    """The mean of shares, projections weighted by their size."""
+    projections = loaded.sites.layers[0].projections
+    sizes = {at: projections[at[0]].matrix().numel() if at[0] in projections else 1 for at in shares}
+    return sum(shares[at] * size for at, size in sizes.items()) / sum(sizes.values())
 
 
 def counted_from(plan: Plan) -> int:
@@ -88,9 +109,10 @@ def test_target_0_keeps_all_and_equals_dense(
             run = MaskedPlan(plan.gates(), prompt_length=PROMPT, sink_tokens=SINK)
             with masked(loaded.sites, run):
                 sparse = loaded.model(input_ids=ids, use_cache=False).logits
-            assert run.kept_frac() == [1.0] * LAYERS
+            assert run.tallies
+            assert all(tally.kept_frac == 1.0 for tally in run.tallies.values())
             assert torch.equal(sparse, dense)
-            assert plan.predicted.neuron_frac == 0
+            assert own_share(plan.predicted) == 0
 
 
 @every_method
@@ -99,11 +121,12 @@ def test_realised_density_is_the_target_on_the_fitting_text(
     name: str, drop: float, loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
 ) -> None:
     for plan in fitted(f"{name}@{drop}", loaded, calibration):
-        kept = kept_on(plan, loaded, blocks.stack(), counted_from(plan))
-        assert kept == pytest.approx([1 - drop] * LAYERS, abs=0.5 / FFN + 1e-3)
-        assert plan.predicted.neuron_frac == pytest.approx(drop, abs=0.5 / FFN)
-        assert plan.realised is not None
-        assert plan.realised.neuron_frac == pytest.approx(1 - sum(kept) / LAYERS, abs=2e-3)
+        kept = kept_by_unit(plan, loaded, blocks.stack(), counted_from(plan))
+        widths = unit_widths(loaded.sites)
+        for (unit, _), share in kept.items():
+            assert share == pytest.approx(1 - drop, abs=0.5 / widths[unit] + 1e-3)
+        assert own_share(plan.predicted) == pytest.approx(drop, abs=0.5 / min(widths[unit] for unit, _ in kept))
+        assert own_share(plan.realised) == pytest.approx(1 - by_size(kept, loaded), abs=2e-3)
 
 
 @every_method
@@ -112,8 +135,8 @@ def test_more_dropped_never_keeps_more(
 ) -> None:
     ids = blocks.stack()[:2]
     kept = [kept_on(fitted(f"{name}@{drop}", loaded, calibration)[0], loaded, ids) for drop in (0, 0.1, 0.3, 0.6, 0.9)]
-    for layer in range(LAYERS):
-        shares = [one[layer] for one in kept]
+    for place in range(len(kept[0])):
+        shares = [one[place] for one in kept]
         assert shares == sorted(shares, reverse=True)
         assert shares[0] > shares[-1] > 0
 
@@ -123,12 +146,18 @@ def test_bytes_follow_the_matrices_that_a_method_saves(
     name: str, loaded: LoadedModel, calibration: TextCalibration
 ) -> None:
     plan = fitted(f"{name}@0.5", loaded, calibration)[0]
-    share = len(plan.method.saves) / 3
-    step = loaded.record.step
-    read_by_rules = sum(layer.mlp_extra_bytes for layer in plan.gates()) / step.mlp_total
-    assert plan.predicted.mlp_bytes_frac == pytest.approx(plan.predicted.neuron_frac * share - read_by_rules)
-    naive = plan.predicted.mlp_bytes_frac * step.mlp_total / step.total
-    assert plan.predicted.model_bytes_frac == pytest.approx(naive)
+    step, saves, gates = loaded.record.step, plan.method.saves, plan.gates()
+    dropped = {
+        (one.unit, one.layer): share for one, share in zip(plan.fit.layers, plan.fit.predicted_drop, strict=True)
+    }
+    mlp = -sum(layer.mlp_extra_bytes for layer in gates)
+    attention = -sum(layer.attention_extra_bytes for layer in gates)
+    for (unit, _), share in dropped.items():
+        mlp += share * sum(size for name, size in step.mlp.items() if name in saves and unit in (Unit.NEURON, name))
+        attention += share * sum(size for name, size in step.projections.items() if name in saves and unit == name)
+    assert sum(dropped.values()) > 0
+    assert plan.predicted.mlp_bytes_frac == pytest.approx(mlp / step.mlp_total)
+    assert plan.predicted.model_bytes_frac == pytest.approx((mlp + attention) / step.total)
 
 
 @every_method

@@ -1,0 +1,65 @@
+"""What a fit may ask about the inputs of projections on calibration text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actsparse.core.quantiles import LogHistogram
+from actsparse.methods.gates import LayerGates
+from actsparse.results import Unit
+
+Place = tuple[int, Unit]
+"""A projection of a layer."""
+
+
+class ChannelReplay(Protocol):
+    """Calibration text run through the projections of every layer, dense, after the sink tokens."""
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        ...
+
+    @property
+    def widths(self) -> Mapping[Unit, int]:
+        """Input channels of every projection of a layer, in order."""
+        ...
+
+    @property
+    def sizes(self) -> Mapping[Unit, int]:
+        """Parameters of every projection of a layer."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model."""
+        ...
+
+    def matrix(self, layer: int, unit: Unit) -> Float[Tensor, "out in"]:
+        """The weight of a projection, in float32."""
+        ...
+
+    def scores(self, weights: Mapping[Place, Tensor]) -> Mapping[Place, LogHistogram]:
+        """Histograms of |x_j| * weights_j at the input of every projection (weights of 1 where none are given)."""
+        ...
+
+    def quantiles(
+        self, scores: Mapping[Place, LogHistogram], weights: Mapping[Place, Tensor], shares: Mapping[Place, float]
+    ) -> Mapping[Place, tuple[float, float]]:
+        """The exact empirical quantiles of scores that were counted, each with the share of values under it."""
+        ...
+
+    def covariance(self, unit: Unit) -> Sequence[Float[Tensor, "in in"]]:
+        """E[x x^T] at the input of a projection, one a layer, in float64."""
+        ...
+
+    def block_error(self, layer: int, gates: LayerGates) -> float:
+        """Mean relative error of a whole layer's output under gates, over decode positions, on dense inputs."""
+        ...
+
+    def each_layer(self, what: str) -> Iterator[int]:
+        """The layers in order, with progress shown while a fit works through them."""
+        ...
