@@ -181,3 +181,22 @@ def test_ties_and_extreme_counts_of_the_top_set(way: str, k: int) -> None:
         least = sorted(row, reverse=True)[k - 1]
         expected += torch.tensor([value >= least and value > 0 for value in row]).long()
     assert torch.equal(found.active, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_counted_by_their_patterns_like_their_values(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_sums, "library", lambda _source: None)
+    x = activations(70).clamp(-60000, 60000).to(dtype)
+    x[3, 5], x[4, 6], x[5, 7], x[6, 8] = math.nan, math.inf, -math.inf, -0.0
+    found, expected = entries(), entries()
+    add_entries(Rows.of(x), found, FIRST_BIN)
+    add_entries(Rows.of(x.float()), expected, FIRST_BIN)
+    assert found.seen.tolist() == expected.seen.tolist() == [70 * WIDTH, 3]
+    assert torch.equal(found.counts, expected.counts)
+    assert torch.equal(found.apart, expected.apart)
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-5, atol=1e-6)
+    exact = x.double().nan_to_num(0.0, 0.0, 0.0)
+    sums = [exact.sum(), exact.abs().sum(), exact.square().sum(), exact.abs().max()]
+    torch.testing.assert_close(found.sums, torch.stack(sums), rtol=1e-12, atol=0.0)
