@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +44,49 @@ def converted(path: Path, notify: Callable[[str], None]) -> Path:
 
 
 def _convert(path: Path, target: Path, notify: Callable[[str], None]) -> None:
+    with _no_bars():
+        model, tokenizer = _read(path)
+        _restore_pre_tokenizer(tokenizer, _pre_tokenizer_name(path), path, notify)
+        try:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        except OSError as error:
+            raise ModelError(
+                f"the converted model cannot be written to {target.parent}: {error.strerror or error}",
+                "free some space, or set ACTSPARSE_HOME to another disk",
+            ) from None
+
+
+def _read(path: Path) -> tuple[Any, Any]:
+    """The dequantised model and the tokenizer of a GGUF file, as transformers reads them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        pre = _pre_tokenizer_name(path)
         # the converter draws bars of its own, whatever transformers is told
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"{path} cannot be converted: {error}", "check that the file is whole and its architecture is supported"
         ) from None
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which say nothing that a person asked for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()
-    _restore_pre_tokenizer(tokenizer, pre, path, notify)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def _pre_tokenizer_name(path: Path) -> str:
