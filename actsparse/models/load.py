@@ -133,6 +133,8 @@ def _row_of(config: Any, family: FamilyFile | None) -> Family:
 
 
 def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    unpacking = spec.dequantize and _quantized(config)
+    settings = _dequantizing(config) if unpacking else None
     quiet = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -146,7 +148,7 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
             local_files_only=True,
             output_loading_info=True,
             **({} if spec.device_map is None else {"device_map": spec.device_map}),
-            **({"quantization_config": _dequantizing(config)} if spec.dequantize and _quantized(config) else {}),
+            **({} if settings is None else {"quantization_config": settings}),
         )
     except torch.OutOfMemoryError:
         raise ModelError(
@@ -163,6 +165,8 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
             f"the weights of {source.resolved} lack {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
             "check that the directory holds every *.safetensors file of its index",
         )
+    if unpacking and settings is None:
+        model = dequantized(model, source)
     return (model if spec.device_map else _move(model, device, source)).eval()
 
 
@@ -192,20 +196,28 @@ def _quantized(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _dequantizing(config: Any) -> Any:
-    """The checkpoint's own quantisation settings with `dequantize` switched on; raises ModelError where unsupported."""
+def _dequantizing(config: Any) -> Any | None:
+    """The checkpoint's own quantisation settings with `dequantize` switched on; None where they have no such switch."""
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     stored = config.quantization_config
     settings = dict(stored) if isinstance(stored, dict) else stored.to_dict()
-    built = AutoQuantizationConfig.from_dict(settings)
+    built: Any = AutoQuantizationConfig.from_dict(settings)
     if not hasattr(built, "dequantize"):
-        raise ModelError(
-            f"transformers cannot dequantise '{settings.get('quant_method')}' checkpoints while loading",
-            "use the unquantised checkpoint of this model",
-        )
+        return None
     built.dequantize = True
     return built
+
+
+def dequantized(model: PreTrainedModel, source: Source) -> PreTrainedModel:
+    """The model with plain weights, unpacked after loading; raises ModelError where its quantiser cannot."""
+    try:
+        return model.dequantize()  # pyright: ignore[reportReturnType]
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"transformers cannot dequantise {source.resolved}: {str(error).strip().splitlines()[0]}",
+            "use the unquantised checkpoint of this model",
+        ) from None
 
 
 def _tokenizer(source: Source, spec: ModelSpec) -> PreTrainedTokenizerBase:

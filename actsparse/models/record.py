@@ -1,6 +1,7 @@
 """The record of a loaded model: its shape, dtype, and hashes of what it was loaded from."""
 
 import hashlib
+from enum import Enum
 from pathlib import Path
 
 from actsparse.models.cost import embedding_and_head, step_bytes, stored_bytes
@@ -40,7 +41,7 @@ def record(requested: str, source: Source, sites: ModelSites, family_sha256: str
         dtype=str(model.dtype).removeprefix("torch."),
         bytes_per_weight=_bytes_per_weight(sites),
         step=step_bytes(sites),
-        quantization=_quantization_name(quantization),
+        quantization=quantization_name(quantization),
         weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
         config_sha256=file_sha256(source.directory / "config.json"),
         tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
@@ -96,12 +97,16 @@ def _numel(linear: object) -> int:
     return sum(p.numel() for p in linear.parameters() if p.dim() > 1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _quantization_name(quantization: object) -> str | None:
+def quantization_name(quantization: object) -> str | None:
     if quantization is None:
         return None
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unknown"))
-    return str(getattr(quantization, "quant_method", "unknown"))
+    stored = (
+        quantization
+        if isinstance(quantization, dict)
+        else {"quant_method": getattr(quantization, "quant_method", None)}
+    )
+    method = stored.get("quant_method")
+    return str(method.value if isinstance(method, Enum) else method or "unknown")
 
 
 def _combined(files: list[Path]) -> str:

@@ -6,14 +6,15 @@ import pytest
 import torch
 from tiny import FFN, HIDDEN, LAYERS, make_model, make_tokenizer, token_ids
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaConfig
 
 from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.engine.slicing import sliceable
 from actsparse.errors import ModelError
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.models.load import LoadedModel
-from actsparse.models.record import record
+from actsparse.models.load import LoadedModel, dequantized
+from actsparse.models.record import quantization_name, record
 from actsparse.models.sites import materialise, resolve
 from actsparse.models.sources import Source
 from actsparse.pipelines.profile import record_sequences
@@ -159,3 +160,17 @@ def test_slicing_refuses_and_names_the_way_out(quantised: LoadedModel) -> None:
     assert "Int8" in caught.value.what
     assert "--dequantize" in caught.value.hint
     assert [layer.mlp.down_proj for layer in quantised.model.model.layers] == before
+
+
+def test_the_record_names_the_quantiser_and_no_class_of_transformers() -> None:
+    config = LlamaConfig(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert quantization_name(config.quantization_config) == "bitsandbytes"
+    assert quantization_name({"quant_method": "gptq"}) == "gptq"
+    assert quantization_name(None) is None
+
+
+def test_what_cannot_be_dequantised_says_so(tiny_folder: Callable) -> None:
+    source = Source(directory=tiny_folder("llama"), resolved="some-checkpoint")
+    with pytest.raises(ModelError, match="some-checkpoint") as caught:
+        dequantized(make_model("llama"), source)
+    assert "unquantised" in caught.value.hint
