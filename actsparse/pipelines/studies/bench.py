@@ -84,6 +84,11 @@ class Bench:
         """The reader with as many blocks as are scored."""
         return replace(self.reader, spec=replace(self.reader.spec, limit=self.count))
 
+    @property
+    def trained(self) -> "Bench":
+        """The same bench with plans fitted on the larger text that routers learn from."""
+        return replace(self, calibration=self.trainer)
+
     def first(self, count: int) -> "Bench":
         """The same bench with fewer blocks scored; what was fitted and scored is shared."""
         return replace(self, count=min(count, self.count))

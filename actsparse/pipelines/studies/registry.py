@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from actsparse.errors import PlanError
-from actsparse.pipelines.studies import donors, frontier, heads, mechanisms, pitfalls, routers, tda, union, window
+from actsparse.pipelines.studies import (
+    donors,
+    frontier,
+    heads,
+    mechanisms,
+    pitfalls,
+    routers,
+    speed,
+    tda,
+    union,
+    window,
+)
 from actsparse.pipelines.studies.bench import Bench
 from actsparse.pipelines.studies.outcome import Experiment, Outcome
 
@@ -27,6 +38,7 @@ STUDIES: dict[str, tuple[Runner, ...]] = {
         Runner(pitfalls.P5, pitfalls.quality_by_sparsity),
     ),
     "moyu": (
+        Runner(speed.M1, speed.trinity),
         Runner(mechanisms.M3, mechanisms.history_uncertainty),
         Runner(mechanisms.M4, mechanisms.inertia_without_meaning),
         Runner(donors.M5, donors.donor_swap),
@@ -34,6 +46,7 @@ STUDIES: dict[str, tuple[Runner, ...]] = {
     ),
     "tda": (
         Runner(tda.T1, tda.compare),
+        Runner(speed.T2, speed.latency),
         Runner(tda.T3, tda.threshold_or_count),
         Runner(tda.T4, tda.first_tokens),
         Runner(tda.T5, tda.staleness),

@@ -1,0 +1,170 @@
+"""T2 and M1: what sparse decode costs and gains in time, beside its ceiling (TDA, arXiv 2408.11393), and the trinity of
+quality, speed and applicability (MOYU, arXiv 2406.12569).
+
+Times are medians of ABAB pairs in one process. On a machine with other work they say little; the interval shows it.
+"""
+
+from dataclasses import dataclass
+
+from actsparse.core.bootstrap import Interval
+from actsparse.core.cost import ceiling
+from actsparse.engine import timing
+from actsparse.engine.choose import Engines
+from actsparse.errors import PlanError
+from actsparse.methods.plan import Plan
+from actsparse.methods.short import DENSE, parse
+from actsparse.methods.trained_method import TrainedMethod
+from actsparse.models.families import FAMILIES
+from actsparse.pipelines.studies.bench import Bench
+from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent, shown
+from actsparse.pipelines.studies.scores import drop_mean, perplexity, relative_quality
+from actsparse.pipelines.studies.tda import PAPER
+from actsparse.results import ClaimVerdict, PanelKind
+
+SHARE = 0.5
+T2 = Experiment("tda", "T2", "Latency: prefill, selection and decode apart", PAPER,
+                "Generation is 18 to 25 % faster than dense")  # fmt: skip
+M1 = Experiment("moyu", "M1", "The impossible trinity: quality, speed, applicability", "MOYU, arXiv 2406.12569",
+                "No kind of dynamic activation has quality, speed and applicability together")  # fmt: skip
+PROMISED = 1.18
+KEPT, FASTER = 0.95, 1.05
+"""Our bars for the trinity: 95 % of dense quality, 5 % faster."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The speed of a plan, or why it has none; `not_read` is the share of the model's bytes that it predicts not to
+    read."""
+
+    speed: timing.Speed | None
+    reason: str
+    not_read: float
+
+    @property
+    def speedup(self) -> Interval:
+        """The paired ratio dense / sparse."""
+        if self.speed is None:
+            return Interval(value=None, low=None, high=None, n=0, stderr=None)
+        one = self.speed
+        return Interval(value=one.speedup, low=one.low, high=one.high, n=one.pairs, stderr=None)
+
+
+def time_plan(bench: Bench, engines: Engines, plan: Plan, *, prompt: int, tokens: int) -> Timed:
+    """ABAB pairs of dense and sparse decode after the first `prompt` tokens of the first block."""
+    not_read = plan.predicted.model_bytes_frac
+    ids = bench.pool[0, :prompt][None].to(bench.loaded.device)
+    try:
+        with engines.open(plan.gates(), sink_tokens=bench.sink_tokens, max_length=prompt + tokens + 2) as run:
+            laps = timing.measure(run, bench.loaded.model, ids, pairs=5 if bench.quick else 15, tokens=tokens)
+    except PlanError as error:
+        return Timed(None, error.what, not_read)
+    return Timed(timing.summary({0: laps}), "", not_read)
+
+
+def latency(bench: Bench) -> Outcome:
+    """T2: milliseconds of each phase for TDA, GRIFFIN and static pruning, after short and long prompts."""
+    tokens = 16 if bench.quick else 64
+    longest = bench.block_length - tokens - 2
+    prompts = [k for k in ((64, 256) if bench.quick else (64, 128, 256, 512, 1024)) if k <= longest] or [longest]
+    out = Outcome(T2, bench.quick, settings={"share dropped": f"{SHARE:g}", "decoded tokens": str(tokens),
+                                             "device": str(bench.loaded.device)})  # fmt: skip
+    out.panel("phases", "Time by phase", PanelKind.LINE, "prompt tokens", "milliseconds", log_x=True)
+    out.panel("speedup", "Speed-up of decode beside its ceiling", PanelKind.LINE, "prompt tokens", "dense / sparse",
+              log_x=True, reference=1.0)  # fmt: skip
+    engines, found = Engines(bench.loaded.sites, bench.progress.note), {}
+    for name in (f"tda@{SHARE:g}", f"griffin@{SHARE:g}", f"static:stat=griffin@{SHARE:g}"):
+        for prompt in prompts:
+            timed = time_plan(bench, engines, bench.plan(name), prompt=prompt, tokens=tokens)
+            found[name, prompt] = timed
+            _add_phases(out, name, prompt, timed)
+    tda = found[f"tda@{SHARE:g}", prompts[-1]]
+    if tda.speed is None:
+        out.conclude(f"TDA was not timed: {tda.reason}.", ClaimVerdict.UNDECIDED)
+        return out
+    best = ceiling(tda.not_read)
+    even = tda.speed.break_even_tokens
+    out.conclude(
+        f"at {SHARE:.0%} dropped TDA decodes {shown(tda.speedup)} times as fast as dense in the same engine (ceiling"
+        f" {best:.2f}; {(tda.speed.speedup - 1) / (best - 1):.0%} of the possible gain), after"
+        f" {tda.speed.select_ms:.1f} ms of selection"
+        + (f" that {even:.0f} decoded tokens repay." if even is not None else " that is never repaid."),
+        above(tda.speedup, PROMISED),
+        tda.speedup,
+    )
+    return out
+
+
+def _add_phases(out: Outcome, name: str, prompt: int, timed: Timed) -> None:
+    speed = timed.speed
+    if speed is None:
+        out.notes.append(f"{name} was not timed: {timed.reason}")
+        return
+    phases = {
+        "prefill": speed.sparse_prefill_ms,
+        "selection": speed.select_ms,
+        "decode a token": speed.sparse_ms,
+        "dense decode a token": speed.dense_ms,
+    }
+    for phase, milliseconds in phases.items():
+        out.add("phases", f"{name}: {phase}", milliseconds, "ms", x=prompt, n=speed.pairs)
+    out.add("speedup", name, timed.speedup, "1", x=prompt)
+    out.add("speedup", f"{name}: ceiling", ceiling(timed.not_read), "1", x=prompt)
+
+
+def kinds(bench: Bench) -> dict[str, str]:
+    """MOYU's four kinds of dynamic activation, each by one method behind the same interface."""
+    training = "epochs=1,tokens=4096" if bench.quick else "tokens=16384"
+    return {
+        "TDA: threshold": f"tda@{SHARE:g}",
+        "RODA: router off the loop": f"dejavu:input=lookahead,{training}@{SHARE:g}",
+        "RIDA: router in the loop": f"moefication:router=mlp,{training}@{SHARE:g}",
+        "sRIDA: one decision a sequence": f"moefication:routing=sequence@{SHARE:g}",
+    }
+
+
+def trinity(bench: Bench) -> Outcome:
+    """M1: quality kept, measured speed-up and the families served, for TDA, RODA, RIDA and sRIDA at one share."""
+    out = Outcome(M1, bench.quick, settings={"share dropped": f"{SHARE:g}", "blocks": str(bench.count),
+                                             "bars": f"quality {KEPT:g}, speed-up {FASTER:g}"})  # fmt: skip
+    out.panel("trinity", "Quality kept, speed measured, families served", PanelKind.TABLE, "kind", "value")
+    engines, dense = Engines(bench.loaded.sites, bench.progress.note), bench.score(DENSE)
+    won, told = [], []
+    qualities: list[Interval] = []
+    for kind, short in kinds(bench).items():
+        fitted = bench.trained if isinstance(parse(short).method, TrainedMethod) else bench
+        scored, plan = fitted.score(short), fitted.plan(short)
+        quality = relative_quality(scored, dense, bench.seed)
+        qualities.append(quality)
+        timed = time_plan(bench, engines, plan, prompt=bench.prompt_length, tokens=12 if bench.quick else 48)
+        families = _families(short)
+        columns = {
+            "quality kept": (quality, "share"),
+            "perplexity": (perplexity(scored, bench.seed), "1"),
+            "dropped": (drop_mean(scored, bench.seed), "share"),
+            "bytes not read": (timed.not_read, "share"),
+            "speed-up": (timed.speedup, "1"),
+            "ceiling": (ceiling(timed.not_read), "1"),
+            "families": (float(families), "count"),
+            "families in all": (float(len(FAMILIES)), "count"),
+        }
+        for label, (value, unit) in columns.items():
+            out.add("trinity", kind, value, unit, label=label)
+        if timed.speed is None:
+            out.notes.append(f"{kind} was not timed: {timed.reason}")
+        won.append((quality.low or 0.0) >= KEPT and (timed.speedup.low or 0.0) >= FASTER and families == len(FAMILIES))
+        told.append(f"{kind.partition(':')[0]} {percent(quality)} and {shown(timed.speedup, ' x', 2)}")
+    best = max(qualities, key=lambda one: one.value or 0.0)
+    out.conclude(
+        f"at {SHARE:.0%} dropped, quality kept and speed-up are: {'; '.join(told)}; {sum(won)} of {len(won)} kinds pass"
+        f" our bars ({KEPT:.0%} of quality, {FASTER:g} times as fast, every family).",
+        ClaimVerdict.FAILS if any(won) else ClaimVerdict.HOLDS,
+        best,
+        "share",
+    )
+    return out
+
+
+def _families(short: str) -> int:
+    """How many families of the table a method serves: all, or those with a gated FFN."""
+    method = parse(short).method
+    return sum(1 for family in FAMILIES.values() if family.gate is not None or not method.gated_only)
