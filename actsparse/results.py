@@ -252,7 +252,8 @@ class ThroughputRow:
 class Generation:
     """One line of `generations.jsonl`: a greedy continuation under a plan, and where it leaves the dense one.
 
-    `first_divergence` is the first generated position that differs from dense, None when none does.
+    `first_divergence` is the first generated position that differs from dense, None when none does; `dense_kl` the mean
+    KL(dense || sparse) along the dense continuation, in nats.
     """
 
     plan: str
@@ -263,6 +264,7 @@ class Generation:
     token_ids: tuple[int, ...] = ()
     first_divergence: int | None
     repetition: float
+    dense_kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

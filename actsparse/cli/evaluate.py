@@ -33,7 +33,7 @@ def command(
     *,
     plan: Annotated[
         list[str] | None,
-        option("--plan", help="A plan directory, or a short form such as griffin@0.5. Repeatable.", panel=RUN),
+        option("--plan", help="A plan directory, griffin@0.5, or a sweep griffin@0.1:0.9:0.1. Repeatable.", panel=RUN),
     ] = None,
     controls: Annotated[
         bool, option("--controls/--no-controls", help="Random and static pruning at equal density.", panel=RUN)

@@ -94,7 +94,9 @@ class DataOptions:
     sink_tokens: Annotated[
         int, option("--sink-tokens", help="First positions, kept dense and out of statistics.", panel=DATA)
     ] = 4
-    seed: Annotated[int, option("--seed", help="Seed of every random choice.", panel=DATA)] = 0
+    seed: Annotated[
+        int, option("--seed", help="Seed of every random choice: samples, shuffles, bootstrap.", panel=DATA)
+    ] = 0
 
     def spec(self, part: str = "all") -> DataSpec:
         for name in ("limit", "block_length", "prompt_length"):

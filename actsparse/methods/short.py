@@ -12,6 +12,7 @@ from actsparse.methods.registry import method_class
 DENSE = "dense"
 NO_ADD_ONS = AddOns()
 ERROR_TARGETS = ("target_error", "target")
+MOST_STEPS = 99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,24 @@ def parse(text: str) -> ShortForm:
         raise PlanError(f"'{text}' does not say how much to drop", f"write {head}@0.5")
     method, add_ons = build(cls, given)
     return ShortForm(text=text, method=method, budget=Budget(drop=drop, target_error=target), add_ons=add_ons)
+
+
+def expand(text: str) -> list[str]:
+    """The short forms of a sweep: `griffin@0.1:0.9:0.2` is griffin@0.1, @0.3, .. @0.9 (first:last:step, the last
+    included); any other text stands for itself. Raises PlanError where a sweep is malformed."""
+    head, at, amounts = text.rpartition("@")
+    if not at or ":" not in amounts:
+        return [text]
+    parts = amounts.split(":")
+    if len(parts) != 3:
+        raise PlanError(f"'{text}' is no sweep: '{amounts}' is not first:last:step", f"write {head}@0.1:0.9:0.1")
+    first, last, step = (parse_share(part, "a sweep's first, last and step") for part in parts)
+    if step <= 0 or last < first:
+        raise PlanError(f"'{text}' is an empty sweep", "the step must be above 0, and the last not before the first")
+    count = int((last - first) / step + 1e-9) + 1
+    if count > MOST_STEPS:
+        raise PlanError(f"'{text}' is a sweep of {count} plans, more than {MOST_STEPS}", "take a larger step")
+    return [f"{head}@{first + step * i:.12g}" for i in range(count)]
 
 
 def parse_share(text: str, what: str) -> float:

@@ -20,19 +20,24 @@ from actsparse.results import EvalRow, Sparsity, StepBytes, Unit, param
 
 
 def result_rows(
-    groups: Sequence[PlanGroup], tokens: pl.DataFrame, layers: pl.DataFrame, cost: StepBytes, speeds: Speeds
+    groups: Sequence[PlanGroup],
+    tokens: pl.DataFrame,
+    layers: pl.DataFrame,
+    cost: StepBytes,
+    speeds: Speeds,
+    seed: int = 0,
 ) -> list[EvalRow]:
-    """Every measured number of an evaluation, dense first."""
-    rows = quality_rows(DENSE, tokens) + _dense_speed_rows(speeds)
+    """Every measured number of an evaluation, dense first; `seed` is that of the bootstrap."""
+    rows = quality_rows(DENSE, tokens, seed) + _dense_speed_rows(speeds)
     timed = [one.speed.dense_ms for one in speeds.plans.values() if one.speed is not None]
     rows += _rate_rows(DENSE, _median(timed) if timed else None, nothing_saved(), cost, speeds)
     rows += _byte_rows(DENSE, cost, nothing_saved())
     for group in groups:
         kept = layers.filter(pl.col("plan") == group.name)
         realised = _realised(group, kept, cost)
-        rows += quality_rows(group.name, tokens)
+        rows += quality_rows(group.name, tokens, seed)
         for reference in (DENSE, *(other.name for other in groups if other is not group)):
-            rows += _difference_rows(group.name, reference, tokens)
+            rows += _difference_rows(group.name, reference, tokens, seed)
         rows += _sparsity_rows(group.name, group.plan.predicted, "predicted")
         rows += _sparsity_rows(group.name, realised, "realised")
         rows += _byte_rows(group.name, cost, realised) + _layer_rows(group.name, kept)
@@ -45,9 +50,9 @@ def result_rows(
     return rows
 
 
-def quality_rows(name: str, tokens: pl.DataFrame) -> list[EvalRow]:
+def quality_rows(name: str, tokens: pl.DataFrame, seed: int = 0) -> list[EvalRow]:
     """Perplexity, KL and agreement of one plan, with intervals by bootstrap over blocks."""
-    nll, n = _interval(name, tokens, "nll")
+    nll, n = _interval(name, tokens, "nll", seed)
     rows = [
         EvalRow(plan=name, metric="nll", value=nll.value, unit="nats", n=n, stderr=nll.stderr),
         EvalRow(plan=name, metric="ppl", value=_exp(nll.value), unit="1", n=n, stderr=_scaled(nll)),
@@ -55,7 +60,7 @@ def quality_rows(name: str, tokens: pl.DataFrame) -> list[EvalRow]:
         EvalRow(plan=name, metric="ppl_high", value=_exp(nll.high), unit="1", n=n),
     ]
     for metric, unit in (("kl", "nats"), ("top1", "share")):
-        found, n = _interval(name, tokens, metric)
+        found, n = _interval(name, tokens, metric, seed)
         rows.append(EvalRow(plan=name, metric=metric, value=found.value, unit=unit, n=n, stderr=found.stderr))
     return rows
 
@@ -80,6 +85,7 @@ def summary(
     }
 
 
+FREE = ("exact_match_tokens", "diverged_frac", "dense_text_kl", "repetition")
 QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1", "delta_nll", "delta_nll_low", "delta_nll_high")
 DENSE_SPEED = ("ms_per_token", "generate_ms_per_token", "prefill_ms", "gb_per_s", "ceiling_share")
 SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
@@ -105,6 +111,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         }
         | {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis="realised")},
         "quality": _pick([row for row in rows if row.param in ("", param(reference=DENSE))], group.name, QUALITY),
+        "free_running": _pick(rows, group.name, FREE) or None,
         "tasks": task_document(rows, group.name),
         "speed": speed,
         "speed_reason": found.reason,
@@ -131,7 +138,7 @@ def not_finite(tokens: pl.DataFrame) -> list[str]:
     ]
 
 
-def _interval(name: str, tokens: pl.DataFrame, column: str) -> tuple[Interval, int]:
+def _interval(name: str, tokens: pl.DataFrame, column: str, seed: int) -> tuple[Interval, int]:
     """The mean over scored tokens with its interval over blocks, and the number of distinct scored tokens.
 
     Undefined as soon as one token is NaN or infinite: a mean over the others would flatter.
@@ -141,10 +148,10 @@ def _interval(name: str, tokens: pl.DataFrame, column: str) -> tuple[Interval, i
     values = mine[column].cast(pl.Float64)
     if not values.is_finite().all():
         return Interval(value=None, low=None, high=None, n=n, stderr=None), n
-    return bootstrap_ratio(*_by_block(mine, pl.col(column).cast(pl.Float64))), n
+    return bootstrap_ratio(*_by_block(mine, pl.col(column).cast(pl.Float64)), seed=seed), n
 
 
-def _difference_rows(name: str, reference: str, tokens: pl.DataFrame) -> list[EvalRow]:
+def _difference_rows(name: str, reference: str, tokens: pl.DataFrame, seed: int) -> list[EvalRow]:
     """The paired difference in NLL to dense or to another plan, token by token (means over the seeds of a control)."""
     mean = pl.col("nll").mean()
     places = ["block", "position"]
@@ -153,7 +160,7 @@ def _difference_rows(name: str, reference: str, tokens: pl.DataFrame) -> list[Ev
     difference = mine["nll"] - mine["other"]
     if not difference.is_finite().all():
         return []
-    found = bootstrap_ratio(*_by_block(mine, pl.col("nll") - pl.col("other")))
+    found = bootstrap_ratio(*_by_block(mine, pl.col("nll") - pl.col("other")), seed=seed)
     where, n = param(reference=reference), mine.height
     return [
         EvalRow(plan=name, metric="delta_nll", param=where, value=found.value, unit="nats", n=n, stderr=found.stderr),

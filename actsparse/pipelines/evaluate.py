@@ -11,6 +11,7 @@ from actsparse.engine.timing import read_bandwidth
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
+from actsparse.pipelines.free_running import along_dense_text, free_rows
 from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of, needs_text
 from actsparse.pipelines.progress import Progress, Silent, describe
@@ -94,7 +95,10 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
         session.warn(text)
     items = score_all_tasks(session, groups, tasks)
     speeds = measure_all(session, groups, tokens)
-    rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds) + task_rows(items)
+    speeds = along_dense_text(session, groups, speeds)
+    seed = session.spec.data.seed
+    rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds, seed)
+    rows += free_rows(speeds, seed) + task_rows(items, seed)
     if session.spec.throughput:
         bandwidth = speeds.dense.read_bandwidth or read_bandwidth(loaded.device)
         found = measure_throughput(session, groups, bandwidth)

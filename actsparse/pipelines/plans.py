@@ -7,7 +7,7 @@ from actsparse.data.sequences import shares_text
 from actsparse.errors import PlanError
 from actsparse.methods.base import Calibration
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
-from actsparse.methods.short import DENSE, ShortForm, parse
+from actsparse.methods.short import DENSE, ShortForm, expand, parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import unit_widths
 from actsparse.results import StepBytes, TextRecord
@@ -35,8 +35,10 @@ class PlanGroup:
 
 
 def check_names(names: tuple[str, ...]) -> list[str]:
-    """The plans to run, without `dense` and without repeats; raises PlanError on a bad short form or path."""
-    kept = list(dict.fromkeys(name for name in names if name != DENSE))
+    """The plans to run, sweeps expanded, without `dense` and without repeats; raises PlanError on a bad short form or
+    path."""
+    every = [one for name in names for one in ([name] if Path(name).expanduser().is_dir() else expand(name))]
+    kept = list(dict.fromkeys(name for name in every if name != DENSE))
     for name in kept:
         if not is_directory(name):
             parse(name)

@@ -20,6 +20,8 @@ from actsparse.results import BlockLayerRow, TokenRow
 from actsparse.store import tables
 from actsparse.store.run import RunWriter
 
+DENSE_PLACE = 0
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -30,6 +32,68 @@ class Scores:
     top1: Bool[Tensor, " tokens"]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """One replica of one plan, with its place in the order of the evaluation."""
+
+    name: str
+    replica: int
+    plan: Plan
+    place: int
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores blocks; what is finished of a block, plan by plan, is kept in shards and not repeated."""
+
+    loaded: LoadedModel
+    runs: Sequence[Scoring]
+    prompt_length: int
+    sink_tokens: int
+    writer: RunWriter
+    advance: Advance
+
+    def shards(self, index: int, place: int) -> tuple[Path, Path]:
+        """Where the token rows and the layer rows of one plan over one block are kept."""
+        name = f"{index:05d}-{place:04d}.parquet"
+        return self.writer.shard(f"tokens-{name}"), self.writer.shard(f"layers-{name}")
+
+    @torch.no_grad()
+    def score(self, block: Tensor, index: int) -> None:
+        """Every pass over one block that is missing: dense, which every other needs, then plan by plan."""
+        missing = [run for run in self.runs if not self.shards(index, run.place)[0].exists()]
+        dense_shard = self.shards(index, DENSE_PLACE)[0]
+        self.advance(len(block) * (len(self.runs) - len(missing)))
+        if not missing and dense_shard.exists():
+            self.advance(len(block))
+            return
+        targets = block[self.prompt_length :].to(self.loaded.device)
+        local = [self._masked(run.plan) for run in missing]
+        with probed(self.loaded.sites, local):
+            dense = scored_logits(self.loaded, block, self.prompt_length).log_softmax(dim=-1)
+        rows = _frame(DENSE, 0, index, self.prompt_length, targets, _scores(dense, dense, targets))
+        tables.write(dense_shard, rows)
+        self.advance(len(block))
+        for run, probe in zip(missing, local, strict=True):
+            self._score_plan(run, block, index, dense, probe)
+            self.advance(len(block))
+
+    def _score_plan(self, run: Scoring, block: Tensor, index: int, dense: Tensor, probe: MaskedPlan) -> None:
+        """One pass of one plan; its shards are written at once, the token rows last, which mark it as finished."""
+        targets = block[self.prompt_length :].to(self.loaded.device)
+        at_work = self._masked(run.plan)
+        with masked(self.loaded.sites, at_work, errors=True):
+            sparse = scored_logits(self.loaded, block, self.prompt_length).log_softmax(dim=-1)
+        scores = _scores(dense, sparse, targets)
+        tokens, layers = self.shards(index, run.place)
+        rows = _layer_rows(run.name, run.replica, index, at_work, probe)
+        tables.write(layers, tables.frame(rows, BlockLayerRow))
+        tables.write(tokens, _frame(run.name, run.replica, index, self.prompt_length, targets, scores))
+
+    def _masked(self, plan: Plan) -> MaskedPlan:
+        return MaskedPlan(plan.gates(), prompt_length=self.prompt_length, sink_tokens=self.sink_tokens)
+
+
 def score_blocks(
     loaded: LoadedModel,
     groups: Sequence[PlanGroup],
@@ -38,24 +102,20 @@ def score_blocks(
     writer: RunWriter,
     progress: Progress,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Token rows and layer rows of every block under dense and every plan; finished blocks are not repeated."""
-    passes = 1 + sum(len(group.replicas) for group in groups)
+    """Token rows and layer rows of every block under dense and every plan; finished passes are not repeated."""
+    replicas = [(group.name, replica, plan) for group in groups for replica, plan in enumerate(group.replicas)]
+    runs = [Scoring(*one, place) for place, one in enumerate(replicas, DENSE_PLACE + 1)]
     ids = blocks.stack()
-    with progress.task("scoring", ids.numel() * passes, "tokens") as advance:
+    with progress.task("scoring", ids.numel() * (1 + len(runs)), "tokens") as advance:
+        scorer = _Scorer(loaded, runs, prompt_length, blocks.record.sink_tokens, writer, advance)
         for index, block in enumerate(ids):
-            token_shard, layer_shard = _shards(writer, index)
-            if not (token_shard.exists() and layer_shard.exists()):
-                token_rows, layer_rows = _score_block(
-                    loaded, groups, block, index, prompt_length, blocks.record.sink_tokens, advance
-                )
-                tables.write(layer_shard, tables.frame(layer_rows, BlockLayerRow))
-                tables.write(token_shard, token_rows)
-            else:
-                advance(len(block) * passes)
-    shards = [_shards(writer, index) for index in range(len(ids))]
+            scorer.score(block, index)
+    places = [DENSE_PLACE, *(run.place for run in runs)]
+    shards = [scorer.shards(index, place) for index in range(len(ids)) for place in places]
+    layers = [tables.read(layer, BlockLayerRow) for _, layer in shards if layer.exists()]
     return (
         pl.concat([tables.read(tokens, TokenRow) for tokens, _ in shards]),
-        pl.concat([tables.read(layers, BlockLayerRow) for _, layers in shards]),
+        pl.concat(layers) if layers else tables.frame([], BlockLayerRow),
     )
 
 
@@ -64,39 +124,6 @@ def scored_logits(loaded: LoadedModel, block: Tensor, prompt_length: int) -> Flo
     inputs = block[None, :-1].to(loaded.device)
     output = loaded.model(input_ids=inputs, use_cache=False, logits_to_keep=len(block) - prompt_length)
     return output.logits[0].float()
-
-
-def _score_block(
-    loaded: LoadedModel,
-    groups: Sequence[PlanGroup],
-    block: Tensor,
-    index: int,
-    prompt_length: int,
-    sink_tokens: int,
-    advance: Advance,
-) -> tuple[pl.DataFrame, list[BlockLayerRow]]:
-    runs = [(group.name, replica, plan) for group in groups for replica, plan in enumerate(group.replicas)]
-    targets = block[prompt_length:].to(loaded.device)
-    with torch.no_grad():
-        local = [_masked_plan(plan, prompt_length, sink_tokens) for _, _, plan in runs]
-        with probed(loaded.sites, local):
-            dense = scored_logits(loaded, block, prompt_length).log_softmax(dim=-1)
-        advance(len(block))
-        frames = [_frame(DENSE, 0, index, prompt_length, targets, _scores(dense, dense, targets))]
-        layer_rows: list[BlockLayerRow] = []
-        for (name, replica, plan), probe in zip(runs, local, strict=True):
-            run = _masked_plan(plan, prompt_length, sink_tokens)
-            with masked(loaded.sites, run, errors=True):
-                logits = scored_logits(loaded, block, prompt_length)
-            scores = _scores(dense, logits.log_softmax(dim=-1), targets)
-            frames.append(_frame(name, replica, index, prompt_length, targets, scores))
-            layer_rows += _layer_rows(name, replica, index, run, probe)
-            advance(len(block))
-    return pl.concat(frames), layer_rows
-
-
-def _masked_plan(plan: Plan, prompt_length: int, sink_tokens: int) -> MaskedPlan:
-    return MaskedPlan(plan.gates(), prompt_length=prompt_length, sink_tokens=sink_tokens)
 
 
 def _scores(dense: Tensor, sparse: Tensor, targets: Tensor) -> Scores:
@@ -136,7 +163,3 @@ def _layer_rows(name: str, replica: int, index: int, run: MaskedPlan, probe: Mas
         )
         for (unit, layer), found in sorted(run.tallies.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
-
-
-def _shards(writer: RunWriter, index: int) -> tuple[Path, Path]:
-    return writer.shard(f"tokens-{index:05d}.parquet"), writer.shard(f"layers-{index:05d}.parquet")

@@ -14,7 +14,7 @@ from actsparse.results import EvalRow, param
 KEYS = ("task", "metric", "filter")
 
 
-def task_rows(items: pl.DataFrame) -> list[EvalRow]:
+def task_rows(items: pl.DataFrame, seed: int = 0) -> list[EvalRow]:
     """Means over items with intervals by bootstrap over items, paired differences between plans, and how much of each
     task was predicted from sparse positions. A random control's value of an item is the mean over its seeds."""
     rows: list[EvalRow] = []
@@ -23,10 +23,10 @@ def task_rows(items: pl.DataFrame) -> list[EvalRow]:
         where = {"task": task} | ({"filter": chosen} if chosen else {})
         values = {str(name): _by_item(mine) for (name,), mine in group.group_by(["plan"], maintain_order=True)}
         for plan, mine in values.items():
-            rows += _interval_rows(plan, metric, param(**where), bootstrap_mean(mine))
+            rows += _interval_rows(plan, metric, param(**where), bootstrap_mean(mine, seed=seed))
             for reference, other in values.items():
                 if plan not in (DENSE, reference):
-                    found = bootstrap_difference(mine, other)
+                    found = bootstrap_difference(mine, other, seed=seed)
                     rows += _interval_rows(plan, f"delta_{metric}", param(**where, reference=reference), found)
     return rows + _exercised_rows(items)
 
