@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 
@@ -183,28 +184,92 @@ def test_controls_stand_beside_a_method_and_random_is_three_seeds(
     assert plans["random@0.5"]["speed_reason"]
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_next_block(
+def test_an_interrupted_evaluation_loses_no_more_than_the_pass_at_work(
     tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, plans = tiny_folder("llama"), ("griffin@0.5", "cats@0.5")
+    folder, plans = tiny_folder("llama"), ("griffin@0.5", "cats@0.5", "static@0.5")
     whole = evaluate(spec_of(folder, corpus_file, tmp_path / "whole", *plans))
     spec = spec_of(folder, corpus_file, tmp_path / "cut", *plans)
+    # four passes a block, and one step more at the start of each for what was finished before
     with pytest.raises(KeyboardInterrupt):
-        evaluate(spec, Interrupting("scoring", 5))
+        evaluate(spec, Interrupting("scoring", 1 + 4 + 1 + 3))
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    scored: list[int] = []
-    original = quality._score_block
+    scored: list[tuple[int, str]] = []
+    original = quality._Scorer._score_plan
 
-    def score(loaded: object, groups: object, block: object, index: int, *rest: object) -> object:
-        scored.append(index)
-        return original(loaded, groups, block, index, *rest)
+    def score(scorer: quality._Scorer, run: quality.Scoring, block: Tensor, index: int, *rest: object) -> None:
+        scored.append((index, run.name))
+        original(scorer, run, block, index, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(quality, "_score_block", score)
+    monkeypatch.setattr(quality._Scorer, "_score_plan", score)
     again = evaluate(spec)
-    assert scored == [1, 2]
+    assert scored == [(1, "static@0.5"), *((2, name) for name in plans)]
     assert again.tokens.equals(whole.tokens)
     assert again.results.equals(whole.results)
     assert again.generations == whole.generations
+
+
+def test_a_sweep_is_as_many_plans(tiny_folder: Callable, corpus_file: Path, tmp_path: Path) -> None:
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.2:0.8:0.3", "griffin@0.5"))
+    assert [plan["plan"] for plan in run.summary["plans"]] == ["griffin@0.2", "griffin@0.5", "griffin@0.8"]
+    dropped = [value(run, f"griffin@{share}", "neuron_frac", "basis=realised") for share in (0.2, 0.5, 0.8)]
+    assert dropped == pytest.approx([0.2, 0.5, 0.8], abs=0.01)
+
+
+def test_the_seed_draws_the_bootstrap_and_nothing_that_was_measured(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    specs = [spec_of(tiny_folder("llama"), corpus_file, tmp_path / str(seed), "griffin@0.5") for seed in (0, 7)]
+    runs = [evaluate(replace(spec, data=replace(spec.data, seed=7 * i))) for i, spec in enumerate(specs)]
+    assert runs[0].tokens.equals(runs[1].tokens)
+    rows = [run.results.filter(plan="griffin@0.5", metric="nll").row(0, named=True) for run in runs]
+    assert rows[0]["value"] == rows[1]["value"]
+    assert rows[0]["stderr"] != rows[1]["stderr"]
+
+
+def test_free_running_samples_follow_the_dense_text_as_far_as_they_say(
+    tiny_folder: Callable, tiny_loaded: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    loaded = tiny_loaded("llama")
+    plans = ("griffin@0", "griffin@0.6")
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", *plans, generations=3, max_new_tokens=8))
+    dense = {one.prompt: one for one in run.generations if one.plan == "dense"}
+    assert value(run, "griffin@0", "exact_match_tokens") == sum(one.tokens for one in dense.values()) / 3
+    assert value(run, "griffin@0", "diverged_frac") == 0
+    assert value(run, "griffin@0", "dense_text_kl") == pytest.approx(0, abs=1e-5)
+    sparse = [one for one in run.generations if one.plan == "griffin@0.6"]
+    leads = [next((i for i, (a, b) in enumerate(zip(dense[one.prompt].token_ids, one.token_ids, strict=False)) if a != b),
+                  dense[one.prompt].tokens) for one in sparse]  # fmt: skip
+    assert value(run, "griffin@0.6", "exact_match_tokens") == pytest.approx(sum(leads) / 3)
+    ids = blocks_of_eval(loaded, corpus_file)[0, :PROMPT]
+    text = torch.cat([ids, torch.tensor(dense[0].token_ids)])
+    naive = naive_block_kl(loaded, text)
+    assert next(one for one in sparse if one.prompt == 0).dense_kl == pytest.approx(naive, rel=1e-3)
+
+
+def naive_block_kl(loaded: LoadedModel, text: Tensor) -> float:
+    """Mean KL along the tokens after the prompt under GRIFFIN at density 0.4."""
+    model = loaded.model
+    with torch.no_grad():
+        acts = neuron_inputs(model, lambda: model(input_ids=text[None, :PROMPT], use_cache=False))
+        dense = model(input_ids=text[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+        masks = []
+        for a in acts:
+            rows = a[SINK:PROMPT].double()
+            s = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt()
+            masks.append(torch.zeros(FFN, dtype=torch.bool).index_fill_(0, s.topk(round(0.4 * FFN)).indices, True))
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(
+                lambda _m, args, kept=mask: (
+                    torch.cat([args[0][:, :PROMPT], torch.where(kept, args[0][:, PROMPT:], 0.0)], dim=1),
+                )
+            )
+            for layer, mask in zip(model.model.layers, masks, strict=True)
+        ]
+        sparse = model(input_ids=text[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+    return float((dense.exp() * (dense - sparse))[PROMPT - 1 :].sum(-1).mean())
 
 
 def test_evaluate_twice_is_up_to_date(
@@ -212,5 +277,5 @@ def test_evaluate_twice_is_up_to_date(
 ) -> None:
     spec = spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5")
     first = evaluate(spec)
-    monkeypatch.setattr(quality, "_score_block", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(quality, "scored_logits", lambda *_: pytest.fail("scored again"))
     assert evaluate(spec).manifest == first.manifest
