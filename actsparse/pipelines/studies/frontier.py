@@ -15,6 +15,7 @@ S1 = Experiment("frontier", "S1", "All methods at equal model bytes", "methods.m
                 "At equal bytes the methods that read the input of every projection lose least")  # fmt: skip
 TARGETS = (0.25, 0.4, 0.5, 0.65)
 LARGEST = 0.95
+STEPS, CLOSE, DIGITS = 4, 2e-3, 4
 LEFT_OUT = ("random", "auto", "heads-oracle", "heads-router", "dejavu", "moefication")
 CHANNELS = ("teal", "wina", "rsparse", "larosa")
 STATIC = "static:stat=griffin"
@@ -36,7 +37,7 @@ def frontier(bench: Bench) -> Outcome:
             if amount is None:
                 missed.setdefault(name, []).append(f"{target:.0%}")
                 continue
-            scored = bench.score(f"{name}@{amount:.4f}")
+            scored = bench.score(f"{name}@{amount:.{DIGITS}f}")
             found[target][name] = scored
             out.add("ppl", name, perplexity(scored, bench.seed), "1", x=target, n=scored.tokens)
             out.add("share", name, amount, "share", x=target)
@@ -78,26 +79,25 @@ def amount_for(bench: Bench, name: str, target: float) -> float | None:
     low, high = 0.0, LARGEST
     if _bytes(bench, name, high) < target:
         return None
-    for _ in range(2 if _linear(bench, name) else 12):
-        middle = _guess(bench, name, target, low, high)
-        if abs(_bytes(bench, name, middle) - target) < 1e-3:
-            return middle
-        low, high = (middle, high) if _bytes(bench, name, middle) < target else (low, middle)
-    return (low + high) / 2
+    best = high
+    for _ in range(STEPS):
+        middle = _secant(bench, name, target, low, high)
+        found = _bytes(bench, name, middle)
+        best = min(best, middle, key=lambda share: abs(_bytes(bench, name, share) - target))
+        if abs(found - target) < CLOSE or middle in (low, high):
+            break
+        low, high = (middle, high) if found < target else (low, middle)
+    return best
 
 
-def _guess(bench: Bench, name: str, target: float, low: float, high: float) -> float:
-    """By the secant: bytes are near to linear in the share."""
+def _secant(bench: Bench, name: str, target: float, low: float, high: float) -> float:
+    """Where the bytes would reach the target if they were linear in the share, which they nearly are."""
     below, over = _bytes(bench, name, low), _bytes(bench, name, high)
-    return low + (high - low) * (target - below) / max(1e-9, over - below)
-
-
-def _linear(bench: Bench, name: str) -> bool:
-    return abs(_bytes(bench, name, LARGEST / 2) * 2 - _bytes(bench, name, LARGEST)) < 0.01
+    return round(low + (high - low) * (target - below) / max(1e-9, over - below), DIGITS)
 
 
 def _bytes(bench: Bench, name: str, share: float) -> float:
-    return bench.plan(f"{name}@{share:.4f}").predicted.model_bytes_frac if share > 0 else 0.0
+    return bench.plan(f"{name}@{share:.{DIGITS}f}").predicted.model_bytes_frac if share > 0 else 0.0
 
 
 def _methods(bench: Bench) -> list[str]:

@@ -168,7 +168,7 @@ def _finished(runner: Runner, bench: Bench) -> Finished:
     bench.progress.note(f"{runner.of.name}: {runner.of.title}")
     try:
         outcome = runner.run(bench)
-    except (PlanError, ModelError) as error:
+    except (PlanError, ModelError, DataError) as error:
         outcome = _refused(runner, bench, error)
     rows = tuple(
         replace(row, value=_plain(row.value), low=_plain(row.low), high=_plain(row.high)) for row in outcome.rows

@@ -1,0 +1,290 @@
+"""Studies: their numbers against the naive loop of the quality tests, and how they resume, refuse and conclude."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from test_quality import BLOCK, PROMPT, SINK, naive_block, neuron_inputs
+from tiny import FFN, LAYERS, save_tiny, words
+from torch import Tensor
+
+from actsparse.cli.app import main
+from actsparse.core.bootstrap import Interval
+from actsparse.data.texts import TextReader
+from actsparse.errors import ActsparseError, DataError, PlanError
+from actsparse.models.load import LoadedModel
+from actsparse.pipelines.studies import bench as bench_module
+from actsparse.pipelines.studies.outcome import above, below
+from actsparse.pipelines.studies.registry import STUDIES, runners
+from actsparse.pipelines.studies.run import study
+from actsparse.results import ClaimVerdict, PanelKind
+from actsparse.specs import DataSpec, ModelSpec, StudySpec
+from actsparse.store.runs import StudyRun
+
+N = 3
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(words(2000, seed=9))
+    return path
+
+
+def spec_of(folder: Path, corpus: Path, output: Path, name: str, *only: str, **changes: object) -> StudySpec:
+    data = DataSpec(corpus=str(corpus), limit=N, block_length=BLOCK, prompt_length=PROMPT)
+    model = ModelSpec(name=str(folder), device="cpu")
+    return replace(StudySpec(study=name, model=model, data=data, only=only, quick=True, output=output), **changes)
+
+
+def point(run: StudyRun, panel: str, series: str, **where: object) -> float:
+    rows = run.rows.filter((pl.col("panel") == panel) & (pl.col("series") == series))
+    for column, value in where.items():
+        rows = rows.filter(pl.col(column) == value)
+    assert rows.height == 1, rows
+    return rows["value"][0]
+
+
+def pool_of(loaded: LoadedModel, corpus: Path) -> Tensor:
+    data = DataSpec(corpus=str(corpus), block_length=BLOCK, prompt_length=PROMPT)
+    return TextReader(data, loaded.tokenizer, None, lambda _line: None).profile_sequences().stack()
+
+
+def mask_of(loaded: LoadedModel, ids: Tensor, tokens: slice) -> list[Tensor]:
+    """GRIFFIN's masks at density 0.5 from some positions of a text."""
+    with torch.no_grad():
+        acts = neuron_inputs(loaded.model, lambda: loaded.model(input_ids=ids[None], use_cache=False))
+    masks = []
+    for a in acts:
+        rows = a[tokens].double()
+        s = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt()
+        masks.append(torch.zeros(FFN, dtype=torch.bool).index_fill_(0, s.topk(FFN // 2).indices, True))
+    return masks
+
+
+def test_the_donor_swap_equals_a_naive_loop(
+    tiny_loaded: Callable, tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    loaded = tiny_loaded("llama")
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "s", "moyu", "M5"))
+    pool = pool_of(loaded, long_corpus)
+    donors = {
+        "own prompt": lambda b: mask_of(loaded, pool[b, :PROMPT], slice(SINK, None)),
+        "next block": lambda b: mask_of(loaded, pool[b + 1, :PROMPT], slice(SINK, None)),
+        "far block": lambda b: mask_of(loaded, pool[b + len(pool) // 2, :PROMPT], slice(SINK, None)),
+        "own continuation": lambda b: mask_of(loaded, pool[b], slice(PROMPT, None)),
+    }
+    nll = {}
+    for donor, masks in donors.items():
+        nll[donor] = torch.stack([naive_block(loaded, pool[b], masks(b))["nll"] for b in range(N)])
+        assert point(run, "ppl", "perplexity", label=donor) == pytest.approx(exp(float(nll[donor].mean())), rel=1e-4)
+        difference = float((nll[donor] - nll["own prompt"]).mean())
+        assert point(run, "delta", "difference to own", label=donor) == pytest.approx(difference, abs=1e-4)
+    ends = {name: torch.log(torch.tensor(point(run, "ppl", "perplexity", label=name))) for name in
+            ("static", "per-token oracle", "next block")}  # fmt: skip
+    captured = (ends["static"] - ends["next block"]) / (ends["static"] - ends["per-token oracle"])
+    found = point(run, "captured", "over static (headline)", label="next block")
+    assert found == pytest.approx(float(captured), abs=1e-3)
+    experiment = run.experiments[0]
+    assert experiment.conclusion.startswith("Quick: ")
+    assert experiment.value == pytest.approx(point(run, "captured", "over static (headline)", label="own prompt"))
+
+
+def test_windows_and_first_tokens_end_in_the_decode_regime(
+    tiny_loaded: Callable, tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    loaded = tiny_loaded("llama")
+    pool = pool_of(loaded, long_corpus)
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "t", "tda", "T4"))
+    own = torch.stack([naive_block(loaded, pool[b], None)["nll"] for b in range(N)])
+    whole = float(PROMPT - SINK)
+    assert point(run, "ppl", "mask of the first tokens", x=whole) == pytest.approx(exp(float(own.mean())), rel=1e-4)
+    first = torch.stack([
+        naive_block(loaded, pool[b], mask_of(loaded, pool[b, :PROMPT], slice(SINK, SINK + 4)))["nll"] for b in range(N)
+    ])  # fmt: skip
+    assert point(run, "ppl", "mask of the first tokens", x=4.0) == pytest.approx(exp(float(first.mean())), rel=1e-4)
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "w", "window"))
+    half = BLOCK // 2
+    assert half > PROMPT
+    with torch.no_grad():
+        logits = loaded.model(input_ids=pool[:N, :-1]).logits.log_softmax(-1)
+    dense = -logits.gather(2, pool[:N, 1:, None])[..., 0]
+    losses = []
+    for b in range(N):
+        masks = mask_of(loaded, pool[b, :half], slice(SINK, None))
+        losses.append(sparse_nll(loaded, pool[b], masks, half) - dense[b, half - 1 :])
+    assert point(run, "sparse", "griffin@0.5", label="50%") == pytest.approx(
+        float(torch.stack(losses).mean()), abs=1e-4
+    )
+
+
+def sparse_nll(loaded: LoadedModel, ids: Tensor, masks: list[Tensor], dense: int) -> Tensor:
+    """NLL of tokens `dense`..S-1 in one pass whose first positions are dense, by hooks of the test's own."""
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _m, args, kept=mask: (
+                torch.cat([args[0][:, :dense], torch.where(kept, args[0][:, dense:], 0.0)], dim=1),
+            )
+        )
+        for layer, mask in zip(loaded.model.model.layers, masks, strict=True)
+    ]
+    with torch.no_grad():
+        logits = loaded.model(input_ids=ids[None, :-1]).logits[0, dense - 1 :].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    return -logits.gather(1, ids[dense:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", ["tda", "pitfalls", "frontier", "union"])
+def test_every_experiment_draws_its_panels_and_concludes(
+    name: str, tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    leave = {"T2", "P4"}
+    only = tuple(one.of.name for one in STUDIES[name] if one.of.name not in leave)
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "s", name, *only))
+    assert [one.experiment for one in run.experiments] == list(only)
+    for one in run.experiments:
+        assert not one.conclusion.startswith("Quick: not measured"), one.conclusion
+        assert one.quick
+        rows = run.rows.filter(pl.col("experiment") == one.experiment)
+        assert set(rows["panel"]) == {panel.name for panel in one.panels}
+        assert rows["value"].null_count() < rows.height
+        for panel in one.panels:
+            mine = rows.filter(pl.col("panel") == panel.name)
+            assert (mine["x"].null_count() == 0) is (panel.kind is PanelKind.LINE)
+            if panel.layers:
+                assert set(mine["x"]) == set(range(LAYERS))
+
+
+def test_equal_density_and_equal_bytes_are_equal(tiny_folder: Callable, long_corpus: Path, tmp_path: Path) -> None:
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "t", "tda", "T3"))
+    means = {
+        series: rows["value"].mean()
+        for (series,), rows in run.rows.filter(pl.col("panel") == "density").group_by(["series"])
+    }
+    assert means["threshold, layer-wise"] == pytest.approx(means["top-k, layer-wise"], abs=1 / FFN)
+    seen: list[tuple[str, float, float]] = []
+    original = bench_module.Bench.score
+
+    def score(bench: bench_module.Bench, short: str, **options: object) -> object:
+        if "@" in short:
+            seen.append((short, bench.plan(short).predicted.model_bytes_frac, bench.count))
+        return original(bench, short, **options)  # pyright: ignore[reportArgumentType]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_module.Bench, "score", score)
+        run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "f", "frontier"))
+    targets = set(run.rows.filter(pl.col("panel") == "ppl")["x"])
+    assert seen
+    for short, not_read, _ in seen:
+        assert min(abs(not_read - target) for target in targets) < 0.03, (short, not_read)
+
+
+def test_a_study_resumes_where_it_stopped(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "whole", "tda", "T1", "T4"))
+    spec = spec_of(tiny_folder("llama"), long_corpus, tmp_path / "cut", "tda", "T1", "T4")
+    original, passes = bench_module.Bench._score_block, []
+
+    def score(bench: bench_module.Bench, *given: object) -> object:
+        passes.append(given[0])
+        if len(passes) == 20:
+            raise KeyboardInterrupt
+        return original(bench, *given)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(bench_module.Bench, "_score_block", score)
+    with pytest.raises(KeyboardInterrupt):
+        study(spec)
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    again = study(spec)
+    # dense, four plans and three seeds for T1, first=1 and first=4 for T4; the pass at work alone is repeated
+    assert len(passes) == N * (1 + 4 + 3 + 2) + 1
+    assert again.rows.equals(whole.rows)
+    assert again.experiments == whole.experiments
+    monkeypatch.setattr(bench_module.Bench, "_score_block", lambda *_: pytest.fail("scored again"))
+    assert study(spec).experiments == whole.experiments
+
+
+def test_a_counterpart_is_compared_in_the_direction_of_relu(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    relu = save_tiny("llama", tmp_path / "relu", hidden_act="relu")
+    other = ModelSpec(name=str(relu), device="cpu")
+    found = []
+    for folder, beside in (
+        (tiny_folder("llama"), other),
+        (relu, ModelSpec(name=str(tiny_folder("llama")), device="cpu")),
+    ):
+        spec = spec_of(folder, long_corpus, tmp_path / f"s{len(found)}", "pitfalls", "P1", counterpart=beside)
+        found.append(study(spec).experiments[0])
+    assert found[0].verdict is found[1].verdict is ClaimVerdict.HOLDS
+    assert found[0].value == pytest.approx(found[1].value)
+    assert found[0].value is not None
+    assert found[0].value > 0.03
+    alone = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "alone", "pitfalls", "P1")).experiments[0]
+    assert alone.verdict is ClaimVerdict.UNDECIDED
+    assert any("--counterpart" in note for note in alone.notes)
+
+
+def test_what_a_model_cannot_serve_is_said_and_the_rest_goes_on(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    run = study(spec_of(tiny_folder("mpt"), long_corpus, tmp_path / "s", "pitfalls", "P1", "P3"))
+    first, heads = run.experiments
+    assert "not measured" not in first.conclusion
+    assert heads.verdict is ClaimVerdict.UNDECIDED
+    assert "not measured on this model" in heads.conclusion
+
+
+def test_bad_requests_are_refused(tiny_folder: Callable, long_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no study 'pitfall'") as error:
+        study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "s", "pitfall"))
+    assert "pitfalls" in error.value.hint
+    with pytest.raises(PlanError, match="no experiment 'T9'"):
+        runners("tda", ("T9",))
+    short = tmp_path / "short.txt"
+    short.write_text(words(60, seed=1))
+    with pytest.raises(DataError, match="too few"):
+        study(spec_of(tiny_folder("llama"), short, tmp_path / "s", "tda"))
+    assert issubclass(PlanError, ActsparseError)
+
+
+def test_the_command_tells_claim_verdict_and_number(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["evaluate", "-m", str(tiny_folder("llama")), "--corpus", str(long_corpus), "-n", "2", "--block-length", "40",
+            "--prompt-length", "16", "-o", str(tmp_path / "s")]  # fmt: skip
+    assert main([*line, "--study", "tda", "--only", "T1", "--quick"]) == 0
+    found = capsys.readouterr()
+    assert "T1 " in found.out
+    assert "(quick)" in found.out
+    assert "claim: TDA does not" in found.out
+    assert "next: actsparse report" in found.err
+    assert main([*line, "--study", "tda", "--only", "T1", "--quick", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["study"] == "tda"
+    assert document["experiments"][0]["verdict"] in set(ClaimVerdict)
+    assert main([*line, "--quick"]) == 1
+    assert "belongs to a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_below", "is_above"),
+    [
+        (0.1, 0.2, ClaimVerdict.HOLDS, ClaimVerdict.FAILS),
+        (0.4, 0.6, ClaimVerdict.UNDECIDED, ClaimVerdict.UNDECIDED),
+        (0.6, 0.9, ClaimVerdict.FAILS, ClaimVerdict.HOLDS),
+        (None, None, ClaimVerdict.UNDECIDED, ClaimVerdict.UNDECIDED),
+    ],
+)
+def test_a_verdict_follows_the_whole_interval(
+    low: float | None, high: float | None, is_below: ClaimVerdict, is_above: ClaimVerdict
+) -> None:
+    found = Interval(value=0.5, low=low, high=high, n=4, stderr=None)
+    assert (below(found, 0.5), above(found, 0.5)) == (is_below, is_above)
