@@ -258,8 +258,8 @@ def test_bad_requests_are_refused(tiny_folder: Callable, long_corpus: Path, tmp_
 def test_the_command_tells_claim_verdict_and_number(
     tiny_folder: Callable, long_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["evaluate", "-m", str(tiny_folder("llama")), "--corpus", str(long_corpus), "-n", "2", "--block-length", "40",
-            "--prompt-length", "16", "-o", str(tmp_path / "s")]  # fmt: skip
+    line = ["evaluate", "-m", str(tiny_folder("llama")), "--corpus", str(long_corpus), "-n", "2"]
+    line += ["--block-length", "40", "--prompt-length", "16", "-o", str(tmp_path / "s")]
     assert main([*line, "--study", "tda", "--only", "T1", "--quick"]) == 0
     found = capsys.readouterr()
     assert "T1 " in found.out
