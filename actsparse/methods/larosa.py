@@ -30,7 +30,6 @@ class LaRoSA(Method):
     decides = Decides.TOKEN
     needs = (SiteKind.ATTN_IN, SiteKind.ATTN_OUT, SiteKind.MLP_IN, SiteKind.NEURON)
     saves = ALL_PROJECTIONS
-    has_engine = False
 
     @property
     def needs_replay(self) -> bool:

@@ -31,7 +31,6 @@ class RSparse(ChannelMethod):
     name = "rsparse"
     summary = "as wina, and the dropped channels through a low-rank copy of the weight"
     paper = "arXiv 2504.19449"
-    has_engine = False
 
     def __post_init__(self) -> None:
         if not 0 < self.rank_frac < 0.5:
