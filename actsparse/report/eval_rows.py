@@ -1,6 +1,18 @@
 """The figures of an evaluation, in order: adding one is a file in `figures/` and a row here."""
 
-from actsparse.report.figures import agreement, bases, by_layer, drift, frontier, phases, quality, speed, weight_bytes
+from actsparse.report.figures import (
+    agreement,
+    bases,
+    by_layer,
+    drift,
+    frontier,
+    phases,
+    quality,
+    speed,
+    tasks,
+    throughput,
+    weight_bytes,
+)
 from actsparse.report.rows import Row
 from actsparse.results import RunKind
 
@@ -15,11 +27,11 @@ ROWS: tuple[Row, ...] = (
         draw=frontier.draw,
         caption=frontier.caption,
         how_to_read=(
-            "Right is faster, down is better; the best place is the lower right corner. Each point is a "
-            "plan, with bootstrap intervals. The stepped line joins the timed plans that no other timed "
-            "plan beats at both. The green band is within 5 % of dense perplexity. Hollow points were not "
-            "timed and stand at the speed that their unread bytes would allow at best; a triangle on the "
-            "top edge lies beyond it. Grey plans are baselines."
+            "Right is faster, down is better; the best place is the lower right corner. Each point is a plan, "
+            "with bootstrap intervals. The stepped line joins the timed plans that no other timed plan beats at "
+            "both. The green band is within 5 % of dense perplexity. Hollow points were not timed and stand at "
+            "the speed that their unread bytes would allow at best; a triangle on the top edge lies beyond it. "
+            "Grey plans are baselines."
         ),
     ),
     Row(
@@ -32,10 +44,9 @@ ROWS: tuple[Row, ...] = (
         draw=quality.draw,
         caption=quality.caption,
         how_to_read=(
-            "Each line is a method, each point a plan; all start at dense. Lower is better. Grey lines "
-            "are what a method must beat: the same share dropped at random, or by one static mask. Bars "
-            "are bootstrap intervals over blocks. The menu changes what sparsity is counted in, which can "
-            "change the order."
+            "Each line is a method, each point a plan; all start at dense. Lower is better. Grey lines are what a "
+            "method must beat: the same share dropped at random, or by one static mask. Bars are bootstrap "
+            "intervals over blocks. The menu changes what sparsity is counted in, which can change the order."
         ),
     ),
     Row(
@@ -49,8 +60,8 @@ ROWS: tuple[Row, ...] = (
         caption=agreement.caption_kl,
         wide=False,
         how_to_read=(
-            "The mean KL divergence of the sparse next-token distribution from the dense one. Left is "
-            "closer to dense. It sees changes that perplexity averages out."
+            "The mean KL divergence of the sparse next-token distribution from the dense one. Left is closer to "
+            "dense. It sees changes that perplexity averages out."
         ),
     ),
     Row(
@@ -76,9 +87,9 @@ ROWS: tuple[Row, ...] = (
         caption=by_layer.caption_errors,
         wide=False,
         how_to_read=(
-            "The relative error of each layer's MLP output on dense inputs: what the mask does by itself, "
-            "before errors pile up."
-            " At most four baselines are drawn; the table has all."
+            "The relative error of each layer's MLP output (of its projections' or attention's, for plans that "
+            "drop channels or heads) on dense inputs: what the mask does by itself, before errors pile up. At "
+            "most four baselines are drawn; the table has all."
         ),
     ),
     Row(
@@ -99,7 +110,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         id="kept",
         section="cost",
-        title="Neurons kept by layer",
+        title="What is kept by layer",
         needs=RunKind.EVAL,
         metrics="kept_frac",
         data=by_layer.kept,
@@ -107,9 +118,10 @@ ROWS: tuple[Row, ...] = (
         caption=by_layer.caption_kept,
         wide=False,
         how_to_read=(
-            "The share of neurons that each plan kept in each layer, counted over the scored positions. "
-            "Threshold plans spread their budget unevenly; top-k plans keep the same everywhere."
-            " At most four baselines are drawn; the table has all."
+            "The share that each plan kept in each layer, counted over the scored positions: neurons, input "
+            "channels (the mean of a layer's projections) or KV groups, whichever it drops. Threshold plans "
+            "spread their budget unevenly; top-k plans keep the same everywhere. At most four baselines are "
+            "drawn; the table has all."
         ),
     ),
     Row(
@@ -123,9 +135,9 @@ ROWS: tuple[Row, ...] = (
         caption=bases.caption,
         wide=False,
         how_to_read=(
-            "Hollow: what the fit promised. Filled: what was counted on the scored text. Bar: what the "
-            "kernel that ran really skipped. A gap between the first two means that the threshold does "
-            "not transfer to this text."
+            "Hollow: what the fit promised. Filled: what was counted on the scored text. Bar: what the kernel "
+            "that ran really skipped. A gap between the first two means that the threshold does not transfer to "
+            "this text."
         ),
     ),
     Row(
@@ -139,9 +151,24 @@ ROWS: tuple[Row, ...] = (
         caption=drift.caption,
         wide=False,
         how_to_read=(
-            "The KL from dense at each position after the prompt. A rising line is a mask that goes stale "
-            "as the text moves on."
-            " At most four baselines are drawn; the table has all."
+            "The KL from dense at each position after the prompt. A rising line is a mask that goes stale as the "
+            "text moves on. At most four baselines are drawn; the table has all."
+        ),
+    ),
+    Row(
+        id="tasks",
+        section="cost",
+        title="Task scores",
+        needs=RunKind.EVAL,
+        metrics="acc, exact_match",
+        data=tasks.scores,
+        draw=tasks.draw,
+        caption=tasks.caption,
+        made_by="actsparse evaluate --model {model} --plan griffin@0.5 --task FILE.jsonl",
+        how_to_read=(
+            "The share of items that each plan gets right, with its bootstrap interval over items. Multiple "
+            "choice alone hides damage: look at a generation task with exact match too. A hollow mark says that "
+            "no scored token was predicted from a sparse position, so the score is the dense model's."
         ),
     ),
     Row(
@@ -154,9 +181,9 @@ ROWS: tuple[Row, ...] = (
         draw=speed.draw,
         caption=speed.caption,
         how_to_read=(
-            "The median of paired ratios dense over sparse, in one process, with its bootstrap interval; "
-            "the tick is the most that the bytes not read allow. An interval that touches 1 is not "
-            "significant. A point beyond its tick deserves suspicion."
+            "The median of paired ratios dense over sparse, in one process, with its bootstrap interval; the tick "
+            "is the most that the bytes not read allow. An interval that touches 1 is not significant. A point "
+            "beyond its tick deserves suspicion."
         ),
     ),
     Row(
@@ -170,9 +197,9 @@ ROWS: tuple[Row, ...] = (
         caption=phases.caption,
         wide=False,
         how_to_read=(
-            "The median time of one timed generation: dense prefill, selecting and slicing the kept "
-            "neurons (sparse only), and decoding a fixed number of tokens. The model's own generate "
-            "stands beside the dense engine."
+            "The median time of one timed generation: dense prefill, selecting and slicing the kept neurons "
+            "(sparse only), and decoding a fixed number of tokens. The model's own generate stands beside the "
+            "dense engine."
         ),
     ),
     Row(
@@ -186,8 +213,41 @@ ROWS: tuple[Row, ...] = (
         caption=weight_bytes.caption,
         wide=False,
         how_to_read=(
-            "The weights that one decode step reads, by component. Decoding one sequence is bound by "
-            "these bytes, so they set the ceiling."
+            "The weights that one decode step reads, by component. Decoding one sequence is bound by these bytes, "
+            "so they set the ceiling."
+        ),
+    ),
+    Row(
+        id="throughput-batch",
+        section="gain",
+        title="Speed against batch size",
+        needs=RunKind.EVAL,
+        metrics="throughput.parquet",
+        data=throughput.by_batch,
+        draw=throughput.draw,
+        caption=throughput.caption,
+        made_by="actsparse evaluate --model {model} --plan griffin@0.5 --throughput --batch-sizes 1,2,4,8",
+        wide=False,
+        how_to_read=(
+            "Median time of a decode step, dense over sparse, as more sequences are decoded together. Masks of "
+            "different sequences differ, so what a batch needs grows with it and the gain shrinks; at 1 nothing "
+            "is gained."
+        ),
+    ),
+    Row(
+        id="throughput-length",
+        section="gain",
+        title="Speed against length",
+        needs=RunKind.EVAL,
+        metrics="throughput.parquet",
+        data=throughput.by_length,
+        draw=throughput.draw,
+        caption=throughput.caption,
+        made_by="actsparse evaluate --model {model} --plan griffin@0.5 --throughput --gen-lengths 32,128,512",
+        wide=False,
+        how_to_read=(
+            "The same over the number of generated tokens. Longer generations read more of the key-value cache, "
+            "which no neuron plan makes smaller."
         ),
     ),
 )

@@ -25,6 +25,7 @@ class ProfilePanel:
     heads: pl.DataFrame
     histograms: dict[str, Any]
     probes: dict[str, Any]
+    coactivation: dict[str, Any]
     plans: tuple[ThresholdPlan, ...]
 
 
@@ -38,6 +39,7 @@ class EvalPanel:
     results: pl.DataFrame
     tokens: pl.DataFrame
     timing: pl.DataFrame
+    throughput: pl.DataFrame
     generations: tuple[Generation, ...]
     vocabulary: dict[int, str]
 
@@ -68,6 +70,7 @@ def profile_panels(sources: tuple[Source, ...]) -> tuple[ProfilePanel, ...]:
             heads=source.table("heads"),
             histograms=source.arrays("histograms"),
             probes=source.arrays("probes"),
+            coactivation=source.arrays("coactivation"),
             plans=tuple(plan for plan in fitted if same_model(plan.model, source.manifest.model)),
         )
         for source, label in zip(profiles, labels, strict=True)
@@ -96,7 +99,7 @@ def _short_forms(sources: tuple[Source, ...]) -> dict[str, str]:
 
 def _eval_panel(label: str, sources: tuple[Source, ...], fitted: dict[str, str]) -> EvalPanel:
     outcomes: list[Outcome] = []
-    parts: dict[str, list[pl.DataFrame]] = {"results": [], "tokens": [], "timing": []}
+    parts: dict[str, list[pl.DataFrame]] = {"results": [], "tokens": [], "timing": [], "throughput": []}
     generations: list[Generation] = []
     vocabulary: dict[int, str] = {}
     for source in sources:
@@ -121,6 +124,7 @@ def _eval_panel(label: str, sources: tuple[Source, ...], fitted: dict[str, str])
         results=pl.concat(parts["results"]),
         tokens=pl.concat(parts["tokens"]),
         timing=pl.concat(parts["timing"]),
+        throughput=pl.concat(parts["throughput"]),
         generations=tuple(generations),
         vocabulary=vocabulary,
     )

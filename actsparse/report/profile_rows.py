@@ -1,6 +1,6 @@
 """The figures of a profile, in order: adding one is a file in `figures/` and a row here."""
 
-from actsparse.report.figures import cett, firing, head_maps, kind_maps, magnitudes, positions
+from actsparse.report.figures import cett, coactivation, firing, head_maps, kind_maps, magnitudes, positions
 from actsparse.report.rows import Row
 from actsparse.results import RunKind
 
@@ -15,9 +15,9 @@ ROWS: tuple[Row, ...] = (
         draw=kind_maps.draw_medians,
         caption=kind_maps.caption_medians,
         how_to_read=(
-            "Each cell divides the median of |x| by the root mean square of x. Small values (dark) mean "
-            "that a few large entries carry the energy and half of all entries hardly count: room for "
-            "sparsity. A Gaussian gives 0.67."
+            "Each cell divides the median of |x| by the root mean square of x. Small values (dark) mean that a "
+            "few large entries carry the energy and half of all entries hardly count: room for sparsity. A "
+            "Gaussian gives 0.67."
         ),
     ),
     Row(
@@ -31,8 +31,8 @@ ROWS: tuple[Row, ...] = (
         caption=kind_maps.caption_zeros,
         optional=True,
         how_to_read=(
-            "The share of activations that are exactly zero, as ReLU makes them. These can be skipped "
-            "without any error."
+            "The share of activations that are exactly zero, as ReLU makes them. These can be skipped without any "
+            "error."
         ),
     ),
     Row(
@@ -46,9 +46,9 @@ ROWS: tuple[Row, ...] = (
         caption=cett.caption_layers,
         wide=False,
         how_to_read=(
-            "For each layer, the share of neurons whose output can be dropped token by token until the "
-            "mean relative error of the MLP output (CETT) reaches the target. Higher is sparser. It is a "
-            "ruler: the mask needs the neurons' values, so it is no speed-up."
+            "For each layer, the share of neurons whose output can be dropped token by token until the mean "
+            "relative error of the MLP output (CETT) reaches the target. Higher is sparser. It is a ruler: the "
+            "mask needs the neurons' values, so it is no speed-up."
         ),
     ),
     Row(
@@ -62,9 +62,8 @@ ROWS: tuple[Row, ...] = (
         caption=cett.caption_curve,
         wide=False,
         how_to_read=(
-            "How the error of the MLP output grows as more of its smallest neurons are dropped. A curve "
-            "that stays flat for long and rises late is a sparse layer. Named layers are in colour, the "
-            "others faint."
+            "How the error of the MLP output grows as more of its smallest neurons are dropped. A curve that "
+            "stays flat for long and rises late is a sparse layer. Named layers are in colour, the others faint."
         ),
     ),
     Row(
@@ -78,9 +77,9 @@ ROWS: tuple[Row, ...] = (
         caption=magnitudes.caption,
         wide=False,
         how_to_read=(
-            "The distribution of absolute activations at the input of the down projection, on a log axis; "
-            "the height is the share of values within 1/12 decade. A long left tail is what thresholds can "
-            "cut. Exact zeros are left out."
+            "The distribution of absolute activations at the input of the down projection, on a log axis; the "
+            "height is the share of values within 1/12 decade. A long left tail is what thresholds can cut. Exact "
+            "zeros are left out."
         ),
     ),
     Row(
@@ -96,8 +95,8 @@ ROWS: tuple[Row, ...] = (
         optional=True,
         how_to_read=(
             "The distribution of |act(gate)|, on a log axis; the height is the share of values within 1/12 "
-            "decade. Dashed lines are the thresholds of a plan that gates on this value: what lies left "
-            "of them is skipped."
+            "decade. Dashed lines are the thresholds of a plan that gates on this value: what lies left of them "
+            "is skipped."
         ),
     ),
     Row(
@@ -111,9 +110,8 @@ ROWS: tuple[Row, ...] = (
         caption=positions.caption_rms,
         wide=False,
         how_to_read=(
-            "The root mean square of neurons at a range of token positions, over the layer's mean of all "
-            "ranges. A line at 1 does not depend on position. Sink positions are left out of all "
-            "statistics."
+            "The root mean square of neurons at a range of token positions, over the layer's mean of all ranges. "
+            "A line at 1 does not depend on position. Sink positions are left out of all statistics."
         ),
     ),
     Row(
@@ -140,9 +138,9 @@ ROWS: tuple[Row, ...] = (
         caption=firing.caption_rates,
         wide=False,
         how_to_read=(
-            "How often each neuron is in its layer's top 20 % by |a|·‖w‖, sorted. If all fired alike, the "
-            "line would be flat at 20 %; a steep start is a hot set that a static mask would keep as "
-            "well. The Gini coefficient says how unequal it is."
+            "How often each neuron is in its layer's top 20 % by |a|·‖w‖, sorted. If all fired alike, the line "
+            "would be flat at 20 %; a steep start is a hot set that a static mask would keep as well. The Gini "
+            "coefficient says how unequal it is."
         ),
     ),
     Row(
@@ -156,8 +154,24 @@ ROWS: tuple[Row, ...] = (
         caption=firing.caption_shares,
         wide=False,
         how_to_read=(
-            "Hot neurons are active in over half of the tokens, dead ones in under 0.1 %. A Gini "
-            "coefficient of 0 means that all neurons are active equally often, 1 that a single one is."
+            "Hot neurons are active in over half of the tokens, dead ones in under 0.1 %. A Gini coefficient of 0 "
+            "means that all neurons are active equally often, 1 that a single one is."
+        ),
+    ),
+    Row(
+        id="coactivation",
+        section="neurons",
+        title="Which hot neurons fire together",
+        needs=RunKind.PROFILE,
+        metrics="coactivation.safetensors",
+        data=coactivation.correlations,
+        draw=coactivation.draw,
+        caption=coactivation.caption,
+        wide=False,
+        how_to_read=(
+            "Correlation (phi) of the firing of two neurons, among those of a layer that fire most. Orange: they "
+            "fire together more than their rates explain; blue: one fires when the other does not; pale: "
+            "independent. Blocks are groups of neurons that a router could switch as one. Our own definition."
         ),
     ),
     Row(
@@ -171,9 +185,8 @@ ROWS: tuple[Row, ...] = (
         caption=head_maps.caption,
         wide=False,
         how_to_read=(
-            "The output norm of each head over an equal share of its layer's total. 1 is average, dark "
-            "heads write most into the residual stream, pale ones little. Values of 3 and more share a "
-            "colour."
+            "The output norm of each head over an equal share of its layer's total. 1 is average, dark heads "
+            "write most into the residual stream, pale ones little. Values of 3 and more share a colour."
         ),
     ),
     Row(

@@ -119,6 +119,11 @@ class ProfileRun(Run):
         return arrays.read(self.path / "histograms.safetensors")
 
     @cached_property
+    def coactivation(self) -> dict[str, Any]:
+        """Numpy arrays `layers.<i>.neurons` and `layers.<i>.counts`, and the number of `tokens`."""
+        return arrays.read(self.path / "coactivation.safetensors")
+
+    @cached_property
     def probes(self) -> dict[str, Any]:
         """Numpy arrays of `probes.safetensors`: the matrices of the 2x2."""
         return arrays.read(self.path / "probes.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from example_profiles import depth
 
-from actsparse.results import EvalRow, Generation, ModelRecord, TimingRow, TokenRow
+from actsparse.results import EvalRow, Generation, ModelRecord, ThroughputRow, TimingRow, TokenRow
 
 DENSE_PPL = 22.5
 MLP_SHARE = 0.59
@@ -234,3 +234,42 @@ def summary(path: Path, plans: tuple[ExamplePlan, ...], warnings: tuple[str, ...
         "warnings": list(warnings),
         "run": str(path),
     }
+
+
+def task_rows(plans: tuple[ExamplePlan, ...]) -> list[EvalRow]:
+    """Scores of two tasks: one hurts in generation, one that no sparse position touches."""
+    rows: list[EvalRow] = []
+
+    def add(plan: str, metric: str, value: float, task: str, half: float, n: int = 200, reference: str = "") -> None:
+        where = f"reference={reference},task={task}" if reference else f"task={task}"
+        for end, sign in (("", 0.0), ("_low", -1.0), ("_high", 1.0)):
+            if half or not end:
+                rows.append(
+                    EvalRow(
+                        plan=plan, metric=f"{metric}{end}", param=where, value=value + sign * half, unit="share", n=n
+                    )
+                )
+
+    for plan in ("dense", *(one.plan for one in plans)):
+        loss = 0.0 if plan == "dense" else 0.3 if "griffin" in plan else 0.02
+        for task, metric, score, used in (("arithmetic", "exact_match", 0.6, 1.0), ("choices", "acc", 0.7, 0.0)):
+            lost = loss if used else 0.0
+            add(plan, metric, score - lost, task, 0.06)
+            add(plan, "exercised_frac", 0.0 if plan == "dense" else used, task, 0.0)
+            if plan != "dense":
+                add(plan, f"delta_{metric}", -lost, task, 0.04, reference="dense")
+    return rows
+
+
+def throughput(plans: tuple[ExamplePlan, ...]) -> list[ThroughputRow]:
+    """Steps at four batch sizes and two lengths; sparse plans stop paying at batch 4."""
+    return [
+        ThroughputRow(
+            plan=plan, batch_size=batch, prompt_length=128, gen_length=length, metric=metric, unit="ms", n=50,
+            value=24.0 + batch + length / 64 - gain / batch + (batch > 3 and gain > 0) * 3,
+        )
+        for plan, gain in [("dense", 0.0), *((one.plan, 6.0) for one in plans if one.speed is not None)]
+        for batch in (1, 2, 4, 8)
+        for length in (32, 128)
+        for metric in ("ms_p50", "ms_p99")
+    ]  # fmt: skip

@@ -124,3 +124,18 @@ def histograms(model: ModelRecord, random: np.random.Generator) -> dict[str, np.
             found[f"layers.{layer}.{kind}.counts"] = counts.astype(np.int64)
             found[f"layers.{layer}.{kind}.edges"] = edges
     return found
+
+
+def coactivation(model: ModelRecord, hottest: int = 12, tokens: int = 1000) -> dict[str, np.ndarray]:
+    """Counts of the hottest neurons of every layer: the first three of layer 0 always fire together, the last never."""
+    found: dict[str, np.ndarray] = {"tokens": np.array([tokens])}
+    for layer in range(model.layers):
+        rates = np.linspace(0.6, 0.3, hottest)
+        counts = np.round(tokens * np.outer(rates, rates))
+        np.fill_diagonal(counts, np.round(tokens * rates))
+        if layer == 0:
+            counts[:3, :3] = 500
+            counts[-1, :] = counts[:, -1] = 0
+        found[f"layers.{layer}.neurons"] = np.arange(100, 100 + hottest)
+        found[f"layers.{layer}.counts"] = counts.astype(np.int64)
+    return found

@@ -11,8 +11,19 @@ from typing import Any
 
 import example_probes
 import numpy as np
-from example_evals import DENSE_PPL, PLANS, ExamplePlan, generations, results, summary, timing, tokens
-from example_profiles import depth, heads, histograms, measures, neurons
+from example_evals import (
+    DENSE_PPL,
+    PLANS,
+    ExamplePlan,
+    generations,
+    results,
+    summary,
+    task_rows,
+    throughput,
+    timing,
+    tokens,
+)
+from example_profiles import coactivation, depth, heads, histograms, measures, neurons
 from safetensors.numpy import save_file
 
 from actsparse.results import (
@@ -27,6 +38,7 @@ from actsparse.results import (
     StepBytes,
     TextRecord,
     ThresholdPlan,
+    ThroughputRow,
     TimingRow,
     TokenRow,
 )
@@ -157,6 +169,8 @@ def profile_run(
             save_file(histograms(model, random), str(path / "histograms.safetensors"))
         if "probes" not in leave_out:
             save_file(example_probes.matrices(), str(path / "probes.safetensors"))
+        if "coactivation" not in leave_out:
+            save_file(coactivation(model), str(path / "coactivation.safetensors"))
         (path / "summary.json").write_bytes(encode({"model": model, "run": str(path), "warnings": []}))
 
     return write_run(
@@ -220,11 +234,15 @@ def eval_run(
     def fill(writer: RunWriter) -> None:
         random = np.random.default_rng(7)
         if "results" not in leave_out:
-            tables.write(path / "results.parquet", tables.frame([*results(plans, model, dense), *extra], EvalRow))
+            scored = [] if "tasks" in leave_out else task_rows(plans)
+            rows = [*results(plans, model, dense), *scored, *extra]
+            tables.write(path / "results.parquet", tables.frame(rows, EvalRow))
         if "tokens" not in leave_out:
             tables.write(path / "tokens.parquet", tables.frame(tokens(plans, dense, random), TokenRow))
         if "timing" not in leave_out:
             tables.write(path / "timing.parquet", tables.frame(timing(plans, random), TimingRow))
+        if "throughput" not in leave_out:
+            tables.write(path / "throughput.parquet", tables.frame(throughput(plans), ThroughputRow))
         if "generations" not in leave_out:
             lines = [encode(generation) for generation in generations(plans, prompt, continuation)]
             (path / "generations.jsonl").write_bytes(b"\n".join(lines) + b"\n")

@@ -14,6 +14,9 @@ from actsparse.results import EvalRow, Measure, RunKind
 from actsparse.specs import ReportSpec
 from actsparse.store import tables
 
+PROFILE_TABLES = ("measures", "neurons", "heads", "histograms", "probes", "coactivation")
+EVAL_TABLES = ("results", "tokens", "timing", "throughput", "generations", "summary")
+
 
 def figures(view: ReportView) -> dict[str, FigureView]:
     return {figure.id: figure for section in view.sections for row in section.figures for figure in row}
@@ -136,8 +139,12 @@ def test_the_same_run_twice_is_read_once(runs: tuple[Path, ...]) -> None:
 
 
 def test_runs_without_tables_still_make_a_report(tmp_path: Path) -> None:
-    profile = example.profile_run(tmp_path / "p", leave_out=("measures", "neurons", "heads", "histograms", "probes"))
-    run = example.eval_run(tmp_path / "e", leave_out=("results", "tokens", "timing", "generations", "summary"))
+    profile = example.profile_run(
+        tmp_path / "p", leave_out=("measures", "neurons", "heads", "histograms", "probes", "coactivation")
+    )
+    run = example.eval_run(
+        tmp_path / "e", leave_out=("results", "tokens", "timing", "generations", "summary", "throughput")
+    )
     view = build_view(ReportSpec(runs=(profile, run)))
     assert not figures(view)
     assert {row.title for row in ROWS if not row.optional} <= {row.what for row in view.unmeasured}

@@ -23,30 +23,34 @@ def kept(panel: EvalPanel) -> pl.DataFrame:
 
 
 def _of(panel: EvalPanel, metric: str) -> pl.DataFrame:
-    """`plan, layer, metric, value, stderr, n`; where a method has projections, their mean."""
-    rows = panel.results.filter((pl.col("metric") == metric) & pl.col("value").is_not_null())
+    """`plan, unit, layer, metric, value, stderr, n`; `unit` is what the plan drops there, projections as their mean."""
+    rows = panel.results.filter((pl.col("metric") == metric) & pl.col("value").is_finite())
+    heads = param_text("unit") == "kv_group"
+    unit = pl.when(param_text("proj").is_not_null()).then(pl.lit("input channels"))
     frame = rows.select(
-        "plan", "metric", "value", "stderr", "n", layer=param("layer").cast(pl.Int64), proj=param_text("proj")
-    )
-    frame = frame.drop_nulls("layer")
-    if frame["proj"].is_not_null().any():
-        means = pl.col("value").mean(), pl.col("stderr").first(), pl.col("n").first()
-        frame = frame.group_by("plan", "layer", "metric", maintain_order=True).agg(*means)
-    return frame.select("plan", "layer", "metric", "value", "stderr", "n").filter(pl.col("value").is_finite())
+        "plan", "metric", "value", "stderr", "n", layer=param("layer").cast(pl.Int64),
+        unit=unit.when(heads.fill_null(False)).then(pl.lit("KV groups")).otherwise(pl.lit("neurons")),
+    ).drop_nulls("layer")  # fmt: skip
+    means = pl.col("value").mean(), pl.col("stderr").first(), pl.col("n").first()
+    frame = frame.group_by("plan", "unit", "layer", "metric", maintain_order=True).agg(*means)
+    return frame.select("plan", "unit", "layer", "metric", "value", "stderr", "n")
 
 
 def draw_errors(frame: pl.DataFrame, looks: Looks) -> go.Figure:
-    return _lines(frame, looks, "relative error of the MLP output", {"rangemode": "tozero"}, "%{y:.3f}")
+    return _lines(frame, looks, "relative error of the layer's output", {"rangemode": "tozero"}, "%{y:.3f}")
 
 
 def draw_kept(frame: pl.DataFrame, looks: Looks) -> go.Figure:
-    return _lines(frame, looks, "neurons kept (share)", {"range": [0, 1.02], "tickformat": ".0%"}, "%{y:.1%} kept")
+    return _lines(frame, looks, "units kept (share)", {"range": [0, 1.02], "tickformat": ".0%"}, "%{y:.1%} kept")
 
 
 def _lines(frame: pl.DataFrame, looks: Looks, title: str, axis: dict[str, object], hover: str) -> go.Figure:
     figure = canvas(x="layer", y=title, x_axis=layer_axis(frame), y_axis=axis, height=360)
-    for plan in without_crowd(frame, looks):
-        rows, look = frame.filter(pl.col("plan") == plan).sort("layer"), look_of(looks, plan)
+    lines = [(plan, unit) for plan in without_crowd(frame, looks) for unit in _units(frame, plan)]
+    for plan, unit in lines:
+        rows = frame.filter((pl.col("plan") == plan) & (pl.col("unit") == unit)).sort("layer")
+        look = look_of(looks, plan)
+        name = plain(plan if unit == _units(frame, plan)[0] else f"{plan}, {unit}")
         figure.add_scatter(
             x=integers(rows["layer"]),
             y=floats(rows["value"]),
@@ -60,12 +64,18 @@ def _lines(frame: pl.DataFrame, looks: Looks, title: str, axis: dict[str, object
             if rows["stderr"].is_not_null().any()
             else None,
             mode="lines+markers",
-            name=plain(plan),
+            name=name,
             line={"color": look.colour, "width": 1.3 if look.baseline else 2, "dash": look.dash},
             marker={"size": 4 if look.baseline else 5, "color": look.colour, "symbol": look.symbol},
-            hovertemplate=f"layer %{{x}}: {hover}<extra>{plain(plan)}</extra>",
+            hovertemplate=f"layer %{{x}}: {hover} ({unit})<extra>{name}</extra>",
         )
     return figure
+
+
+def _units(frame: pl.DataFrame, plan: str) -> list[str]:
+    """What a plan drops, neurons first."""
+    found = set(frame.filter(pl.col("plan") == plan)["unit"])
+    return [unit for unit in ("neurons", "input channels", "KV groups") if unit in found]
 
 
 def caption_errors(frame: pl.DataFrame) -> str:
@@ -86,7 +96,7 @@ def caption_kept(frame: pl.DataFrame) -> str:
     )
     varying = spans.filter(pl.col("high") - pl.col("low") > 0.02).sort(pl.col("high") - pl.col("low"), descending=True)
     if varying.is_empty():
-        return "Every plan keeps the same share of neurons in every layer, within 2 points."
+        return "Every plan keeps the same share in every layer, within 2 points."
     row = varying.row(0, named=True)
     even = spans.height - varying.height
     span = f"{percent(row['low'], 0)} to {percent(row['high'], 0)} by layer, {percent(row['mean'])} on average"

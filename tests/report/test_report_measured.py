@@ -1,0 +1,91 @@
+"""Task scores, throughput and co-activation: what is drawn and said of them."""
+
+from pathlib import Path
+
+import example_runs as example
+import polars as pl
+import pytest
+from example_evals import PLANS
+
+from actsparse.report.figures import by_layer, coactivation, tasks, throughput
+from actsparse.report.panels import EvalPanel, ProfilePanel, eval_panels, profile_panels
+from actsparse.report.sources import read_sources
+from actsparse.results import EvalRow
+
+
+def plain(text: str) -> str:
+    return text.replace("\u202f", " ").replace("\u00a0", " ").replace("\u2212", "-")
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> EvalPanel:
+    mixed = tuple(
+        EvalRow(plan="cats@0.5", metric="kept_frac", param=f"layer={layer},{where}", value=0.9, unit="share", n=10)
+        for layer in range(4)
+        for where in ("proj=q", "proj=up", "unit=kv_group")
+    )
+    path = example.eval_run(
+        tmp_path_factory.mktemp("measured") / "eval", leave_out=("tokens", "timing", "generations"), extra=mixed
+    )
+    return eval_panels(read_sources((path,)))[0]
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> ProfilePanel:
+    path = example.profile_run(
+        tmp_path_factory.mktemp("measured") / "profile", leave_out=("neurons", "heads", "histograms", "probes")
+    )
+    return profile_panels(read_sources((path,)))[0]
+
+
+def test_the_largest_sure_loss_is_named_and_idle_tasks_are_hollow(evaluation: EvalPanel) -> None:
+    frame = tasks.scores(evaluation)
+    text = plain(tasks.caption(frame))
+    assert "griffin@0.25 on arithmetic: -30.0 points (-34.0\u2013-26.0) against dense, 30.0 % left" in text
+    assert "Not exercised (hollow; the score is the dense model's): choices" in text
+    figure = tasks.draw(frame, {})
+    of_plan = next(trace for trace in figure.data if trace.name == "cats@0.5")
+    assert list(of_plan.marker.symbol) == ["circle-open", "circle"]
+
+
+def test_tasks_within_their_intervals_are_no_loss(evaluation: EvalPanel) -> None:
+    frame = tasks.scores(evaluation).filter(~pl.col("plan").str.contains("griffin"))
+    assert tasks.caption(frame).startswith("No plan loses for sure against dense on 2 tasks")
+
+
+def test_where_speed_stops_paying_is_said(evaluation: EvalPanel) -> None:
+    frame = throughput.by_batch(evaluation)
+    assert sorted(frame["x"].unique()) == [1, 2, 4, 8]
+    assert frame["gen_length"].unique().to_list() == [32]
+    first = frame.filter((pl.col("plan") == "griffin@0.5") & (pl.col("x") == 1)).row(0, named=True)
+    assert first["speedup"] == pytest.approx(first["dense_ms"] / first["ms"]) == pytest.approx(25.5 / 19.5)
+    assert "The largest gain is 1.31×" in throughput.caption(frame)
+    assert "Held fixed: prompt 128, generated 32." in throughput.caption(frame)
+    assert throughput.by_length(evaluation)["axis"][0] == "gen_length"
+
+
+def test_a_size_that_was_not_varied_makes_no_figure(evaluation: EvalPanel, tmp_path: Path) -> None:
+    path = example.eval_run(tmp_path / "e", leave_out=("throughput", "tokens", "timing", "generations"))
+    assert throughput.by_batch(eval_panels(read_sources((path,)))[0]).is_empty()
+
+
+def test_the_correlation_of_hot_neurons_follows_from_the_counts(profiled: ProfilePanel) -> None:
+    frame = coactivation.correlations(profiled)
+    pair = frame.filter((pl.col("layer") == 0) & (pl.col("rank") == 1) & (pl.col("other_rank") == 2)).row(0, named=True)
+    assert (pair["neuron"], pair["other"]) == (100, 101)
+    assert pair["phi"] == pytest.approx(1.0)
+    free = frame.filter((pl.col("layer") == 29) & (pl.col("rank") == 1) & (pl.col("other_rank") == 2))["phi"][0]
+    assert free == pytest.approx(0.0, abs=0.01)
+    never = frame.filter((pl.col("layer") == 0) & (pl.col("rank") == 12))["phi"]
+    assert never.null_count() == never.len() == 11
+    assert "of layer 0, phi 1.0" in coactivation.caption(frame)
+    assert len(coactivation.draw(frame, {}).data) == 1
+
+
+def test_units_are_drawn_apart(evaluation: EvalPanel) -> None:
+    frame = by_layer.kept(evaluation)
+    units = frame.filter(pl.col("plan") == "cats@0.5")["unit"].unique().sort().to_list()
+    assert units == ["KV groups", "input channels", "neurons"]
+    names = {trace.name for trace in by_layer.draw_kept(frame, {}).data}
+    assert {"cats@0.5", "cats@0.5, input channels", "cats@0.5, KV groups", "griffin@0.5"} <= names
+    assert len(PLANS) < len(names) + 9
