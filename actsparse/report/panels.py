@@ -16,11 +16,13 @@ from actsparse.store.runs import PlanRun
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilePanel:
-    """One profile: its tables, and the plans of the report that were fitted to the same model."""
+    """One profile: its tables (`measures` of prefill, `decode` of the model's own tokens),
+    and the plans of the report that were fitted to the same model."""
 
     label: str
     source: Source
     measures: pl.DataFrame
+    decode: pl.DataFrame
     neurons: pl.DataFrame
     heads: pl.DataFrame
     histograms: dict[str, Any]
@@ -66,6 +68,7 @@ def profile_panels(sources: tuple[Source, ...]) -> tuple[ProfilePanel, ...]:
             label=label,
             source=source,
             measures=source.table("measures"),
+            decode=source.decode_measures(),
             neurons=source.table("neurons"),
             heads=source.table("heads"),
             histograms=source.arrays("histograms"),

@@ -1,6 +1,15 @@
 """The figures of a profile, in order: adding one is a file in `figures/` and a row here."""
 
-from actsparse.report.figures import cett, coactivation, firing, head_maps, kind_maps, magnitudes, positions
+from actsparse.report.figures import (
+    cett,
+    coactivation,
+    decode_phase,
+    firing,
+    head_maps,
+    kind_maps,
+    magnitudes,
+    positions,
+)
 from actsparse.report.rows import Row
 from actsparse.results import RunKind
 
@@ -49,6 +58,22 @@ ROWS: tuple[Row, ...] = (
             "For each layer, the share of neurons whose output can be dropped token by token until the mean "
             "relative error of the MLP output (CETT) reaches the target. Higher is sparser. It is a ruler: the "
             "mask needs the neurons' values, so it is no speed-up."
+        ),
+    ),
+    Row(
+        id="decode-phase",
+        section="sparse",
+        title="Prompt and own tokens",
+        needs=RunKind.PROFILE,
+        metrics="cett_sparsity, phase=decode",
+        data=decode_phase.sparsity,
+        draw=decode_phase.draw,
+        caption=decode_phase.caption,
+        made_by="actsparse profile --model {model} --decode 64",
+        wide=False,
+        how_to_read=(
+            "The same sparsity over the prompts and over what the model writes after them. Thresholds and masks "
+            "are fitted on given text and used on the model's own: where the lines part, they do not transfer."
         ),
     ),
     Row(

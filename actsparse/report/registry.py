@@ -1,14 +1,15 @@
-"""The figures of the report by section: the rows of `profile_rows.py`, `mechanism_rows.py` and `eval_rows.py`."""
+"""The figures of the report by section: the rows of the `*_rows.py` files."""
 
-from actsparse.report import eval_rows, mechanism_rows, profile_rows
+from actsparse.report import compare_rows, eval_rows, mechanism_rows, profile_rows
 from actsparse.report.rows import Row
 
 SECTIONS = {
     "frontier": "What can be had at once",
+    "compare": "Models side by side",
     "sparse": "Where it is sparse",
     "neurons": "Which neurons and heads",
     "mechanisms": "What decides: token, history or habit",
     "cost": "What it costs",
     "gain": "What it buys",
 }
-ROWS: tuple[Row, ...] = (*profile_rows.ROWS, *mechanism_rows.ROWS, *eval_rows.ROWS)
+ROWS: tuple[Row, ...] = (*compare_rows.ROWS, *profile_rows.ROWS, *mechanism_rows.ROWS, *eval_rows.ROWS)

@@ -17,7 +17,8 @@ _EVALUATE = "actsparse evaluate --model {model} --plan griffin@0.5 --plan static
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A figure: `data` takes a panel of the kind it needs to its frame (empty: not measured), `draw` the frame to a
-    figure, `caption` the frame to the finding. `metrics` name what was missing where there is no data."""
+    figure, `caption` the frame to the finding. `metrics` name what was missing where there is no data. One that holds
+    several panels `together` takes them all as a tuple, where there are two or more."""
 
     id: str
     section: str
@@ -31,6 +32,7 @@ class Row:
     made_by: str = ""
     wide: bool = True
     optional: bool = False
+    together: bool = False
 
     @property
     def command(self) -> str:

@@ -85,6 +85,13 @@ class Source:
         found = self._read(name)
         return found.fill_nan(None) if found is not None else pl.DataFrame(schema=tables.schema_of(RECORDS[name]))
 
+    def decode_measures(self) -> pl.DataFrame:
+        """The measures over the tokens that the model wrote itself; empty where the profile has none."""
+        if not (self.run.path / "measures.parquet").exists():
+            return pl.DataFrame(schema=tables.schema_of(Measure))
+        found = self._read("decode_measures")
+        return found.fill_nan(None) if found is not None else pl.DataFrame(schema=tables.schema_of(Measure))
+
     def arrays(self, name: str) -> dict[str, Any]:
         """Arrays of `<name>.safetensors` by name; none where the run has none."""
         if not (self.run.path / f"{name}.safetensors").exists():

@@ -149,7 +149,9 @@ def build_view(spec: ReportSpec) -> ReportView:
         cards=cards(evals, profiles),
         plan_grids=tuple(grids.plan_grid(panel, place) for place, panel in enumerate(evals) if panel.outcomes),
         compare=grids.compare_grid(profiles, evals),
-        sections=tuple(_section(name, figures, model) for name in SECTIONS),
+        sections=tuple(
+            section for name in SECTIONS if (section := _section(name, figures, model)).figures or section.missing
+        ),
         worst=tuple(grid for place, panel in enumerate(evals) for grid in _worst(panel, place)),
         samples=tuple(SampleView(panel=panel.label, samples=found) for panel in evals if (found := samples(panel))),
         studies=studies,
@@ -161,11 +163,18 @@ def build_view(spec: ReportSpec) -> ReportView:
 def _figures(row: Row, profiles: tuple[ProfilePanel, ...], evals: tuple[EvalPanel, ...]) -> tuple[FigureView, ...]:
     """The row's figure for each panel that has its data."""
     panels: tuple[Panel, ...] = profiles if row.needs is RunKind.PROFILE else evals
+    if row.together:
+        frame = row.data(panels) if len(panels) > 1 else pl.DataFrame()
+        return () if frame.is_empty() else (_figure(row, "", frame, 0),)
     return tuple(
-        FigureView(id=f"{row.id}-{place}", row=row, panel=panel.label, frame=frame, caption=_caption(row, frame))
+        _figure(row, panel.label, frame, place)
         for place, panel in enumerate(panels)
         if not (frame := row.data(panel)).is_empty()
     )
+
+
+def _figure(row: Row, panel: str, frame: pl.DataFrame, place: int) -> FigureView:
+    return FigureView(id=f"{row.id}-{place}", row=row, panel=panel, frame=frame, caption=_caption(row, frame))
 
 
 def _section(name: str, figures: dict[str, tuple[FigureView, ...]], model: str) -> SectionView:

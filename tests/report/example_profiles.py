@@ -54,6 +54,8 @@ def measures(model: ModelRecord, random: np.random.Generator, relu: bool) -> lis
             add(
                 "cett_sparsity", layer, "neuron", min(0.97, mean + ends + noise), param=f"target={target}", stderr=0.004
             )
+            later = f"phase=decode,target={target}"
+            add("cett_sparsity", layer, "neuron", min(0.97, mean + ends) - 0.1, param=later, stderr=0.004)
             add("cett_eps", layer, "neuron", 0.02 * target * (1 + at), param=f"target={target}", unit="1")
         add("cett_rho", layer, "neuron", 1.05 + noise, unit="1")
         for step in range(32):
