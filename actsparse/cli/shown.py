@@ -49,7 +49,22 @@ def show_plan(run: PlanRun, output: Output) -> None:
         for name, one in kinds
         if one is not None
     ]
+    rows += [
+        [f"on {one.text.source}", _percent(one.realised.neuron_frac), _percent(one.realised.mlp_bytes_frac),
+         _percent(one.realised.model_bytes_frac)]
+        for one in plan.measured
+        if one.text.role == "transfer"
+    ]  # fmt: skip
     output.table(f"{plan.short}: dropped", ["", "neurons", "MLP bytes", "model bytes"], rows)
+    for one in plan.measured:
+        output.line(f"mean local error on {one.text.role} text ({one.text.source}): {one.rel_err:.3f}")
+    recalls = [one.recall for one in plan.layers if one.recall is not None]
+    if recalls:
+        above = [one.recall_corrected or 0.0 for one in plan.layers if one.recall is not None]
+        output.line(
+            f"routers of {len(recalls)} layers: held-out recall {sum(recalls) / len(recalls):.1%},"
+            f" {sum(above) / len(above):.2f} of the way from chance to perfect"
+        )
     output.line(f"written to {run.path}")
     model = plan.model.requested
     output.note(f"next: actsparse evaluate --model {shlex.quote(model)} --plan {shlex.quote(str(run.path))}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from actsparse.errors import ModelError, PlanError
 from actsparse.models.sites import LayerSites, ModelSites, is_plain
@@ -75,8 +76,14 @@ def smaller_model(
 
 def save_smaller(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer to a folder that `from_pretrained` reads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _smaller_state(sites: ModelSites, masks: Sequence[Tensor], fills: Sequence[Tensor | None]) -> dict[str, Tensor]:

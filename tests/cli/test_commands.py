@@ -390,7 +390,6 @@ def test_a_failed_fit_does_not_claim_its_directory(
         (["--method", "griffin"], "how much to drop"),
         (["--method", "griffin", "--sparsity", "1.5"], "1.5"),
         (["--method", "griffin", "--sparsity", "much"], "'much'"),
-        (["--method", "griffin", "--target-error", "0.2"], "takes no error target"),
         (["--method", "tda@0.5", "--sparsity", "0.5"], "names a share already"),
         (["--method", "static@0.5", "--set", "stta=griffin"], "'stta'"),
     ],
