@@ -70,7 +70,8 @@ class DataOptions:
     corpus: Annotated[str | None, option("--corpus", help="One text, cut into blocks.", panel=DATA)] = None
     calib: Annotated[str | None, option("--calib", help="Another text to fit methods on.", panel=DATA)] = None
     dataset: Annotated[
-        str | None, option("--dataset", help="A data set: hub id, or csv, json, parquet file.", panel=DATA)
+        str | None,
+        option("--dataset", help="A data set: hub id[:CONFIG], or a csv, json, parquet, text file.", panel=DATA),
     ] = None
     split: Annotated[str, option("--split", help="Split of the data set.", panel=DATA)] = "test"
     text_column: Annotated[str, option("--text-column", help="Column that holds the text.", panel=DATA)] = "text"

@@ -46,7 +46,8 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
 
 
 def read_dataset(name: str, split: str, column: str, limit: int | None) -> list[Prompt]:
-    """Rows of a data set as prompts, streamed; `name` is a hub id or a local csv, json, jsonl, parquet or text file."""
+    """Rows of a data set as prompts, streamed; `name` is a hub id (with `:CONFIG` where the data set has several) or a
+    local csv, json, jsonl, parquet or text file."""
     from datasets import load_dataset
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
@@ -56,14 +57,18 @@ def read_dataset(name: str, split: str, column: str, limit: int | None) -> list[
         if path.is_file() and path.suffix in builder:
             rows = load_dataset(builder[path.suffix], data_files=str(path), split="train", streaming=True)
         else:
-            rows = load_dataset(name, split=split, streaming=True)
+            repository, _, config = name.partition(":")
+            rows = load_dataset(repository, config or None, split=split, streaming=True)
         found = list(itertools.islice(_rows(rows, column, name), limit))
     except (DatasetNotFoundError, DataFilesNotFoundError, FileNotFoundError, ConnectionError):
         raise DataError(
             f"there is no data set '{name}' here or on the hub", "check the name, or give a local file with --prompts"
         ) from None
     except ValueError as error:
-        raise DataError(f"data set '{name}' cannot be read: {error}", "check --split and the file's format") from None
+        raise DataError(
+            f"data set '{name}' cannot be read: {error}",
+            "check --split, the file's format, or name a part: NAME:CONFIG",
+        ) from None
     if not found:
         raise DataError(f"data set '{name}', split '{split}' has no rows", "choose another --split")
     return found

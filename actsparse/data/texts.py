@@ -13,6 +13,8 @@ from actsparse.specs import DataSpec
 CORPUS_BLOCK, CORPUS_PROMPT = 512, 256
 JOINED_BLOCK, JOINED_PROMPT = 256, 128
 DEFAULT_BLOCKS = 8
+# Rows of a data set that are read without --limit: it may be endless.
+DATASET_ROWS = 1000
 PARTS = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}
 
 Notify = Callable[[str], None]
@@ -155,8 +157,10 @@ class TextReader:
 
     def _prompts(self) -> tuple[list[Prompt], str]:
         if self.spec.dataset is not None:
-            limit = None if self.spec.limit is None else 2 * self.spec.limit
+            limit = DATASET_ROWS if self.spec.limit is None else 2 * self.spec.limit
             found = read_dataset(self.spec.dataset, self.spec.split, self.spec.text_column, limit)
+            if self.spec.limit is None and len(found) == limit:
+                self.notify(f"reading the first {limit:,} rows of {self.spec.dataset}; --limit N takes another number")
             source = f"{self.spec.dataset} ({self.spec.split})"
         elif self.spec.prompts:
             found, source = read_prompts(self.spec.prompts), ", ".join(self.spec.prompts)

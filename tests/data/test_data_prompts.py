@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -141,3 +142,50 @@ def test_rows_of_a_local_data_set_are_prompts(tmp_path):
     with pytest.raises(DataError, match="no column 'body'") as refused:
         read_dataset(path, "test", "body", None)
     assert "--text-column text" in refused.value.hint
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "txt"])
+def test_local_data_sets_of_every_kind_give_the_same_prompts(suffix: str, tmp_path: Path) -> None:
+    import json
+
+    import polars as pl
+
+    rows = [{"text": f"prompt {i}", "id": i} for i in range(4)]
+    path = tmp_path / f"data.{suffix}"
+    match suffix:
+        case "json":
+            path.write_text(json.dumps(rows))
+        case "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case "csv":
+            pl.DataFrame(rows).write_csv(path)
+        case "parquet":
+            pl.DataFrame(rows).write_parquet(path)
+        case _:
+            path.write_text("\n".join(row["text"] for row in rows))
+    assert [prompt.text for prompt in read_dataset(str(path), "test", "text", None)] == [row["text"] for row in rows]
+
+
+def test_a_column_of_messages_becomes_chats(tmp_path: Path) -> None:
+    import polars as pl
+
+    path = tmp_path / "chat.parquet"
+    pl.DataFrame([{"messages": [{"role": "user", "content": "hello"}]}]).write_parquet(path)
+    found = read_dataset(str(path), "test", "messages", None)
+    assert found[0].messages == ({"role": "user", "content": "hello"},)
+
+
+def test_a_hub_id_may_name_a_part_and_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(*names: object, **options: object) -> list[dict[str, str]]:
+        asked.append((names, options))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [prompt.text for prompt in read_dataset("someone/wiki:small", "train", "text", 1)] == ["one"]
+    read_dataset("someone/wiki", "train", "text", 1)
+    streamed = {"split": "train", "streaming": True}
+    assert asked == [(("someone/wiki", "small"), streamed), (("someone/wiki", None), streamed)]

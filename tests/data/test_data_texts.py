@@ -235,3 +235,19 @@ def test_blocks_longer_than_the_context_are_refused(corpus):
         reader(corpus=corpus, max_positions=9).eval_texts()
     assert "--block-length 9" in refused.value.hint
     assert len(reader(corpus=corpus, max_positions=10).profile_sequences()) == 9
+
+
+def test_a_data_set_without_a_limit_is_read_so_far_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actsparse.data import texts
+
+    path = tmp_path / "many.txt"
+    path.write_text("\n".join(text(i, i + 1, i + 2) for i in range(9)))
+    monkeypatch.setattr(texts, "DATASET_ROWS", 6)
+    said: list[str] = []
+    assert len(reader(dataset=str(path), said=said).profile_sequences()) == 6
+    assert any("the first 6 rows" in line and "--limit" in line for line in said)
+    said.clear()
+    assert len(reader(dataset=str(path), limit=8, said=said).profile_sequences()) == 8
+    assert not any("rows" in line for line in said)
