@@ -111,6 +111,17 @@ class Site:
     kind: SiteKind
     expert: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The kind, `shared_KIND` in the expert that serves every token."""
+        return f"shared_{self.kind}" if self.expert == SHARED_EXPERT else str(self.kind)
+
+    @classmethod
+    def named(cls, layer: int, name: str) -> "Site":
+        """The site of a layer that has this `name`."""
+        expert = SHARED_EXPERT if name.startswith("shared_") else None
+        return cls(layer=layer, kind=SiteKind(name.removeprefix("shared_")), expert=expert)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
@@ -141,7 +152,8 @@ class NeuronRow:
     """One row of `neurons.parquet`, over the recorded tokens.
 
     `active_frac`: share of tokens in which the neuron is in the top 20 % of its layer by |a|*||w||; `nonzero_frac`:
-    share with a != 0; `mean_norm`: mean |a|*||w||; `griffin`: sqrt(mean (a/||a||)^2).
+    share with a != 0; `mean_norm`: mean |a|*||w||; `griffin`: sqrt(mean (a/||a||)^2). In a mixture of experts a row
+    belongs to a neuron of one `expert` (-1: the shared one), over the `tokens` that were routed to it.
     """
 
     layer: int
@@ -154,6 +166,8 @@ class NeuronRow:
     griffin: float
     mean: float
     mean_square_up: float | None
+    expert: int | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

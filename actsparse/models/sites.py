@@ -272,6 +272,10 @@ class Ffn:
             return self.routed.stacked()[1][self.expert].detach()
         return self.layer.down_matrix(self.width)
 
+    def down_norms(self) -> Float[Tensor, " neurons"]:
+        """||w_i|| of every column of the down projection, in float32."""
+        return self.down_matrix().float().norm(dim=0)
+
 
 @dataclass(frozen=True)
 class ModelSites:
@@ -289,6 +293,11 @@ class ModelSites:
     def ffns(self) -> tuple[Ffn, ...]:
         """The FFNs of every layer in order: one a dense layer, one an expert elsewhere."""
         return tuple(ffn for layer in self.layers for ffn in layer.ffns)
+
+    @cached_property
+    def ffn_index(self) -> dict[tuple[int, int | None], int]:
+        """The place in `ffns` of each (layer, expert); in a dense model the layer itself."""
+        return {(ffn.layer.index, ffn.expert): place for place, ffn in enumerate(self.ffns)}
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

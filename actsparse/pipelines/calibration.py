@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-import polars as pl
 import torch
 from torch import Tensor
 
@@ -49,12 +48,13 @@ class Statistics:
                 f"the profile at {run.path} recorded {recorded} layers only", "profile the model without --layers"
             )
         means = []
-        for layer in range(model.layers):
-            rows = run.neurons.filter(pl.col("layer") == layer).sort("neuron")
+        # rows of a layer stand in the order of its FFNs: its MLP, or its experts and the shared one
+        for _, rows in run.neurons.group_by("layer", "expert", maintain_order=True):
             columns = [field.name for field in fields(NeuronMeans)]
-            means.append(NeuronMeans(**{name: torch.from_numpy(rows[name].to_numpy().copy()) for name in columns}))
+            ordered = rows.sort("neuron")
+            means.append(NeuronMeans(**{name: torch.from_numpy(ordered[name].to_numpy().copy()) for name in columns}))
         histograms = {
-            Site(layer=int(layer), kind=SiteKind(kind)): (
+            Site.named(int(layer), kind): (
                 torch.from_numpy(run.histograms[f"layers.{layer}.{kind}.counts"]),
                 torch.from_numpy(run.histograms[f"layers.{layer}.{kind}.edges"]),
             )
@@ -68,9 +68,8 @@ class Statistics:
     def of_state(cls, state: ProfileState, loaded: LoadedModel) -> "Statistics":
         """From a recording in memory."""
         means = []
-        for layer in state.layers:
-            sums = state.neurons[layer]
-            norms = loaded.sites.layers[layer].down_norms(loaded.record.intermediate_size)
+        for place, sums in state.neurons.items():
+            norms = loaded.sites.ffns[place].down_norms()
             tokens = max(1, sums.tokens)
             means.append(
                 NeuronMeans(

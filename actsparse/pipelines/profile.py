@@ -10,6 +10,7 @@ from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
+from actsparse.models.taps import IN_EXPERTS
 from actsparse.pipelines.continuation import continuing, prompts_of
 from actsparse.pipelines.distributed import Team, local_device, team
 from actsparse.pipelines.dump import Dump, write_dump
@@ -77,6 +78,7 @@ class Job:
         continued = None
         if spec.decode:
             continued = prompts_of(reader, sequences, spec.decode, loaded.record.max_positions)
+        spec = _suited(spec, loaded, layers, progress)
         spec, probed = _with_probes(spec, reader, loaded, progress)
         return cls(spec, loaded, sequences, continued, probed, layers, crew, progress)
 
@@ -142,6 +144,23 @@ def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tup
         if not 0 <= layer < count:
             raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", "correct --layers")
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
+
+
+def _suited(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], progress: Progress) -> ProfileSpec:
+    """The spec without what layers of experts have no definition for; raises ModelError where a dump asks for it."""
+    mixed = set(loaded.sites.moe_layers) & set(layers)
+    if not mixed:
+        return spec
+    dumped = mixed & set(layers if spec.dump is None or spec.dump.layers is None else spec.dump.layers)
+    if spec.dump is not None and dumped and {kind.value for kind in IN_EXPERTS} & set(spec.dump.kinds):
+        raise ModelError(
+            f"layer {min(dumped)} is a mixture of experts: a token passes through some of them, so its neurons cannot"
+            " be dumped as one row",
+            "dump attn_in, attn_out or mlp_in there, or a dense layer",
+        )
+    left_out = f"layers {min(mixed)} to {max(mixed)} hold experts: no CETT and no co-activation there"
+    progress.note(left_out + (f", and no probes ({', '.join(spec.probes)})" if spec.probes else ""))
+    return replace(spec, probes=())
 
 
 def _lead(job: Job) -> Path:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from actsparse.core.cett import CettLayer, CettSolution
@@ -32,19 +33,19 @@ class Phase:
     def solved(
         cls, name: str, loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
     ) -> "Phase":
-        """CETT and co-activation of every recorded layer."""
+        """CETT and co-activation of every recorded layer that has a sample (layers of experts have none)."""
         cett: dict[int, CettSolution] = {}
         together: dict[int, CoActivation] = {}
-        norms: dict[int, Tensor] = {}
+        norms = {place: loaded.sites.ffns[place].down_norms().cpu() for place in state.neurons}
         what = "solving CETT" if name == PREFILL else f"solving CETT of {name}"
-        with progress.task(what, len(state.layers), "layers") as advance:
-            for layer in state.layers:
+        with progress.task(what, len(state.sampled), "layers") as advance:
+            for layer in state.sampled:
+                place = loaded.sites.ffn_index[layer, None]
                 down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
                 sample = state.reservoir.rows(layer).to(down.device)
                 cett[layer] = CettSolution.of(CettLayer.of(sample, down), targets)
-                norms[layer] = down.float().norm(dim=0).cpu()
                 together[layer] = co_activation(
-                    sample, norms[layer], state.neurons[layer].active, density=ACTIVE_DENSITY
+                    sample, norms[place], state.neurons[place].active, density=ACTIVE_DENSITY
                 )
                 advance(1)
         return cls(name, state, cett, together, norms)
@@ -66,18 +67,18 @@ def write_phase(phase: Phase, writer: RunWriter) -> None:
     for site, moments in state.moments.items():
         counts, edges = moments.histogram.trimmed()
         histograms |= {
-            f"layers.{site.layer}.{site.kind}.counts": counts,
-            f"layers.{site.layer}.{site.kind}.edges": edges,
+            f"layers.{site.layer}.{site.name}.counts": counts,
+            f"layers.{site.layer}.{site.name}.edges": edges,
         }
     tensors.write(path / f"histograms{end}.safetensors", histograms)
     if phase.name != PREFILL:
         return
-    reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.layers}
+    reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.sampled}
     tensors.write(path / "reservoir.safetensors", reservoir)
     together: dict[str, Tensor] = {}
     for layer, found in phase.together.items():
         together |= {f"layers.{layer}.neurons": found.neurons, f"layers.{layer}.counts": found.counts}
-    together["tokens"] = state.neurons[state.layers[0]].seen.new_tensor([state.reservoir.used])
+    together["tokens"] = torch.tensor([state.reservoir.used])
     tensors.write(path / "coactivation.safetensors", together)
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from actsparse.core.cett import CettSolution
 from actsparse.core.coactivation import CoActivation
+from actsparse.core.routing import RouterSums
 from actsparse.core.stats import gini
 from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
 from actsparse.pipelines.profile_state import ProfileState
-from actsparse.results import HeadRow, Measure, NeuronRow, Site, SiteKind, param
+from actsparse.results import SHARED_EXPERT, HeadRow, Measure, NeuronRow, Site, SiteKind, param
 
 QUANTILES = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
 DEAD, HOT = 0.001, 0.5
@@ -24,19 +25,20 @@ def measure_rows(
     for site, moments in state.moments.items():
         rows += _moment_rows(site, moments)
     for layer in state.layers:
-        rows += _neuron_measures(layer, state.neurons[layer])
+        rows += _ffn_measures(layer, state)
         rows += _head_measures(layer, state.heads[layer])
-        rows += _cett_rows(layer, cett[layer])
-        rows += _together_rows(layer, together[layer])
-    return rows + _cett_means(state, cett)
+        if layer in cett:
+            rows += _cett_rows(layer, cett[layer])
+            rows += _together_rows(layer, together[layer])
+    return rows + _cett_means(cett)
 
 
 def neuron_rows(state: ProfileState, down_norms: dict[int, Tensor]) -> list[NeuronRow]:
-    """The rows of `neurons.parquet`; `down_norms` [neurons] of every layer."""
+    """The rows of `neurons.parquet`; `down_norms` [neurons] of every FFN."""
     return [
-        NeuronRow(layer=layer, neuron=neuron, **values)
-        for layer in state.layers
-        for neuron, values in enumerate(_per_neuron(state.neurons[layer], down_norms[layer]))
+        NeuronRow(layer=layer, expert=expert, neuron=neuron, tokens=state.neurons[place].tokens, **values)
+        for place, (layer, expert) in state.ffns.items()
+        for neuron, values in enumerate(_per_neuron(state.neurons[place], down_norms[place]))
     ]
 
 
@@ -70,8 +72,39 @@ def _moment_rows(site: Site, moments: Moments) -> list[Measure]:
     ]
 
 
-def _neuron_measures(layer: int, sums: NeuronSums) -> list[Measure]:
-    site = Site(layer=layer, kind=SiteKind.NEURON)
+def _ffn_measures(layer: int, state: ProfileState) -> list[Measure]:
+    """The rows of a layer's neurons; of a mixture, of every expert and of the router."""
+    rows: list[Measure] = []
+    for place, (owner, expert) in state.ffns.items():
+        if owner == layer and (expert is None or expert == SHARED_EXPERT):
+            rows += _neuron_measures(Site(layer=layer, kind=SiteKind.NEURON, expert=expert), state.neurons[place])
+        elif owner == layer and expert is not None:
+            rows += _expert_measures(layer, expert, state.neurons[place], state.routers[layer])
+    if layer in state.routers:
+        router, site = state.routers[layer], Site(layer=layer, kind=SiteKind.ROUTER)
+        rows.append(_row(site, "router_entropy", router.entropy, router.tokens, unit="nats", stderr=router.stderr))
+    return rows
+
+
+def _expert_measures(layer: int, expert: int, sums: NeuronSums, router: RouterSums) -> list[Measure]:
+    """How often an expert is chosen, and how unevenly its neurons fire over the tokens that it serves."""
+    where, n = param(expert=expert), router.tokens
+    share = sums.tokens / max(1, n)
+    rows = [
+        _row(
+            Site(layer=layer, kind=SiteKind.ROUTER), "expert_frac", share, n, param=where, unit="share",
+            stderr=(share * (1 - share) / n) ** 0.5 if n else None,
+        )
+    ]  # fmt: skip
+    if sums.tokens:
+        site, active = Site(layer=layer, kind=SiteKind.NEURON), sums.active.double() / sums.tokens
+        rows.append(_row(site, "neuron_gini", gini(active), sums.tokens, param=where))
+        for metric, share in (("dead_frac", active < DEAD), ("hot_frac", active > HOT)):
+            rows.append(_row(site, metric, float(share.double().mean()), sums.tokens, param=where, unit="share"))
+    return rows
+
+
+def _neuron_measures(site: Site, sums: NeuronSums) -> list[Measure]:
     active = sums.active.double() / max(1, sums.tokens)
     n = len(active)
     rows = [
@@ -124,11 +157,11 @@ def _together_rows(layer: int, found: CoActivation) -> list[Measure]:
     return [] if phi is None else [_row(site, "coactivation_phi", phi, found.tokens, param=where)]
 
 
-def _cett_means(state: ProfileState, cett: dict[int, CettSolution]) -> list[Measure]:
+def _cett_means(cett: dict[int, CettSolution]) -> list[Measure]:
     """Mean CETT sparsity over the recorded layers, for every target."""
     rows = []
     for target in next(iter(cett.values())).targets if cett else ():
-        points = [cett[layer].targets[target] for layer in state.layers if target in cett[layer].targets]
+        points = [one.targets[target] for one in cett.values() if target in one.targets]
         mean = sum(point.sparsity for point in points) / len(points)
         rows.append(
             Measure(metric="cett_sparsity", kind=SiteKind.NEURON, param=param(target=target), value=mean, unit="share",
@@ -158,5 +191,5 @@ def _row(
     site: Site, metric: str, value: float, n: int, *, param: str = "", unit: str = "1", stderr: float | None = None
 ) -> Measure:
     return Measure(
-        metric=metric, layer=site.layer, kind=site.kind, param=param, value=value, unit=unit, n=n, stderr=stderr
+        metric=metric, layer=site.layer, kind=site.name, param=param, value=value, unit=unit, n=n, stderr=stderr
     )

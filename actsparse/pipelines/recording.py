@@ -17,7 +17,7 @@ from actsparse.core.streaming import HeadGrams, moved
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel
-from actsparse.models.taps import Callback, tapped
+from actsparse.models.taps import Callback, Tap, tapped
 from actsparse.pipelines.batches import Batch, groups, padded
 from actsparse.pipelines.distributed import ALONE, Team
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
@@ -43,7 +43,7 @@ class Recorder:
         self.seed = seed
         shape = loaded.record
         sites = {layer.index: layer for layer in loaded.sites.layers if layer.index in state.layers}
-        self._down_norms = {i: layer.down_norms(shape.intermediate_size) for i, layer in sites.items()}
+        self._down_norms = {place: loaded.sites.ffns[place].down_norms() for place in state.neurons}
         self._grams = {
             i: HeadGrams.of(layer.output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads)
             for i, layer in sites.items()
@@ -52,15 +52,16 @@ class Recorder:
         self._rows = _Places(torch.zeros(0, dtype=torch.int64))
         self._positions = self._sampled = self._rows
         self._slots = torch.zeros(0, dtype=torch.int64)
+        self._tap = Tap()
 
     @torch.no_grad()
     def record(self, batch: Batch) -> None:
         """Run one batch through the model and add its activations to the state."""
         self._choose(batch)
-        kinds = {site.kind for site in self.state.moments}
+        kinds = {site.kind for site in self.state.moments} | ({SiteKind.ROUTER} if self.state.routers else set())
         callbacks: dict[SiteKind, Callback] = dict.fromkeys(kinds, self._on_value)
         device = self.loaded.device
-        with tapped(self.loaded.sites, callbacks, self.state.layers):
+        with tapped(self.loaded.sites, callbacks, self.state.layers) as self._tap:
             self.loaded.model.base_model(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
@@ -84,21 +85,37 @@ class Recorder:
 
     def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
         state, layer = self.state, site.layer
-        rows = Rows.of(x, self._rows.on(x.device))
-        state.moments[site] = moved(state.moments[site], x.device)
-        state.moments[site].add(rows)
+        if site.kind is SiteKind.ROUTER:
+            state.routers[layer].add(Rows.of(x, self._rows.on(x.device)).values())
+            return
+        index, positions = self._own_rows(x.device)
+        rows = Rows.of(x, index)
+        pooled = site if site in state.moments else Site(layer=layer, kind=site.kind)
+        state.moments[pooled] = moved(state.moments[pooled], x.device)
+        state.moments[pooled].add(rows)
         if site.kind is SiteKind.NEURON:
-            state.neurons[layer] = moved(state.neurons[layer], x.device)
-            self._down_norms[layer] = self._down_norms[layer].to(x.device)
-            state.neurons[layer].add(rows, self._down_norms[layer], self._positions.on(x.device))
-            state.reservoir.put(layer, self._slots, rows.flat[self._sampled.on(x.device)])
+            place = self.loaded.sites.ffn_index[layer, site.expert]
+            state.neurons[place] = moved(state.neurons[place], x.device)
+            self._down_norms[place] = self._down_norms[place].to(x.device)
+            state.neurons[place].add(rows, self._down_norms[place], positions)
+            if site.expert is None:
+                state.reservoir.put(layer, self._slots, rows.flat[self._sampled.on(x.device)])
         elif site.kind is SiteKind.UP:
-            state.neurons[layer] = moved(state.neurons[layer], x.device)
-            state.neurons[layer].add_up(rows)
+            place = self.loaded.sites.ffn_index[layer, site.expert]
+            state.neurons[place] = moved(state.neurons[place], x.device)
+            state.neurons[place].add_up(rows)
         elif site.kind is SiteKind.ATTN_OUT:
             state.heads[layer] = moved(state.heads[layer], x.device)
             self._grams[layer] = self._grams[layer].on(x.device)
             state.heads[layer].add(rows.values(), self._grams[layer])
+
+    def _own_rows(self, device: torch.device) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """The rows that count and their positions: of an expert, those that were routed to it."""
+        rows, positions = self._rows.on(device), self._positions.on(device)
+        if self._tap.routed is None:
+            return rows, positions
+        own = self._tap.routed.flatten()[rows]
+        return rows[own], positions[own]
 
 
 class _Places:
