@@ -316,6 +316,35 @@ class ExpertsRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FfnPlace:
+    """One feed-forward network of a model: a layer's MLP (`expert` None), or one of its experts.
+
+    `share`: its part of the MLP bytes of its layer that one token reads, on average over experts.
+    """
+
+    layer: int
+    expert: int | None
+    width: int
+    share: float
+
+
+def ffn_places(layers: int, width: int, experts: ExpertsRecord | None) -> tuple[FfnPlace, ...]:
+    """The FFNs of a model in order: one a dense layer of `width` neurons, one an expert in its other layers."""
+    if experts is None:
+        return tuple(FfnPlace(layer=layer, expert=None, width=width, share=1.0) for layer in range(layers))
+    read = experts.top_k * experts.width + (experts.shared_width or 0)
+    each = experts.top_k * experts.width / experts.count / read
+    mixed = [(expert, experts.width, each) for expert in range(experts.count)]
+    if experts.shared_width is not None:
+        mixed.append((SHARED_EXPERT, experts.shared_width, experts.shared_width / read))
+    return tuple(
+        FfnPlace(layer=layer, expert=expert, width=size, share=share)
+        for layer in range(layers)
+        for expert, size, share in (mixed if layer in experts.layers else [(None, width, 1.0)])
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRecord:
     """A loaded model: the name that was asked for, what it resolved to, its shape, and hashes of its content.
 
@@ -347,6 +376,11 @@ class ModelRecord:
     tokenizer_sha256: str
     experts: ExpertsRecord | None = None
     family_sha256: str | None = None
+
+    @property
+    def ffns(self) -> tuple[FfnPlace, ...]:
+        """Its feed-forward networks in order."""
+        return ffn_places(self.layers, self.intermediate_size, self.experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

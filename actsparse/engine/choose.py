@@ -153,6 +153,8 @@ class Engines:
         else:
             reason = own
         refused = why_not_sliced(gates) if gates else None
+        if gates and self.sites.moe_layers:
+            refused = refused or "experts are not sliced"
         if refused or batch > 1:
             what = refused or f"batches of {batch} need a step of our own"
             raise PlanError(f"no engine runs this plan: {what}; {reason}", "its masked run is exact, and never faster")

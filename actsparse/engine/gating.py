@@ -27,6 +27,9 @@ from actsparse.results import Site, SiteKind, Unit
 class SiteValues:
     """The values last seen at the sites that rules read, in the layer at work and the one before it."""
 
+    routed: Bool[Tensor, "batch seq"] | None = None
+    """The tokens of the expert at work; None where every token passes."""
+
     def __init__(self) -> None:
         self._values: dict[tuple[int, SiteKind], Tensor] = {}
 
@@ -59,7 +62,11 @@ class Edit:
 
 
 class PlanState:
-    """The gates of every layer over one batch of sequences that share prompt length and positions."""
+    """The gates of every layer over one batch of sequences that share prompt length and positions.
+
+    In a model with experts a plan over neurons has gates for every FFN, and `layer` is its place; a plan over anything
+    else has them for every layer, and nothing for the FFNs beyond.
+    """
 
     def __init__(self, gates: Sequence[LayerGates], *, prompt_length: int, sink_tokens: int) -> None:
         self.gates = list(gates)
@@ -72,12 +79,14 @@ class PlanState:
 
     def observe(self, layer: int, values: SiteValues, start: int, padding: Sequence[int] = ()) -> None:
         """See the activations of positions `start` and on, see `GateState.observe`."""
-        state = self.neurons[layer]
+        state = self.neurons[layer] if layer < len(self.neurons) else None
         if state is not None and isinstance(state.gate, PrefillGate):
-            state.observe(values.of(state.gate, layer), start, padding)
+            state.observe(values.of(state.gate, layer), start, padding, values.routed)
 
     def edit(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, sparse: slice) -> Edit | None:
         """The edit of the input x [batch, seq, width] at its positions `sparse`; None without a gate for the unit."""
+        if layer >= len(self.gates):
+            return None
         gates, part = self.gates[layer], x[:, sparse]
         if unit is Unit.NEURON:
             state = self.neurons[layer]
@@ -131,11 +140,18 @@ class GateState:
         self._chosen: Bool[Tensor, "batch neurons"] | None = None
         self._decoded = 0
 
-    def observe(self, read: Float[Tensor, "batch seq width"], start: int, padding: Sequence[int] = ()) -> None:
+    def observe(
+        self,
+        read: Float[Tensor, "batch seq width"],
+        start: int,
+        padding: Sequence[int] = (),
+        routed: Bool[Tensor, "batch seq"] | None = None,
+    ) -> None:
         """See the activations at the gate's site of positions `start` and on; only prompt tokens after the sink tokens
         count.
 
-        `padding`: how many positions of padding stand in front of each sequence.
+        `padding`: how many positions of padding stand in front of each sequence; `routed`: the tokens that an expert
+        serves (None: all).
         """
         if not isinstance(self.gate, PrefillGate) or start >= self.prompt_length:
             return
@@ -144,7 +160,8 @@ class GateState:
             self._seen = [0] * read.shape[0]
         for index, sequence in enumerate(read):
             left = padding[index] if padding else 0
-            rows = sequence[max(0, left + self.sink_tokens - start) : self.prompt_length - start]
+            seen = slice(max(0, left + self.sink_tokens - start), self.prompt_length - start)
+            rows = sequence[seen] if routed is None else sequence[seen][routed[index, seen]]
             if len(rows):
                 self._statistics[index].add(rows)
                 self._seen[index] += len(rows)
@@ -182,17 +199,20 @@ class GateState:
         return masks
 
     def chosen(self) -> Bool[Tensor, "batch neurons"]:
-        """The masks that the prompts chose; decided once, and again after a refresh."""
+        """The masks that the prompts chose; decided once, and again after a refresh. A prompt that showed nothing
+        keeps everything."""
         assert isinstance(self.gate, PrefillGate)
         if self._chosen is None:
-            rule = self.gate.rule
-            self._chosen = torch.stack([rule(statistic.value()) for statistic in self._statistics])
+            rule, pairs = self.gate.rule, zip(self._statistics, self._seen, strict=True)
+            found = [rule(statistic.value()) if seen else None for statistic, seen in pairs]
+            whole = torch.ones_like(next(mask for mask in found if mask is not None))
+            self._chosen = torch.stack([whole if mask is None else mask for mask in found])
         return self._chosen
 
     @property
     def ready(self) -> bool:
-        """Whether the prompt showed anything to choose from."""
-        return not isinstance(self.gate, PrefillGate) or (bool(self._seen) and min(self._seen) > 0)
+        """Whether any prompt showed anything to choose from."""
+        return not isinstance(self.gate, PrefillGate) or any(self._seen)
 
 
 def units_of(plans: Sequence[Sequence[LayerGates]]) -> frozenset[Unit]:

@@ -36,7 +36,7 @@ def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_to
     if steps is not None:
         with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited), stepping(steps, phases):
             yield
-    elif why_not_sliced(gates):
+    elif why_not_sliced(gates) or sites.moe_layers:
         with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited):
             yield
     else:

@@ -16,7 +16,7 @@ from actsparse.engine.gating import READER, Edit, PlanState, SiteValues
 from actsparse.engine.heads import kv_kept
 from actsparse.engine.points import Replaced, visited
 from actsparse.methods.gates import LayerGates
-from actsparse.models.sites import ModelSites, Projection
+from actsparse.models.sites import Ffn, ModelSites, Projection
 from actsparse.models.taps import ForwardPass, watched
 from actsparse.results import Unit
 
@@ -31,11 +31,18 @@ class Tally:
     positions: int = 0
     errors: float = 0.0
 
-    def count(self, mask: Bool[Tensor, "batch seq units"]) -> None:
+    def count(self, mask: Bool[Tensor, "*positions units"]) -> None:
         """Count the kept units of sparse positions."""
         self.kept += float(mask.count_nonzero())
         self.units += mask.numel()
-        self.positions += mask.shape[0] * mask.shape[1]
+        self.positions += mask.numel() // mask.shape[-1]
+
+    def add(self, other: "Tally") -> None:
+        """Add what another tally counted."""
+        self.kept += other.kept
+        self.units += other.units
+        self.positions += other.positions
+        self.errors += other.errors
 
     def add(self, other: "Tally") -> None:
         """Add what was counted elsewhere."""
@@ -71,7 +78,8 @@ class MaskedPlan:
         sparse = slice(max(0, self.prompt_length - start), x.shape[1])
         edit = self.state.edit(unit, layer, x, values, sparse) if sparse.start < sparse.stop else None
         if edit is not None:
-            self.tally(unit, layer).count(edit.mask)
+            own = None if unit is not Unit.NEURON or values.routed is None else values.routed[:, sparse]
+            self.tally(unit, layer).count(edit.mask if own is None else edit.mask[own])
         return sparse, edit
 
     def replaced(self, unit: Unit, layer: int, x: Tensor, values: SiteValues, start: int) -> Replaced | None:
@@ -82,6 +90,14 @@ class MaskedPlan:
     def tally(self, unit: Unit, layer: int) -> Tally:
         """The counts of a unit in a layer."""
         return self.tallies.setdefault((unit, layer), Tally())
+
+    def by_layer(self, sites: ModelSites) -> dict[tuple[Unit, int], Tally]:
+        """The counts by unit and layer: those of a layer's experts added up."""
+        found: dict[tuple[Unit, int], Tally] = {}
+        for (unit, place), tally in self.tallies.items():
+            layer = sites.ffns[place].layer.index if unit is Unit.NEURON else place
+            found.setdefault((unit, layer), Tally()).add(tally)
+        return found
 
     def kept_frac(self, unit: Unit = Unit.NEURON) -> list[float]:
         """The share kept of a unit in each layer, over the sparse positions counted so far."""
@@ -145,13 +161,16 @@ def probed(sites: ModelSites, plans: Sequence[MaskedPlan]) -> Iterator[None]:
         yield
 
 
-def reader_of(sites: ModelSites, unit: Unit, layer: int) -> Projection:
-    """The projection that reads a unit: its own for channels, `down` for neurons, `o` for KV groups."""
+def reader_of(sites: ModelSites, unit: Unit, layer: int) -> Projection | Ffn:
+    """What reads a unit: the projection itself for channels, `down` for neurons (of an expert: its own), `o` for KV
+    groups."""
+    if unit is Unit.NEURON and sites.moe_layers:
+        return sites.ffns[layer]
     return sites.layers[layer].projections[READER.get(unit, unit)]
 
 
 def edit_errors(
-    reader: Projection,
+    reader: Projection | Ffn,
     x: Float[Tensor, "batch seq in"],
     edit: Edit,
     dense: Float[Tensor, "batch seq"] | None = None,

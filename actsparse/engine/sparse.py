@@ -102,6 +102,8 @@ def sparse_decoder(sites: ModelSites, gates: Sequence[LayerGates], *, sink_token
     Raises PlanError where gates are of another kind, ModelError where weights cannot be sliced.
     """
     reason, neurons = why_not_sliced(gates), neurons_only(gates)
+    if sites.moe_layers:
+        reason = "this plan drops neurons of experts"
     if reason or neurons is None:
         raise PlanError(f"{reason} and has no engine yet", "evaluate its quality without timing")
     with sliceable(sites) as mlps, torch.no_grad():

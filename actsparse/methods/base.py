@@ -20,7 +20,7 @@ from actsparse.methods.gates import ALL_MATRICES, LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.methods.training import Training
 from actsparse.models.shape import HeadShape
-from actsparse.results import LayerPlan, SiteKind, Unit
+from actsparse.results import FfnPlace, LayerPlan, SiteKind, Unit
 
 
 class Decides(StrEnum):
@@ -65,6 +65,11 @@ class Calibration(Protocol):
     @property
     def widths(self) -> tuple[int, ...]:
         """Neurons of each layer."""
+        ...
+
+    @property
+    def ffns(self) -> tuple[FfnPlace, ...]:
+        """What `widths` are of, one entry each: the MLPs of layers, or of their experts."""
         ...
 
     @property
@@ -172,7 +177,7 @@ class Method(ABC):
     """A method is its parameters. Subclasses are frozen dataclasses whose fields are the options that users may set.
 
     `ideal`: its masks need what they save, so its bytes are those of a mask known beforehand, and it makes no speed
-    claim.
+    claim. `serves_experts`: its definition carries over to an expert, which sees the tokens routed to it alone.
     """
 
     name: ClassVar[str]
@@ -187,6 +192,7 @@ class Method(ABC):
     takes_error_target: ClassVar[bool] = False
     """Whether it finds what meets an error target by itself, and has a default one."""
     needs_statistics: ClassVar[bool] = False
+    serves_experts: ClassVar[bool] = False
 
     @property
     def needs_replay(self) -> bool:
@@ -219,6 +225,15 @@ class Method(ABC):
             raise PlanError(
                 f"{self.name} needs a gated FFN, and this model's has two matrices only",
                 "use griffin, tda, static or cats, which serve both",
+            )
+
+    def check_experts(self, places: Sequence[FfnPlace]) -> None:
+        """Raise PlanError where a model has experts that this method cannot serve."""
+        if not self.serves_experts and any(place.expert is not None for place in places):
+            raise PlanError(
+                f"{self.name} does not serve mixtures of experts: it is fitted on tokens that every layer sees,"
+                " and an expert sees those routed to it alone",
+                "use griffin, static, cats, chess, countdown or an oracle, which are taken per expert",
             )
 
     @property

@@ -24,6 +24,7 @@ class Cats(Method):
     summary = "gate activations over an offline threshold, token by token"
     paper = "arXiv 2404.08763"
     decides = Decides.TOKEN
+    serves_experts = True
     needs = (SiteKind.GATE,)
     saves = frozenset({"up", "down"})
     needs_statistics = True

@@ -32,6 +32,7 @@ class Chess(Method):
     summary = "gate activations over an offline threshold of each neuron, token by token"
     paper = "arXiv 2409.01366"
     decides = Decides.TOKEN
+    serves_experts = True
     needs = (SiteKind.GATE, SiteKind.UP)
     saves = frozenset({"up", "down"})
     gated_only = True

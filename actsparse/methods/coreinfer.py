@@ -50,6 +50,7 @@ class CoreInfer(Method):
     summary = "neurons most often strong in the prompt, one mask a sequence"
     paper = "arXiv 2410.18311"
     decides = Decides.PREFILL
+    serves_experts = True
 
     def __post_init__(self) -> None:
         if not 0 < self.token_frac <= 1:

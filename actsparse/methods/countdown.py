@@ -24,6 +24,7 @@ class Countdown(Method):
     summary = "up activations over an offline threshold, token by token"
     paper = "arXiv 2505.17701"
     decides = Decides.TOKEN
+    serves_experts = True
     needs = (SiteKind.UP,)
     saves = frozenset({"gate", "down"})
     gated_only = True

@@ -16,6 +16,7 @@ class Griffin(PromptMethod):
     summary = "top neurons of the prompt, one mask a sequence"
     paper = "arXiv 2404.01365"
     decides = Decides.PREFILL
+    serves_experts = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         layers = counted_layers(budget, self.name, calibration.widths)

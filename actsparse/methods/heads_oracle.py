@@ -54,6 +54,7 @@ class HeadsOracle(Method):
     summary = "exact top KV groups of each token by the norm of what they add (ruler)"
     paper = "arXiv 2310.17157, 2505.14884"
     decides = Decides.TOKEN
+    serves_experts = True
     needs = (SiteKind.ATTN_OUT,)
     saves = frozenset({"q", "o"})
     has_engine = False
@@ -88,7 +89,7 @@ class HeadsOracle(Method):
 
 def group_plans(calibration: Calibration, budget: Budget, dense_layers: int, method: str) -> list[LayerPlan]:
     """One entry a layer: k = max(1, floor(r*G + 0.5)) of its G KV groups, all of them in the first `dense_layers`."""
-    groups, layers = calibration.attention.kv_heads, len(calibration.widths)
+    groups, layers = calibration.attention.kv_heads, 1 + max(place.layer for place in calibration.ffns)
     return [
         LayerPlan(
             layer=layer,

@@ -47,6 +47,7 @@ class HeadsRouter(TrainedMethod):
     summary = "KV groups that a trained router expects the token to use"
     paper = "arXiv 2310.17157, 2505.14884"
     decides = Decides.TOKEN
+    serves_experts = True
     needs = (SiteKind.ATTN_IN,)
     saves = frozenset({"q", "o"})
 

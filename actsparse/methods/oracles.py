@@ -21,6 +21,7 @@ class Oracle(Method, ABC):
     site: ClassVar[SiteKind]
     paper = "control"
     decides = Decides.TOKEN
+    serves_experts = True
     has_engine = False
     ideal = True
 

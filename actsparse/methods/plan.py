@@ -13,7 +13,7 @@ from actsparse.methods.error_target import fit_to_error
 from actsparse.methods.gates import LayerGates, TokenGate
 from actsparse.methods.registry import method_class
 from actsparse.methods.short import NO_ADD_ONS, ShortForm
-from actsparse.results import ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
+from actsparse.results import FfnPlace, ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
 
 ADD_ON_NAMES = frozenset(part.name for part in fields(AddOns))
 
@@ -30,10 +30,16 @@ class Plan:
     predicted: Sparsity
     realised: Sparsity | None = None
     add_ons: AddOns = NO_ADD_ONS
+    ffns: tuple[FfnPlace, ...] = ()
 
     def gates(self) -> list[LayerGates]:
-        """The gates of every layer."""
+        """The gates of every layer; of a plan over neurons in a model with experts, of every FFN."""
         return gates_of(self.method, self.fit, self.add_ons)
+
+    def layer_gates(self) -> list[LayerGates]:
+        """One gate a layer, as the byte model needs them: the experts of a layer are alike."""
+        gates = self.gates()
+        return gates if len(gates) != len(self.ffns) else first_of_layers(gates, self.ffns)
 
 
 def gates_of(method: Method, fit: Fit, add_ons: AddOns = NO_ADD_ONS) -> list[LayerGates]:
@@ -44,10 +50,14 @@ def gates_of(method: Method, fit: Fit, add_ons: AddOns = NO_ADD_ONS) -> list[Lay
 def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gated: bool) -> list[Plan]:
     """The plans of a short form, one a replica; raises PlanError where model or budget do not suit the method."""
     short.method.check(gated)
+    short.method.check_experts(calibration.ffns)
     plans = []
     for replica in short.method.replicas():
         fit = with_add_ons(_fit(replica, short, calibration), short.add_ons, calibration)
         gates = gates_of(replica, fit, short.add_ons)
+        if len(gates) == len(calibration.ffns):
+            gates = first_of_layers(gates, calibration.ffns)
+        ffns = calibration.ffns
         plans.append(
             Plan(
                 name=short.text,
@@ -55,11 +65,12 @@ def fit_plan(short: ShortForm, calibration: Calibration, cost: StepBytes, *, gat
                 fit=fit,
                 amount=short.budget.drop,
                 target=_target(short),
-                predicted=saved(cost, drops_of(gates, by_unit(fit, fit.predicted_drop), gated=gated)),
-                realised=saved(cost, drops_of(gates, by_unit(fit, fit.realised_drop), gated=gated))
+                predicted=saved(cost, drops_of(gates, by_unit(fit, fit.predicted_drop, ffns), gated=gated)),
+                realised=saved(cost, drops_of(gates, by_unit(fit, fit.realised_drop, ffns), gated=gated))
                 if fit.realised_drop
                 else None,
                 add_ons=short.add_ons,
+                ffns=ffns,
             )
         )
     return plans
@@ -131,12 +142,19 @@ def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) ->
         target=record.target,
         predicted=record.predicted,
         add_ons=add_ons,
+        ffns=record.model.ffns,
     )
 
 
 def check_layers(plan: Plan, layers: int, widths: Mapping[Unit, int]) -> None:
-    """Raise PlanError where a plan's layers are not the model's; `widths` by unit, the same in every layer."""
+    """Raise PlanError where a plan's layers are not the model's; `widths` by unit, the same in every layer.
+
+    A plan over the neurons of experts has an entry for every FFN instead.
+    """
+    mixed = len(plan.ffns) > layers
     for one in plan.fit.layers:
+        if mixed and one.unit is Unit.NEURON and one.width == plan.ffns[one.layer].width:
+            continue
         width = widths.get(one.unit, 0)
         if plan.fit.depth != layers or one.width != width:
             raise PlanError(
@@ -147,9 +165,22 @@ def check_layers(plan: Plan, layers: int, widths: Mapping[Unit, int]) -> None:
     plan.method.check_fit(plan.fit, next(widths[unit] for unit in (Unit.UP, Unit.GATE_UP) if unit in widths))
 
 
-def by_unit(fit: Fit, drops: Sequence[float]) -> dict[tuple[Unit, int], float]:
-    """Shares dropped by unit and layer, from one entry for each of the fit's."""
-    return {(one.unit, one.layer): share for one, share in zip(fit.layers, drops, strict=True)}
+def by_unit(fit: Fit, drops: Sequence[float], ffns: Sequence[FfnPlace] = ()) -> dict[tuple[Unit, int], float]:
+    """Shares dropped by unit and layer, from one entry for each of the fit's; those of a layer's experts weigh as much
+    as a token reads of them."""
+    found: dict[tuple[Unit, int], float] = {}
+    for one, share in zip(fit.layers, drops, strict=True):
+        if one.unit is Unit.NEURON and ffns:
+            place = ffns[one.layer]
+            found[one.unit, place.layer] = found.get((one.unit, place.layer), 0.0) + place.share * share
+        else:
+            found[one.unit, one.layer] = share
+    return found
+
+
+def first_of_layers(gates: Sequence[LayerGates], ffns: Sequence[FfnPlace]) -> list[LayerGates]:
+    """The gates of the first FFN of every layer."""
+    return [gate for place, gate in enumerate(gates) if place == 0 or ffns[place].layer != ffns[place - 1].layer]
 
 
 def drops_of(

@@ -21,6 +21,7 @@ class Random(Method):
     summary = "neurons drawn at random, mean of three seeds (control)"
     paper = "control"
     decides = Decides.OFFLINE
+    serves_experts = True
 
     def __post_init__(self) -> None:
         if not -1 <= self.seed < 2**63:

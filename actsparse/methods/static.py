@@ -18,6 +18,7 @@ class Static(Method):
     summary = "top neurons of the calibration text, one mask for everything (control)"
     paper = "control"
     decides = Decides.OFFLINE
+    serves_experts = True
     needs_statistics = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:

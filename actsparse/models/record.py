@@ -9,7 +9,7 @@ from actsparse.models.home import file_sha256
 from actsparse.models.shape import optional_int, shape_of
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
-from actsparse.results import ExpertsRecord, ModelRecord
+from actsparse.results import ExpertsRecord, FfnPlace, ModelRecord, ffn_places
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model", "*tokens*.json", "*.tiktoken")
 
@@ -45,9 +45,14 @@ def record(requested: str, source: Source, sites: ModelSites, family_sha256: str
         weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
         config_sha256=file_sha256(source.directory / "config.json"),
         tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
-        experts=_experts(sites),
+        experts=experts_record(sites),
         family_sha256=family_sha256,
     )
+
+
+def places_of(sites: ModelSites) -> tuple[FfnPlace, ...]:
+    """The model's feed-forward networks in order."""
+    return ffn_places(len(sites.layers), _intermediate_size(sites), experts_record(sites))
 
 
 def _intermediate_size(sites: ModelSites) -> int:
@@ -56,7 +61,8 @@ def _intermediate_size(sites: ModelSites) -> int:
     return dense[0].neurons if dense else sites.ffns[0].width
 
 
-def _experts(sites: ModelSites) -> ExpertsRecord | None:
+def experts_record(sites: ModelSites) -> ExpertsRecord | None:
+    """The mixtures of experts of a model; None where it has none."""
     if not sites.moe_layers:
         return None
     layer = sites.layers[sites.moe_layers[0]]

@@ -276,6 +276,11 @@ class Ffn:
         """||w_i|| of every column of the down projection, in float32."""
         return self.down_matrix().float().norm(dim=0)
 
+    def product(self, a: Float[Tensor, "*tokens neurons"]) -> Float[Tensor, "*tokens hidden"]:
+        """W_d a in float32 (float64 stays), without the bias."""
+        down = self.down_matrix()
+        return F.linear(a, down) if a.dtype in WIDE else F.linear(a.float(), down.float())
+
 
 @dataclass(frozen=True)
 class ModelSites:
@@ -314,6 +319,9 @@ def dense_linears(sites: ModelSites) -> dict[Unit, Projection]:
 def unit_widths(sites: ModelSites) -> dict[Unit, int]:
     """How many units a layer has, by kind; layers are alike."""
     widths = {unit: one.width for unit, one in sites.layers[0].projections.items()}
+    if sites.layers[0].experts is not None:
+        # experts read what the attention reads
+        widths |= {Unit.GATE: widths[next(iter(widths))], Unit.UP: widths[next(iter(widths))]}
     return widths | {Unit.NEURON: sites.ffns[0].width, Unit.KV_GROUP: shape_of(sites.model.config).kv_heads}
 
 

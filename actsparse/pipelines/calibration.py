@@ -17,14 +17,14 @@ from actsparse.methods.gates import LayerGates
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.shape import HeadShape, shape_of
-from actsparse.models.taps import tapped
+from actsparse.models.taps import Tap, tapped
 from actsparse.pipelines.channel_replay import ChannelReplay
 from actsparse.pipelines.probing import probe
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.pipelines.progress import Progress
 from actsparse.pipelines.recording import record_sequences
 from actsparse.pipelines.training import NO_CHECKPOINTS, Checkpoints, TrainingReplay
-from actsparse.results import ModelRecord, Site, SiteKind, Unit
+from actsparse.results import SHARED_EXPERT, FfnPlace, ModelRecord, Site, SiteKind, Unit, ffn_places
 from actsparse.store.runs import ProfileRun
 
 REPLAY_BYTES = 512 * 2**20
@@ -152,11 +152,19 @@ class Replay:
         return tuple(torch.stack(rows) for rows in found)
 
     def magnitudes(self, kind: SiteKind, weights: Sequence[Tensor]) -> list[LogHistogram]:
-        """[layers] histograms of |x_i| * weights_i over every position after the sink tokens."""
-        found = [LogHistogram() for _ in weights]
+        """[ffns] histograms of |x_i| * weights_i over every position after the sink tokens; the routed experts of a
+        layer share one."""
+        sites, pooled = self.loaded.sites, dict[tuple[int, bool], LogHistogram]()
+        found = [
+            pooled.setdefault((ffn.layer.index, ffn.expert == SHARED_EXPERT), LogHistogram()) for ffn in sites.ffns
+        ]
 
         def on_value(site: Site, x: Tensor) -> None:
-            found[site.layer].add(x[0, self._sink :].float() * weights[site.layer].to(x.device))
+            place = sites.ffn_index[site.layer, site.expert]
+            rows = x[0, self._sink :]
+            if self._tap.routed is not None:
+                rows = rows[self._tap.routed[0, self._sink :]]
+            found[place].add(rows.float() * weights[place].to(x.device))
 
         self._run("weighing calibration activations", kind, on_value, len(self.blocks.ids[0]))
         return found
@@ -166,9 +174,10 @@ class Replay:
         ids = self.blocks.stack()[:, :stop]
         with (
             self.progress.task(what, ids.numel(), "tokens") as advance,
-            tapped(self.loaded.sites, {kind: on_value}),
+            tapped(self.loaded.sites, {kind: on_value}) as tap,
             torch.no_grad(),
         ):
+            self._taps.append(tap)
             for block in ids:
                 self.loaded.model.base_model(input_ids=block[None].to(self.loaded.device), use_cache=False)
                 advance(len(block))
@@ -182,8 +191,8 @@ class Replay:
                 advance(1)
 
     def down_norms(self, layer: int) -> Tensor:
-        """||w_i|| of every column of the down projection [neurons], in float32."""
-        return self.loaded.sites.layers[layer].down_norms(self.loaded.record.intermediate_size).cpu()
+        """||w_i|| of every column of an FFN's down projection [neurons], in float32."""
+        return self.loaded.sites.ffns[layer].down_norms().cpu()
 
     def cett(self, layer: int, target: float) -> CettPoint:
         """The largest threshold on |a|*||w|| whose mean CETT is at most `target`, over the positions of `tokens`."""
@@ -215,6 +224,15 @@ class Replay:
         return {}
 
     @cached_property
+    def _taps(self) -> list[Tap]:
+        return []
+
+    @property
+    def _tap(self) -> Tap:
+        """What is known of the pass at work."""
+        return self._taps[-1]
+
+    @cached_property
     def _statistics(self) -> dict[tuple[PromptReading, int], list[Tensor]]:
         return {}
 
@@ -227,6 +245,11 @@ class TextCalibration:
     make_statistics: Callable[[], Statistics]
     make_replay: Callable[[], Replay]
     checkpoints: Checkpoints = NO_CHECKPOINTS
+    places: tuple[FfnPlace, ...] = ()
+
+    @property
+    def ffns(self) -> tuple[FfnPlace, ...]:
+        return self.places or ffn_places(len(self.widths), self.widths[0], None)
 
     @cached_property
     def _statistics(self) -> Statistics:
@@ -247,10 +270,15 @@ class TextCalibration:
         return self._statistics.means[layer]
 
     def quantile(self, layer: int, kind: SiteKind, share: float) -> float:
-        return quantile_of(*self._statistics.histograms[Site(layer=layer, kind=kind)], share)
+        return quantile_of(*self._statistics.histograms[self._site(layer, kind)], share)
 
     def share_below(self, layer: int, kind: SiteKind, threshold: float) -> float:
-        return share_below(*self._statistics.histograms[Site(layer=layer, kind=kind)], threshold)
+        return share_below(*self._statistics.histograms[self._site(layer, kind)], threshold)
+
+    def _site(self, place: int, kind: SiteKind) -> Site:
+        """Where an FFN is counted: routed experts together with those of their layer."""
+        ffn = self.ffns[place]
+        return Site(layer=ffn.layer, kind=kind, expert=SHARED_EXPERT if ffn.expert == SHARED_EXPERT else None)
 
     def down_norms(self, layer: int) -> Tensor:
         return self._replay.down_norms(layer)
@@ -280,8 +308,8 @@ class TextCalibration:
 
 
 def widths_of(model: ModelRecord) -> tuple[int, ...]:
-    """Neurons of each layer."""
-    return (model.intermediate_size,) * model.layers
+    """Neurons of each layer, or of each FFN in a model with experts."""
+    return tuple(place.width for place in model.ffns)
 
 
 def of_blocks(
@@ -313,4 +341,5 @@ def of_blocks(
         statistics,
         lambda: Replay.of(loaded, blocks, prompt_length, progress),
         checkpoints,
+        loaded.record.ffns,
     )

@@ -180,7 +180,7 @@ def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity
     """Sparsity counted over the sparse positions of the scored blocks."""
     means = kept.group_by("unit", "layer").agg(pl.col("kept_frac").mean())
     dropped = {(Unit(unit), int(layer)): 1 - share for unit, layer, share in means.iter_rows()}
-    return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp))
+    return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp))
 
 
 def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | None:
@@ -190,7 +190,7 @@ def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | N
     if not found.useful_kept:
         return None
     dropped = {(one.unit, one.layer): 1 - one.share for one in found.useful_kept}
-    return saved(cost, drops_of(group.plan.gates(), dropped, gated="gate" in cost.mlp))
+    return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp))
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:

@@ -93,6 +93,7 @@ class Profiled:
             lambda: Statistics.of_run(self.run),
             lambda: Replay.of(self.loaded, self.blocks, self.prompt_length, self.progress),
             checkpoints,
+            self.model.ffns,
         )
 
     @cached_property

@@ -1,6 +1,6 @@
 """Quality in the decode regime (methods.md, section 1): every plan against dense, block by block."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.data.sequences import Sequences
-from actsparse.engine.masked import MaskedPlan, masked, probed
+from actsparse.engine.masked import MaskedPlan, Tally, masked, probed
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.progress import Advance, Progress
-from actsparse.results import BlockLayerRow, TokenRow
+from actsparse.results import BlockLayerRow, TokenRow, Unit
 from actsparse.store import tables
 from actsparse.store.run import RunWriter
 
@@ -86,7 +86,8 @@ class _Scorer:
             sparse = scored_logits(self.loaded, block, self.prompt_length).log_softmax(dim=-1)
         scores = _scores(dense, sparse, targets)
         tokens, layers = self.shards(index, run.place)
-        rows = _layer_rows(run.name, run.replica, index, at_work, probe)
+        sites = self.loaded.sites
+        rows = _layer_rows(run.name, run.replica, index, at_work.by_layer(sites), probe.by_layer(sites))
         tables.write(layers, tables.frame(rows, BlockLayerRow))
         tables.write(tokens, _frame(run.name, run.replica, index, self.prompt_length, targets, scores))
 
@@ -148,7 +149,9 @@ def _frame(name: str, replica: int, index: int, prompt_length: int, targets: Ten
     return pl.DataFrame(columns, schema=tables.schema_of(TokenRow))
 
 
-def _layer_rows(name: str, replica: int, index: int, run: MaskedPlan, probe: MaskedPlan) -> list[BlockLayerRow]:
+def _layer_rows(
+    name: str, replica: int, index: int, run: Mapping[tuple[Unit, int], Tally], probe: Mapping[tuple[Unit, int], Tally]
+) -> list[BlockLayerRow]:
     return [
         BlockLayerRow(
             plan=name,
@@ -158,8 +161,8 @@ def _layer_rows(name: str, replica: int, index: int, run: MaskedPlan, probe: Mas
             unit=unit.value,
             positions=found.positions,
             kept_frac=found.kept_frac,
-            rel_err=probe.tally(unit, layer).mean_error,
+            rel_err=probe.get((unit, layer), Tally()).mean_error,
             rel_err_path=found.mean_error,
         )
-        for (unit, layer), found in sorted(run.tallies.items(), key=lambda item: (item[0][1], item[0][0]))
+        for (unit, layer), found in sorted(run.items(), key=lambda item: (item[0][1], item[0][0]))
     ]

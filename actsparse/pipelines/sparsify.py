@@ -13,7 +13,7 @@ from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import check_layers, from_record, gates_of, with_add_ons
 from actsparse.methods.short import parse
 from actsparse.models.family_file import read_family
-from actsparse.models.record import activation_of
+from actsparse.models.record import activation_of, places_of
 from actsparse.models.sites import ModelSites, resolve, unit_widths
 from actsparse.pipelines.calibration import TextCalibration
 from actsparse.results import ModelRecord
@@ -39,7 +39,7 @@ def sparsify(
 
 
 def _gates(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
-    widths = tuple(layer.mlp_weights().down.shape[1] for layer in sites.layers)
+    places = places_of(sites)
     path = Path(plan).expanduser()
     if path.is_dir():
         run = PlanRun.open(path)
@@ -49,7 +49,9 @@ def _gates(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
         return read.gates()
     short = parse(str(plan))
     short.method.check(sites.gated)
-    calibration = TextCalibration(widths, _needs_text, _needs_text)
+    short.method.check_experts(places)
+    widths = tuple(place.width for place in places)
+    calibration = TextCalibration(widths, _needs_text, _needs_text, places=places)
     fit = with_add_ons(short.method.fit(calibration, short.budget), short.add_ons, calibration)
     return gates_of(short.method, fit, short.add_ons)
 

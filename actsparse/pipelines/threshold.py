@@ -36,6 +36,7 @@ def threshold(spec: ThresholdSpec, progress: Progress | None = None) -> PlanRun:
     short = asked_form(spec)
     profiled = Profiled(run, spec, short, progress)
     short.method.check(profiled.model.gated)
+    short.method.check_experts(profiled.model.ffns)
     with open_run(_request(spec, short, profiled)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
@@ -120,12 +121,12 @@ def measure_plan(plan: Plan, profiled: Profiled, blocks: Sequences, progress: Pr
     found = probe(profiled.loaded, gates, blocks, profiled.prompt_length, what, progress)
     layers = tuple(
         MeasuredLayer(layer=layer, unit=unit, dropped=1 - tally.kept_frac, rel_err=tally.mean_error)
-        for (unit, layer), tally in sorted(found.tallies.items(), key=lambda item: (item[0][1], item[0][0]))
+        for (unit, layer), tally in sorted(found.by_layer(profiled.loaded.sites).items(), key=lambda item: (item[0][1], item[0][0]))
     )
     dropped = {(one.unit, one.layer): one.dropped for one in layers}
     return MeasuredPlan(
         text=replace(blocks.record, role=role, window_hashes=()),
-        realised=saved(profiled.model.step, drops_of(gates, dropped, gated=profiled.model.gated)),
+        realised=saved(profiled.model.step, drops_of(plan.layer_gates(), dropped, gated=profiled.model.gated)),
         rel_err=sum(one.rel_err for one in layers) / max(1, len(layers)),
         layers=layers,
     )
