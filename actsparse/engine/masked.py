@@ -38,13 +38,6 @@ class Tally:
         self.positions += mask.numel() // mask.shape[-1]
 
     def add(self, other: "Tally") -> None:
-        """Add what another tally counted."""
-        self.kept += other.kept
-        self.units += other.units
-        self.positions += other.positions
-        self.errors += other.errors
-
-    def add(self, other: "Tally") -> None:
         """Add what was counted elsewhere."""
         self.kept += other.kept
         self.units += other.units

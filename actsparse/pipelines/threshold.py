@@ -121,7 +121,9 @@ def measure_plan(plan: Plan, profiled: Profiled, blocks: Sequences, progress: Pr
     found = probe(profiled.loaded, gates, blocks, profiled.prompt_length, what, progress)
     layers = tuple(
         MeasuredLayer(layer=layer, unit=unit, dropped=1 - tally.kept_frac, rel_err=tally.mean_error)
-        for (unit, layer), tally in sorted(found.by_layer(profiled.loaded.sites).items(), key=lambda item: (item[0][1], item[0][0]))
+        for (unit, layer), tally in sorted(
+            found.by_layer(profiled.loaded.sites).items(), key=lambda item: (item[0][1], item[0][0])
+        )
     )
     dropped = {(one.unit, one.layer): one.dropped for one in layers}
     return MeasuredPlan(

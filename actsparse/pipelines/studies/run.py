@@ -61,6 +61,11 @@ def study(spec: StudySpec, progress: Progress | None = None) -> StudyRun:
     chosen = runners(spec.study, spec.only)
     spec = _with_twin(spec)
     loaded = load(spec.model, progress.note)
+    if loaded.sites.moe_layers:
+        raise ModelError(
+            f"{loaded.record.resolved} is a mixture of experts: the studies are defined for dense models",
+            "profile it, or evaluate plans: actsparse evaluate --plan griffin@0.5",
+        )
     other = None if spec.counterpart is None else load(spec.counterpart, progress.note)
     texts = _texts(spec, loaded, progress)
     with open_run(_request(spec, loaded, other, texts)) as writer:
