@@ -133,6 +133,8 @@ class Engines:
             return OwnSteps(self.sites, self.note, share=self.share)
         except ModelError as error:
             return error.what
+        except torch.OutOfMemoryError:
+            return "there is no memory for a packed copy of the weights"
 
     @contextmanager
     def open(self, gates: Sequence[LayerGates], *, sink_tokens: int, max_length: int, batch: int = 1) -> Iterator[Run]:

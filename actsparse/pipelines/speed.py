@@ -24,7 +24,7 @@ from actsparse.results import Generation, TimingRow, Unit, Verdict
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 
-NLL_TOLERANCE = 1e-3
+NLL_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
 UNITS = frozenset(unit.value for unit in Unit)
@@ -84,11 +84,13 @@ def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFr
         for index, group in enumerate(groups):
             plans[group.name] = runner.kept(f"plan-{index:03d}", lambda g=group: runner.plan(g, dense))
             advance(1)
+    # the engine keeps activations in float32 where the model's own forward rounds them to its dtype
+    tolerance = NLL_TOLERANCE if session.loaded.model.dtype.itemsize >= 4 else HALF_TOLERANCE
     for one in plans.values():
-        if one.path_check is not None and one.path_check > NLL_TOLERANCE:
+        if one.path_check is not None and one.path_check > tolerance:
             session.warn(
                 f"{one.plan}: engine and masked path differ by {one.path_check:.2g} nats on a token"
-                f" (tolerance {NLL_TOLERANCE:g})"
+                f" (tolerance {tolerance:g})"
             )
         if one.speed is not None and one.speed.verdict is Verdict.SLOWER:
             session.warn(f"{one.plan} does not pay here: {one.speed.speedup:.2f}x of dense decode; run dense instead")

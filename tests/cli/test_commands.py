@@ -15,6 +15,7 @@ from tiny import CONTEXT, FFN, LAYERS, save_tiny, words
 from actsparse.cli.app import main
 from actsparse.pipelines import profile as profile_module
 from actsparse.pipelines import quality
+from actsparse.store.runs import EvalRun
 
 
 @dataclass
@@ -159,6 +160,32 @@ def test_evaluate_json_has_the_documented_keys(
     assert "no engine" in oracle["speed_reason"]
     assert document["dense"]["speed"]["generate_ms_per_token"]["value"] is not None
     assert griffin["quality"]["kl"]["value"] > 0
+
+
+def test_throughput_is_a_table_over_batch_prompt_and_generated_lengths(
+    actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    sizes = ("--batch-sizes", "1,2", "--prompt-lengths", "8,4000", "--gen-lengths", "3,5")
+    done = actsparse("evaluate", "-m", tiny_folder("llama"), "--plan", "griffin@0.5", *short(corpus_file),
+                     "--timing-pairs", 0, "--throughput", *sizes, "-o", tmp_path / "e")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "no throughput at prompt 4000" in done.err
+    rows = EvalRun.open(tmp_path / "e").throughput
+    assert set(rows["plan"]) == {"dense", "griffin@0.5"}
+    places = rows.select("batch_size", "prompt_length", "gen_length").unique()
+    assert sorted(places.rows()) == [(1, 8, 3), (1, 8, 5), (2, 8, 3), (2, 8, 5)]
+    assert rows.filter(metric="speedup").height == 4
+    for metric in ("tokens_per_s", "ms_p50", "ms_p99", "ttft_ms", "memory_mb", "gb_per_s", "ceiling_share"):
+        values = rows.filter(metric=metric)["value"]
+        assert len(values) == 8
+        assert (values > 0).all()
+
+
+@pytest.mark.parametrize("sizes", ["0", "1,x", "", "2,-1"])
+def test_throughput_sizes_that_are_no_counts_are_refused(actsparse: Callable, tmp_path: Path, sizes: str) -> None:
+    done = actsparse("evaluate", "-m", "demo", "--throughput", "--batch-sizes", sizes, "-o", tmp_path / "e")
+    assert done.code == 1
+    assert "--batch-sizes must be numbers from 1 on" in done.err
 
 
 def test_run_goes_from_prompts_to_a_report_and_reuses_it(
