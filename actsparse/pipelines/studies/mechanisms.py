@@ -3,7 +3,9 @@ and 6), as the probes of a profile measure them. All definitions are ours, after
 
 from actsparse.core.bootstrap import Interval
 from actsparse.core.ladder import Rung
+from actsparse.pipelines.probes.gradients import gradients
 from actsparse.pipelines.probes.inertia import inertia
+from actsparse.pipelines.probes.names import GRADIENTS
 from actsparse.pipelines.probes.popularity import measure_popularity
 from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.probes.setting import Found, Setting
@@ -15,6 +17,8 @@ from actsparse.results import ClaimVerdict, Measure, PanelKind, param
 
 SOURCE = "after MOYU, arXiv 2406.12569; our definition"
 DENSITY = 0.2
+M2 = Experiment("moyu", "M2", "Root cause: gradients on active neurons, and the recursion HU4", SOURCE,
+                "Active neurons are larger than the loss wants: sign(a) dL/da is positive on them")  # fmt: skip
 M3 = Experiment("moyu", "M3", "History-related activation uncertainty", SOURCE,
                 "The same token activates other neurons after another history")  # fmt: skip
 M4 = Experiment("moyu", "M4", "Semantic-irrelevant activation inertia", SOURCE,
@@ -43,6 +47,37 @@ def _setting(bench: Bench, names: tuple[str, ...], out: Outcome) -> Setting:
     reader = NeuronReader(bench.loaded, tuple(range(bench.layers)))
     popularity = measure_popularity(reader, texts.calibration, texts.sink_tokens, bench.progress)
     return Setting(reader, texts, popularity, bench.progress)
+
+
+def root_cause(bench: Bench) -> Outcome:
+    """M2: mean sign(a) dL/da over active neurons by layer; HU4 by layer, and against the diversity of the text."""
+    out = Outcome(M2, bench.quick, settings={"density": f"{DENSITY:g}", "blocks": str(bench.count)})
+    found = _measured(gradients(_setting(bench, (GRADIENTS,), out)))
+    out.panel("m2", "Gradient on active neurons", PanelKind.LINE, "layer", "mean sign(a) dL/da (nats per unit)",
+              layers=True, reference=0.0)  # fmt: skip
+    out.panel("hu4", "HU4: how little the past says about what a token needs", PanelKind.LINE, "layer",
+              "1 - rank correlation", layers=True)  # fmt: skip
+    out.panel("diversity", "HU4 against the diversity of the tokens so far", PanelKind.LINE,
+              "distinct / all tokens so far, lower end of the bin", "1 - rank correlation")  # fmt: skip
+    for layer in range(bench.layers):
+        out.add("m2", f"top {DENSITY:.0%}", found.at("m2", layer, r=DENSITY), "nats", x=layer)
+        exact = found.at("m2", layer, exact="true")
+        if exact.value is not None:
+            out.add("m2", "exact non-zeros", exact, "nats", x=layer)
+        out.add("hu4", "HU4", found.at("hu4", layer), "1", x=layer)
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        point = found.at("hu4", bin=f"{low:g}")
+        if point.value is not None:
+            out.add("diversity", "HU4", point, "1", x=low)
+    mean, hu4 = found.at("m2", r=DENSITY), found.at("hu4")
+    out.conclude(
+        f"sign(a) dL/da over the top {DENSITY:.0%} of the neurons is {shown(mean, decimals=6)} nats per unit, mean over"
+        f" layers; HU4 is {shown(hu4)} (0: the past tells all, 1: nothing).",
+        above(mean, 0.0),
+        mean,
+        "nats",
+    )
+    return out
 
 
 def history_uncertainty(bench: Bench) -> Outcome:

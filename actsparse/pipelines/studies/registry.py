@@ -12,6 +12,7 @@ from actsparse.pipelines.studies import (
     mechanisms,
     pitfalls,
     routers,
+    sensitivity,
     speed,
     tda,
     union,
@@ -39,6 +40,7 @@ STUDIES: dict[str, tuple[Runner, ...]] = {
     ),
     "moyu": (
         Runner(speed.M1, speed.trinity),
+        Runner(mechanisms.M2, mechanisms.root_cause),
         Runner(mechanisms.M3, mechanisms.history_uncertainty),
         Runner(mechanisms.M4, mechanisms.inertia_without_meaning),
         Runner(donors.M5, donors.donor_swap),
@@ -52,7 +54,7 @@ STUDIES: dict[str, tuple[Runner, ...]] = {
         Runner(tda.T5, tda.staleness),
         Runner(tda.T6, tda.other_lengths),
     ),
-    "frontier": (Runner(frontier.S1, frontier.frontier),),
+    "frontier": (Runner(frontier.S1, frontier.frontier), Runner(sensitivity.S2, sensitivity.one_layer)),
     "window": (Runner(window.S6, window.window_sensitivity),),
     "union": (Runner(union.S4, union.batch_unions),),
 }
