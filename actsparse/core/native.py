@@ -1,4 +1,4 @@
-"""C++ of ours for the CPU: compiled on first use by torch's extension loader, called through ctypes.
+"""C++ and CUDA of ours: compiled on first use by torch's extension loader, called through ctypes.
 
 Where it cannot be had (no compiler), callers use torch instead: the same numbers, more slowly.
 """
@@ -35,6 +35,34 @@ def library(source: str) -> ctypes.CDLL | None:
             extra_cflags=list(FLAGS),
             build_directory=str(build),
             is_python_module=False,
+        )
+        return ctypes.CDLL(str(build / f"{name}.so"))
+    except (RuntimeError, OSError):
+        return None
+
+
+@functools.cache
+def gpu_library(source: str, device: torch.device) -> ctypes.CDLL | None:
+    """The compiled `kernels/SOURCE` for the GPU `device`; None without nvcc, or where it does not compile."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (Path(home) / "bin" / "nvcc").exists() or not cpp_extension.is_ninja_available():
+        return None
+    path = KERNELS / source
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"actsparse_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}_sm{major}{minor}"
+    build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
+    build.mkdir(parents=True, exist_ok=True)
+    flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
+    try:
+        cpp_extension.load(
+            name=name,
+            sources=[str(path)],
+            extra_cuda_cflags=flags,
+            build_directory=str(build),
+            is_python_module=False,
+            with_cuda=True,
         )
         return ctypes.CDLL(str(build / f"{name}.so"))
     except (RuntimeError, OSError):

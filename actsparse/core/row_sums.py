@@ -1,8 +1,9 @@
 """One pass over rows of activations: the sums that `core.streaming` keeps, added in place.
 
-On a CPU a small C++ kernel does it (`kernels/row_sums.cpp`), on all threads that torch has; elsewhere, and without a
-compiler, torch does. A row's sums are taken in float32, sums over rows in float64: they do not depend on how rows were
-grouped into calls, up to the last bits of a float64.
+On a CPU a small C++ kernel does it (`kernels/row_sums.cpp`), on all threads that torch has; on a GPU a CUDA kernel for
+16-bit activations (`kernels/row_sums.cu`); elsewhere, and without a compiler, torch does. A row's sums are taken in
+float32, sums over rows in float64: they do not depend on how rows were grouped into calls, up to the last bits of a
+float64.
 """
 
 import ctypes
@@ -19,12 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actsparse.core.masks import row_threshold
-from actsparse.core.native import library
+from actsparse.core.native import gpu_library, library
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
+# Rows that one block of a GPU's column kernel sums.
+GPU_CHUNK = 256
 # Fewer entries than this are not worth another thread.
 ENTRIES_PER_THREAD = 1 << 16
 
@@ -102,6 +105,13 @@ def add_entries(rows: Rows, into: EntrySums, first: int) -> None:
             into.sums.add_(sums)
             into.sums[3] = largest
         return
+    if (gpu := _gpu(rows)) is not None:
+        found = torch.zeros(1 << 15, dtype=torch.int64, device=rows.flat.device)
+        blocks = min(len(rows), torch.cuda.get_device_properties(rows.flat.device).multi_processor_count)
+        totals = torch.zeros(blocks, dtype=torch.float64, device=rows.flat.device)
+        gpu("actsparse_patterns", found, totals, c_int32(blocks))
+        _add_patterns(found, _patterns(rows.flat.dtype, rows.flat.device)[: 1 << 15], totals.sum(), into, first)
+        return
     if rows.flat.dtype in HALVES:
         _add_halves(rows.values(), into, first)
         return
@@ -121,22 +131,27 @@ def _add_halves(x: Float[Tensor, "rows width"], into: EntrySums, first: int) -> 
     patterns = x.contiguous().view(torch.int16).view(-1).long().bitwise_and_(0xFFFF)
     found = torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
     found.scatter_add_(0, patterns, torch.ones(1, dtype=torch.int32, device=x.device).expand_as(patterns))
-    found = found.long()
     values = _patterns(x.dtype, x.device)
-    finite = values.isfinite()
-    into.seen[1] += found[~finite].sum()
+    _add_patterns(found.long(), values, (found * values.nan_to_num(0.0, 0.0, 0.0)).sum(), into, first)
+
+
+def _add_patterns(
+    found: Int[Tensor, " patterns"], values: Float[Tensor, " patterns"], total: Tensor, into: EntrySums, first: int
+) -> None:
+    """Add entries of which `found` hold each of `values`, and whose finite ones sum to `total`."""
+    finite, bins = values.isfinite(), len(into.counts)
+    bad = found[~finite].sum()
     found = torch.where(finite, found, 0)
-    values = torch.where(finite, values, 0.0)
-    bins = len(into.counts)
-    bits = values.float().view(torch.int32) & 0x7FFFFFFF
-    place = ((bits >> 13) - (first - 1)).clamp_(0, bins + 1).long()
-    counted = torch.zeros(bins + 2, dtype=torch.int64, device=x.device).index_add_(0, place, found)
-    zeros = found[values == 0].sum() + (into.seen.new_tensor(x.numel()) - found.sum())
+    size = torch.where(finite, values, 0.0).abs()
+    place = (((size.float().view(torch.int32)) >> 13) - (first - 1)).clamp_(0, bins + 1).long()
+    counted = torch.zeros(bins + 2, dtype=torch.int64, device=found.device).index_add_(0, place, found)
+    zeros = found[size == 0].sum()
+    into.seen[1] += bad
     into.counts.add_(counted[1:-1])
-    into.apart.add_(torch.stack([zeros, counted[0] - found[values == 0].sum(), counted[-1]]))
+    into.apart.add_(torch.stack([zeros + bad, counted[0] - zeros, counted[-1]]))
     exact = found.double()
-    into.sums[:3] += torch.stack([(exact * part).sum() for part in (values, values.abs(), values.square())])
-    into.sums[3] = torch.maximum(into.sums[3], torch.where(found > 0, values.abs(), 0.0).max())
+    into.sums[:3] += torch.stack([total, (exact * size).sum(), (exact * size.square()).sum()])
+    into.sums[3] = torch.maximum(into.sums[3], torch.where(found > 0, size, 0.0).max())
 
 
 @cache
@@ -184,6 +199,17 @@ def add_columns(
         for found in _in_parts(rows, part):
             _add_columns(found, into)
         return squares, zeros
+    if (gpu := _gpu(rows)) is not None:
+        device, chunks = rows.flat.device, -(-len(rows) // GPU_CHUNK)
+        sums = torch.zeros(chunks, 3, rows.width, dtype=torch.float64, device=device)
+        least = torch.zeros(len(rows), device=device)
+        largest = torch.zeros(rows.width, device=device)
+        outputs = (least, squares, zeros, into.active, into.nonzero, sums, largest)
+        gpu("actsparse_columns_of", norms.float().contiguous(), c_int64(k), *outputs, c_int32(GPU_CHUNK))
+        for mine, more in zip((into.total, into.total_abs, into.share_square), sums.sum(dim=0), strict=True):
+            mine.add_(more)
+        torch.maximum(into.largest, largest.double(), out=into.largest)
+        return squares, zeros
     a = rows.numbers()
     magnitude = a.abs()
     scores = magnitude * norms
@@ -216,6 +242,12 @@ def add_squares(rows: Rows, into: Float[Tensor, " width"]) -> None:
         for found in _in_parts(rows, part):
             into.add_(found)
         return
+    if (gpu := _gpu(rows)) is not None:
+        shape = (-(-len(rows) // GPU_CHUNK), rows.width)
+        sums = torch.zeros(shape, dtype=torch.float64, device=rows.flat.device)
+        gpu("actsparse_squares_of", sums, c_int32(GPU_CHUNK))
+        into.add_(sums.sum(dim=0))
+        return
     into += rows.numbers().square().sum(dim=0, dtype=torch.float64)
 
 
@@ -240,6 +272,31 @@ def _native(name: str, rows: Rows) -> Callable[..., int] | None:
     call = found[name]
     call.restype = c_int64 if name == "actsparse_moments" else None
     return call
+
+
+def _gpu(rows: Rows) -> Callable[..., None] | None:
+    """How to run a kernel of `row_sums.cu` over these rows; None where they are not 16-bit numbers on a GPU that has
+    the kernels. Raises RuntimeError where a launch fails."""
+    flat = rows.flat
+    if flat.device.type != "cuda" or flat.dtype not in HALVES:
+        return None
+    kernels = gpu_library("row_sums.cu", flat.device)
+    if kernels is None:
+        return None
+    index = torch.arange(len(rows), device=flat.device) if rows.index is None else rows.index.contiguous()
+
+    def run(name: str, *arguments: Tensor | ctypes._SimpleCData) -> None:
+        plain = [_address(one) if isinstance(one, Tensor) else one for one in arguments]
+        with torch.cuda.device(flat.device):
+            stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+            code = kernels[name](
+                _address(flat), c_int64(flat.stride(0)), _address(index), c_int64(len(index)), c_int64(rows.width),
+                c_int32(1 + HALVES.index(flat.dtype)), *plain, stream,
+            )  # fmt: skip
+        if code:
+            raise RuntimeError(f"{name}: CUDA error {code}")
+
+    return run
 
 
 def _arguments(rows: Rows, span: slice) -> tuple[object, ...]:
