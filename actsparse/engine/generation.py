@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.gating import SiteValues
+from actsparse.engine.heads import follow, kv_kept
 from actsparse.engine.phases import Phases
 from actsparse.engine.points import visited
 from actsparse.engine.slicing import SlicedMlps, sliceable
@@ -37,8 +38,14 @@ def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_to
         with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited), stepping(steps, phases):
             yield
     elif why_not_sliced(gates) or sites.moe_layers:
-        with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited):
-            yield
+        with kv_kept(sites, gates, prompt_length=0) as kept:
+
+            def begin(forward: ForwardPass) -> None:
+                phases.begin(forward)
+                follow(kept, forward, decoding=phases.decoding)
+
+            with watched(sites, begin), visited(sites, [phases.gates], phases.edited):
+                yield
     else:
         with sliceable(sites) as mlps, _sliced(sites, phases, mlps), torch.no_grad():
             yield

@@ -4,7 +4,7 @@ The gates zero the outputs of dropped groups elsewhere (`engine.gating`), for ev
 which entries are left out of the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -15,7 +15,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.gates import HeadGate, LayerGates
 from actsparse.models.attention import KvRule, LayerState, kv_policies
 from actsparse.models.sites import ModelSites
-from actsparse.models.taps import Callback, tapped
+from actsparse.models.taps import Callback, ForwardPass, tapped
 from actsparse.results import KvPolicy, Site, SiteKind
 
 
@@ -41,6 +41,17 @@ def kv_kept(sites: ModelSites, gates: Sequence[LayerGates], *, prompt_length: in
     with ExitStack() as stack:
         stack.enter_context(tapped(sites, callbacks))
         yield stack.enter_context(kv_policies(sites, rules, prompt_length=prompt_length))
+
+
+def follow(kept: Mapping[int, LayerState], forward: ForwardPass, *, decoding: bool) -> None:
+    """Tell the states of `kv_kept` about a pass that is about to run, where prompts and decoded tokens come as they
+    like: a pass without a cache behind it starts new sequences, and only decoded tokens drop anything."""
+    for state in kept.values():
+        if forward.past == 0:
+            state.restart()
+        elif decoding and state.dense:
+            state.prompt_length = forward.past
+        state.dense = not decoding
 
 
 def _rule(layer: int, gate: HeadGate, values: SiteValues) -> KvRule:

@@ -129,13 +129,14 @@ class LayerState:
     """The keys and values of one layer under a rule.
 
     `present` [batch, kv_heads, positions]: whether a position has an entry; `projected`: how many entries `lazy` has
-    projected after the fact.
+    projected after the fact. While `dense`, nothing is dropped (a prompt whose length is not known yet).
     """
 
     def __init__(self, module: nn.Module, base: str, rule: KvRule | None, prompt_length: int) -> None:
         self.module = module
         self.rule = rule
         self.prompt_length = prompt_length
+        self.dense = False
         self.stop = 0
         self.present: Bool[Tensor, "batch kv_heads positions"] | None = None
         self.projected = 0
@@ -143,12 +144,18 @@ class LayerState:
         self._calls: list[_Call] = []
         self._captured: list[tuple[Tensor, Tensor]] | None = None
 
+    def restart(self) -> None:
+        """Begin a new batch of sequences."""
+        self.stop = 0
+        self.present = None
+        self._calls = []
+
     def note_call(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keep the inputs of a call that is about to run."""
         if self._captured is None:
             hidden = args[0] if args else kwargs["hidden_states"]
             stop = self.stop + hidden.shape[1]
-            if stop > self.prompt_length:
+            if stop > self.prompt_length and not self.dense:
                 self._calls.append(_Call(self.stop, stop, args, kwargs))
 
     def attend(
@@ -164,7 +171,7 @@ class LayerState:
         self.stop = view.stop
         self._extend(view)
         sparse = slice(max(0, self.prompt_length - view.start), query.shape[2])
-        if sparse.start >= sparse.stop or self.rule.policy is KvPolicy.COMPUTE_ALL:
+        if self.dense or sparse.start >= sparse.stop or self.rule.policy is KvPolicy.COMPUTE_ALL:
             return view.outputs()
         if self.rule.policy is KvPolicy.LAZY:
             return self._attend_lazily(view, sparse)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from actsparse.core.masks import kept_count
 from actsparse.data.sequences import Sequences, blocks_of
+from actsparse.engine.generation import sparse_generation
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.errors import ModelError, PlanError
 from actsparse.methods.gates import Custom, HeadGate, LayerGates
@@ -205,6 +206,24 @@ def test_policies_change_what_later_tokens_see(loaded: LoadedModel, calibration:
     torch.testing.assert_close(found[KvPolicy.LAZY], found[KvPolicy.COMPUTE_ALL], atol=1e-4, rtol=1e-4)
     for one, other in product((KvPolicy.COMPUTE_ALL, KvPolicy.DROP, KvPolicy.ZERO, KvPolicy.COPY_PREV), repeat=2):
         assert one is other or not torch.allclose(found[one], found[other], atol=1e-3)
+
+
+@every_policy
+def test_generate_applies_the_policy(policy: KvPolicy, loaded: LoadedModel, calibration: TextCalibration) -> None:
+    gates = fitted(f"heads-oracle:policy={policy},dense_layers=0@0.5", loaded, calibration).gates()
+    model: Any = loaded.model
+    prompts = [token_ids(1, PROMPT, seed=8), token_ids(1, PROMPT + 3, seed=9)]
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+    with sparse_generation(loaded.sites, gates, sink_tokens=2):
+        found = [model.generate(ids, **settings) for ids in prompts]
+    for ids, text in zip(prompts, found, strict=True):
+        plan = MaskedPlan(gates, prompt_length=ids.shape[1], sink_tokens=2)
+        cache, fed, expected = DynamicCache(config=model.config), ids, ids
+        with masked(loaded.sites, plan), torch.no_grad():
+            for _ in range(20):
+                fed = model(input_ids=fed, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+                expected = torch.cat([expected, fed], dim=1)
+        assert torch.equal(text, expected)
 
 
 def test_local_errors_are_those_of_the_heads_left_out(loaded: LoadedModel, calibration: TextCalibration) -> None:
