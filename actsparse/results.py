@@ -425,6 +425,7 @@ class LayerPlan:
 
     `recall`: share of the units in use that a trained router found on held-out tokens, and the same corrected for
     chance; `epoch`: the epoch of training that it is from. None without a router, or where it was trained elsewhere.
+    `rule`: whose rule it is, in a mix of several methods.
     """
 
     layer: int
@@ -433,6 +434,7 @@ class LayerPlan:
     kept: int | None = None
     threshold: float | None = None
     dropped: float | None = None
+    rule: str | None = None
     recall: float | None = None
     recall_corrected: float | None = None
     epoch: int | None = None

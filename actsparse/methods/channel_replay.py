@@ -1,7 +1,7 @@
 """What a fit may ask about the inputs of projections on calibration text."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from actsparse.core.quantiles import LogHistogram
 from actsparse.methods.gates import LayerGates
-from actsparse.results import Unit
+from actsparse.results import StepBytes, Unit
 
+Found = TypeVar("Found")
 Place = tuple[int, Unit]
 """A projection of a layer."""
 
@@ -54,6 +55,19 @@ class ChannelReplay(Protocol):
 
     def covariance(self, unit: Unit) -> Sequence[Float[Tensor, "in in"]]:
         """E[x x^T] at the input of a projection, one a layer, in float64."""
+        ...
+
+    @property
+    def step(self) -> StepBytes:
+        """What a decode step of the model reads."""
+        ...
+
+    def kl(self, gates: Sequence[LayerGates]) -> float:
+        """Mean KL of the whole model's predictions against dense under gates, over decode positions, in nats."""
+        ...
+
+    def kept(self, key: str, make: Callable[[], Found]) -> Found:
+        """What was made under a key before, or is made now: measurements that several plans share."""
         ...
 
     def block_error(self, layer: int, gates: LayerGates) -> float:

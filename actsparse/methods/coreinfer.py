@@ -67,7 +67,7 @@ class CoreInfer(Method):
         return counted_fit(counted_layers(budget, self.name, calibration.widths))
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
-        kept = fit.layers[layer].kept
+        kept = fit.of(layer).kept
         assert kept is not None
         statistic = partial(CoreShare, self.token_frac)
         gate = PrefillGate(statistic, lambda shares: top_mask(shares, kept), refresh_every=self.refresh_every)

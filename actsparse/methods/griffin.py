@@ -23,6 +23,6 @@ class Griffin(PromptMethod):
         return counted_fit(layers, self.norm_tensors(calibration))
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
-        kept = fit.layers[layer].kept
+        kept = fit.of(layer).kept
         assert kept is not None
         return self.gate(self.statistic(layer, fit), lambda statistic: top_mask(statistic, kept))

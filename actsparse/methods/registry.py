@@ -26,6 +26,7 @@ OURS = {
     "wina": "wina:Wina",
     "rsparse": "rsparse:RSparse",
     "larosa": "larosa:LaRoSA",
+    "auto": "auto:Auto",
     "dejavu": "dejavu:DejaVu",
     "moefication": "moefication:MoEfication",
     "heads-oracle": "heads_oracle:HeadsOracle",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,13 +11,13 @@ from torch import Tensor
 from actsparse.core.quantiles import ExactQuantile, LogHistogram
 from actsparse.data.sequences import Sequences
 from actsparse.engine.layer_error import LayerErrors
-from actsparse.methods.channels import Place
+from actsparse.methods.channel_replay import Found, Place
 from actsparse.methods.gates import LayerGates, weighed
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import dense_linears
 from actsparse.models.taps import projections_tapped
 from actsparse.pipelines.progress import Progress
-from actsparse.results import Unit
+from actsparse.results import StepBytes, Unit
 
 SAME_INPUT = {Unit.K: Unit.Q, Unit.V: Unit.Q, Unit.UP: Unit.GATE}
 """Projections that read what another one reads."""
@@ -55,6 +56,9 @@ class ChannelReplay:
         return self.loaded.sites.layers[layer].projections[unit].matrix().float()
 
     def scores(self, weights: Mapping[Place, Tensor]) -> dict[Place, LogHistogram]:
+        return self._scores(weights) if weights else self.kept("plain scores", lambda: self._scores({}))
+
+    def _scores(self, weights: Mapping[Place, Tensor]) -> dict[Place, LogHistogram]:
         found = {place: LogHistogram() for place in self._places if self._reads_itself(place, weights)}
         self._run("scoring channels", lambda place, x: found[place].add(x), found, weights)
         return {place: found[self._counted_as(place, weights)] for place in self._places}
@@ -77,6 +81,22 @@ class ChannelReplay:
 
         self._run("reading covariances", add, [(layer, unit) for layer in range(self.layers)], {}, signed=True)
         return [one / count for one, count in zip(found, tokens, strict=True)]
+
+    @property
+    def step(self) -> StepBytes:
+        return self.loaded.record.step
+
+    def kl(self, gates: Sequence[LayerGates]) -> float:
+        return self._errors.kl(gates)
+
+    def kept(self, key: str, make: Callable[[], Found]) -> Found:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(Found, self._kept[key])
+
+    @cached_property
+    def _kept(self) -> dict[str, object]:
+        return {}
 
     def block_error(self, layer: int, gates: LayerGates) -> float:
         return self._errors.mean(layer, gates)

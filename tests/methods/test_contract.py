@@ -35,9 +35,9 @@ PROMPT, BLOCK, SINK = 16, 40, 4
 QUICK = {"dejavu": "dejavu:epochs=2,batch=32", "moefication": "moefication:neurons=2"}
 """Options under which a method suits a model of 48 neurons and a test of a second."""
 every_method = pytest.mark.parametrize(
-    "name", [QUICK.get(name, name) for name in all_methods() if not name.startswith("heads-")]
+    "name", [QUICK.get(name, name) for name in all_methods() if name != "auto" and not name.startswith("heads-")]
 )
-"""Methods over neurons; those over heads have `test_heads.py`."""
+"""Methods over neurons or channels; those over heads have `test_heads.py`, the mix of several `test_auto.py`."""
 
 
 @pytest.fixture(scope="module")
