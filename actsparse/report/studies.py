@@ -85,7 +85,8 @@ class StudyView:
     @property
     def title(self) -> str:
         """The study's name with the paper it follows."""
-        return f"{self.study[:1].upper()}{self.study[1:]}" + (f", {paper}" if (paper := PAPERS.get(self.study)) else "")
+        name = self.study.upper() if self.study in ("moyu", "tda") else f"{self.study[:1].upper()}{self.study[1:]}"
+        return name + (f", {paper}" if (paper := PAPERS.get(self.study)) else "")
 
 
 def study_views(sources: tuple[Source, ...]) -> tuple[StudyView, ...]:

@@ -11,13 +11,14 @@ from actsparse.report.grids import Cell, Grid
 from actsparse.report.looks import BAD, GOOD
 from actsparse.report.view import FigureView, ReportView, VerdictView
 from actsparse.report.wording import one_line, percent
+from actsparse.results import ClaimVerdict
 
 SPARKS = "▁▂▃▄▅▆▇█"
 COLUMNS = ("plan", "perplexity", "change", "same token", "bytes", "speed-up", "ceiling", "decode")
 
 
 def summary(view: ReportView) -> RenderableType:
-    """Warnings, verdicts, cards, plans, sparsity by layer and what was not measured.
+    """Warnings, verdicts, cards, studies, plans, sparsity by layer, the mechanisms and what was not measured.
 
     All text from outside stands in `Text`, where markup and control characters mean nothing.
     """
@@ -26,8 +27,10 @@ def summary(view: ReportView) -> RenderableType:
         *(_warnings(view) if view.notices else ()),
         *(line for group in view.verdicts for line in _verdicts(group)),
         *([Text(), _cards(view)] if view.cards else []),
+        *_studies(view),
         *(part for grid in view.plan_grids for part in (Text(), _plans(grid))),
         *_sparsity(view),
+        *_mechanisms(view),
         *_unmeasured(view),
     )
 
@@ -92,6 +95,32 @@ def _value(card: Card) -> Text:
 
 def _tone(card: Card) -> str:
     return {"good": GOOD, "bad": BAD}.get(card.tone, "")
+
+
+def _studies(view: ReportView) -> list[RenderableType]:
+    """What each study's experiments found, a line each."""
+    lines: list[RenderableType] = []
+    for study in view.studies:
+        name = f"{study.title}, {study.label}" if study.label else study.title
+        lines += [Text(), Text.assemble((name, "bold"), f": {study.tally}")]
+        for one in study.experiments:
+            colour = {ClaimVerdict.HOLDS: GOOD, ClaimVerdict.FAILS: BAD}.get(one.verdict, "")
+            quick = " (quick)" if one.quick else ""
+            lines.append(Text.assemble(f"  {one.name} ", (one.verdict.value, colour), f"{quick}: {one.conclusion}"))
+    return lines
+
+
+def _mechanisms(view: ReportView) -> list[RenderableType]:
+    """The findings of the two mechanisms."""
+    section = next((section for section in view.sections if section.id == "mechanisms"), None)
+    figures = [figure for row in section.figures for figure in row] if section else []
+    if not figures or section is None:
+        return []
+    lines: list[RenderableType] = [Text(), Text(section.title, style="bold")]
+    for figure in figures:
+        title = " ".join(part for part in (figure.row.title.split(":")[0], figure.panel) if part)
+        lines.append(Text.assemble(f"  {title}: ", (figure.caption, "dim")))
+    return lines
 
 
 def _plans(grid: Grid) -> Table:

@@ -37,7 +37,7 @@ def draw_controls(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     rows = frame.filter(pl.col("r") == frame["r"].min())
     rows = rows.with_columns(name=pl.col("control").replace_strict(CONTROLS))
     figure = canvas(
-        x=f"1 − kappa of the two masks (0: same mask, 1: as different as chance), {_density(frame)} of neurons kept",
+        x=f"1 − kappa (0: same mask, 1: chance; {_density(frame)} kept)",
         y="",
         height=150 + 30 * rows["control"].n_unique(),
         x_axis={"rangemode": "tozero", "tickformat": ".1f"},
