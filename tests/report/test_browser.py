@@ -134,6 +134,27 @@ def test_the_menu_changes_what_sparsity_is_counted_in(page: Page, html: Path) ->
     assert "neurons dropped" in page.evaluate(title)
 
 
+def test_a_menu_changes_matrices_and_the_bars_of_intervals(page: Page, html: Path) -> None:
+    page.open(html, every=False)
+    page.show("matrix-0")
+    chosen = (
+        "(name => {{ const menu = document.querySelector(`[data-variant=${{name}}]`),"
+        " plot = document.getElementById(`plot-${{name}}`), before = {what}; menu.value = '1';"
+        " menu.dispatchEvent(new Event('change', {{bubbles: true}})); return [before, {what}]; }})('{name}')"
+    )
+    before, after = page.evaluate(chosen.format(name="matrix-0", what="plot.data[3].z[2][3]"))
+    assert before is not None
+    assert after is not None
+    assert before != after
+    page.show("ladder-0")
+    before, after = page.evaluate(
+        chosen.format(name="ladder-0", what="[plot.data[1].y[0], plot._fullData[1].error_y.array[0]]")
+    )
+    assert before[0] < after[0]
+    assert after[1] > 0
+    assert page.problems == []
+
+
 def test_numbers_come_as_a_table_and_as_csv(page: Page, html: Path) -> None:
     page.open(html, every=False)
     page.evaluate("document.querySelector('[data-numbers=kl-0] summary').click()")

@@ -27,7 +27,15 @@ def printed(view: ReportView, width: int = 120) -> str:
 
 def test_the_terminal_twin_holds_verdicts_plans_and_sparklines(view: ReportView) -> None:
     text = printed(view, 160)
-    for part in ("GRIFFIN at 50\u202f% of neurons", "static:stat=griffin@0.5", "1.27×", "▁"):
+    for part in (
+        "GRIFFIN at 50\u202f% of neurons",
+        "static:stat=griffin@0.5",
+        "1.27×",
+        "▁",
+        "M5 ",
+        "does not hold",
+        "HU1",
+    ):
         assert part in text
 
 
