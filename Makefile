@@ -9,7 +9,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-gpu lint check format docs install clean
+.PHONY: demo test test-gpu lint check format docs cli-reference pictures install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,8 +41,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The reference of the command line, from its own help.
-docs: install
+# The reference of the command line, from its own help, and the pictures of a report (they need chromium).
+docs: install cli-reference pictures
+
+cli-reference: install
 	( printf '# Command line\n\nMade by `make docs` from the commands themselves. Exit codes: 0 done; 1 failure, with a hint;'; \
 	  printf ' 2 a command line that cannot be parsed; 3 a missed quality gate; 130 interrupted, finished work kept.\n'; \
 	  for command in profile threshold evaluate report run methods models; do \
@@ -50,6 +52,15 @@ docs: install
 	    COLUMNS=110 NO_COLOR=1 TERM=dumb $(BIN)/actsparse $$command --help | sed 's/ *$$//' | cat -s; \
 	    printf '```\n'; \
 	  done ) > docs/cli.md
+
+DOCS := build/docs
+DOCS_PROMPTS := $(foreach theme,$(DEMO_PROMPTS),--prompts sample_prompts/$(theme).jsonl)
+pictures: install
+	$(BIN)/actsparse run --model demo $(DOCS_PROMPTS) --output $(DOCS)/runs --report $(DOCS)/demo.html --quiet
+	$(BIN)/actsparse profile --model demo $(DOCS_PROMPTS) --probes uncertainty,inertia,union --decode 16 --output $(DOCS)/probes --quiet
+	$(BIN)/actsparse evaluate --model demo $(DOCS_PROMPTS) --study pitfalls --only P1,P5 --counterpart demo:relu --quick --output $(DOCS)/study --quiet
+	$(BIN)/actsparse report $(DOCS)/runs/*/plan-* $(DOCS)/runs/*/eval-* $(DOCS)/probes $(DOCS)/study --output $(DOCS)/report.html --force
+	$(BIN)/python tests/report/screenshots.py $(DOCS)/report.html docs/images
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
