@@ -13,7 +13,15 @@ from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
 from actsparse.pipelines.free_running import along_dense_text, free_rows
 from actsparse.pipelines.identity import data_identity, model_identity
-from actsparse.pipelines.plans import PlanGroup, build, calibration_warnings, check_names, identity_of, needs_text
+from actsparse.pipelines.plans import (
+    PlanGroup,
+    build,
+    calibration_warnings,
+    check_names,
+    identity_of,
+    needs_text,
+    prompt_warnings,
+)
 from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.pipelines.quality import score_blocks
 from actsparse.pipelines.session import Session
@@ -89,6 +97,8 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     )
     groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
     for text in calibration_warnings(groups, texts.calibration.record, texts.quality.record):
+        session.warn(text)
+    for text in prompt_warnings(groups, texts.prompt_length, texts.quality.record.sink_tokens):
         session.warn(text)
     tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
     for text in eval_tables.not_finite(tokens):

@@ -6,6 +6,7 @@ from pathlib import Path
 from actsparse.data.sequences import shares_text
 from actsparse.errors import PlanError
 from actsparse.methods.base import Calibration
+from actsparse.methods.gates import PrefillGate
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
 from actsparse.methods.short import DENSE, ShortForm, expand, parse
 from actsparse.models.load import LoadedModel
@@ -75,6 +76,17 @@ def build(
         wanted = dict.fromkeys(f"{control}@{share:.12g}" for share in _shares(groups) for control in CONTROLS)
         groups += [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
     return groups
+
+
+def prompt_warnings(groups: list[PlanGroup], prompt_length: int, sink_tokens: int) -> list[str]:
+    """A warning for every plan that chooses from the prompt, where the prompt is no more than the sink tokens."""
+    if prompt_length > sink_tokens:
+        return []
+    return [
+        f"{group.name} has no prompt to choose from after the sink tokens: it keeps everything, its scores are dense"
+        for group in groups
+        if any(isinstance(gates.neurons, PrefillGate) for gates in group.plan.gates())
+    ]
 
 
 def calibration_warnings(groups: list[PlanGroup], calibration: TextRecord, quality: TextRecord) -> list[str]:

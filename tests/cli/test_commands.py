@@ -487,3 +487,63 @@ def test_config_gives_defaults_and_its_faults_are_named(
 def test_a_context_without_limit_is_no_obstacle(actsparse: Callable, prompts_file: Path, tmp_path: Path) -> None:
     folder = save_tiny("bloom", tmp_path / "bloom")
     assert actsparse("profile", "-m", folder, "--prompts", prompts_file, "-o", tmp_path / "p", "-q").code == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"query": "w1", "choices": ["w2", "w3"', "own.jsonl:2"),
+        ('{"query": "w1", "choices": ["w2", "w3"], "gold": 5}', "numbered 0 to 1"),
+        ('{"question": "w1", "answer": "no number"}', "own.jsonl:2"),
+        ('{"query": "<s>", "choices": ["w2", "w3"], "gold": 0}', None),
+    ],
+)
+def test_a_bad_task_file_is_refused_before_a_model_is_loaded(
+    line: str, named: str | None, actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "own.jsonl").write_text('{"query": "w1 w2", "choices": ["w3", "w4"], "gold": 1}\n' + line + "\n")
+    command = ["evaluate", "-m", tiny_folder("llama"), "--task", tmp_path / "own.jsonl", *short(corpus_file)]
+    command += ["-o", tmp_path / "e"]
+    if named is None:
+        assert actsparse(*command).code == 0
+        return
+    from actsparse.pipelines import evaluate as module
+
+    monkeypatch.setattr(module, "load", lambda *_: pytest.fail("the model was loaded"))
+    refused(actsparse(*command), named, out=tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--plan", "griffin@0.9:0.1:0.1"], "empty sweep"),
+        (["--plan", "griffin@0.1:0.9"], "first:last:step"),
+        (["--plan", "griffin@0.1:0.9:0.001"], "more than 99"),
+        (["--dense-upto", "3"], "--dense-upto"),
+        (["--task-limit", "0"], "--task-limit"),
+        (["--prompt-frac", "1.5"], "--prompt-frac"),
+        (["--only", "T1"], "belongs to a study"),
+    ],
+)
+def test_options_of_quality_that_make_no_sense_are_refused(
+    options: list[str], named: str, actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    given = [one for one in short(corpus_file) if one not in ("--prompt-length", 12)]
+    done = actsparse("evaluate", "-m", tiny_folder("llama"), *given, *options, "-o", tmp_path / "e")
+    refused(done, named, out=tmp_path / "e")
+
+
+def test_a_prompt_share_of_zero_leaves_the_sink_tokens_dense(
+    actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    given = [one for one in short(corpus_file) if one not in ("--prompt-length", 12)]
+    done = actsparse("evaluate", "-m", tiny_folder("llama"), *given, "--prompt-frac", "0", "--plan", "static@0.5",
+                     "--plan", "griffin@0.5", "-o", tmp_path / "e", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    static, griffin = document["plans"]
+    assert static["quality"]["ppl"]["n"] == 2 * (32 - 4)
+    assert griffin["quality"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert static["quality"]["kl"]["value"] > 0.01
+    assert any("griffin@0.5" in text and "prompt" in text for text in document["warnings"])

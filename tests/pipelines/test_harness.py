@@ -12,6 +12,7 @@ pytest.importorskip("lm_eval", reason="needs the extra actsparse[eval]")
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
+from actsparse.cli.app import main
 from actsparse.errors import ActsparseError, DataError, PlanError
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.evaluate import evaluate
@@ -126,6 +127,16 @@ def test_unknown_tasks_and_plans_are_refused(tmp_path: Path) -> None:
     assert "random:seed=0@0.5" in plan.value.hint
     with pytest.raises(ActsparseError, match="batch_size"):
         ActsparseLM("demo", device="cpu", batch_size="auto")
+
+
+def test_the_command_names_the_nearest_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = ["evaluate", "-m", "demo", "--tasks", "actsparse_place", "--include-path", str(FOLDER)]
+    assert main([*line, "-o", str(tmp_path / "e")]) == 1
+    found = capsys.readouterr()
+    assert "no task 'actsparse_place'" in found.err
+    assert "actsparse_places" in found.err
+    assert found.out == ""
+    assert not (tmp_path / "e").exists()
 
 
 def test_lm_eval_finds_the_model_by_its_name() -> None:
