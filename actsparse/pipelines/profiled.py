@@ -37,8 +37,7 @@ class Profiled:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model as it was profiled; raises PlanError where its content has changed since."""
-        name = self.short.method.name
-        self.progress.note(f"{name} needs more than the profile's tables: loading {self.model.resolved} again")
+        self.progress.note(f"the profile's tables do not suffice: loading {self.model.resolved} again")
         asked = self._asked.model
         # the dtype that the profile computed in, whatever `auto` would mean on this device
         spec = replace(asked, dtype=self.model.dtype, device=self.spec.device, offline=self.spec.offline)

@@ -18,6 +18,7 @@ from actsparse.methods.short import parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import unit_widths
 from actsparse.models.taps import tapped
+from actsparse.pipelines import training
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
 from actsparse.pipelines.progress import Silent
 from actsparse.pipelines.training import sample_positions
@@ -128,6 +129,21 @@ def test_sampled_positions_leave_sink_tokens_out_and_judge_on_the_end(blocks: Se
     one, again, other = (sample_positions(blocks, 40, seed) for seed in (1, 1, 2))
     assert torch.equal(one.place, again.place)
     assert not torch.equal(one.place, other.place)
+
+
+def test_a_small_budget_of_memory_takes_more_passes_and_finds_the_same(
+    loaded: LoadedModel, calibration: TextCalibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(calibration.training().pairs(SiteKind.MLP_IN, [0, 1], ahead=0, tokens=30, seed=1))
+    passes: list[tuple[int, ...]] = []
+    real = training.tapped
+    monkeypatch.setattr(training, "tapped", lambda s, c, layers: passes.append(layers) or real(s, c, layers))
+    monkeypatch.setattr(training, "SAMPLE_BYTES", 30 * (HIDDEN + FFN) * 4)
+    parts = list(calibration.training().pairs(SiteKind.MLP_IN, [0, 1], ahead=0, tokens=30, seed=1))
+    assert passes == [(0,), (1,)]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.held_a, other.held_a)
 
 
 def test_layers_without_a_router_stay_dense(loaded: LoadedModel, calibration: TextCalibration) -> None:
