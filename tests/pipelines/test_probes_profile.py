@@ -518,3 +518,95 @@ def test_the_twin_shows_that_tokens_decide_more_than_histories(tmp_path: Path) -
     assert hu1[None, "control=shuffled,r=0.2"] < hu1[None, "control=random,r=0.2"]
     assert 0 < rows_of(run, "history_share")[None, "pop=nat,r=0.2"] < 0.5
     assert rows_of(run, "si2_j_low")[None, "r=0.2,rung=natural"] > 0
+
+
+def kappa_u(first: set[int], second: set[int]) -> float:
+    """Overlap of two sets of neurons above uniform chance, by its definition."""
+    overlap, chance = len(first & second) / min(len(first), len(second)), max(len(first), len(second)) / FFN
+    return (overlap - chance) / (1 - chance)
+
+
+def test_overlaps_by_distance_are_those_of_pairs_counted_one_by_one(
+    probed: ProfileRun, loaded: LoadedModel, texts
+) -> None:
+    ids = texts.spread()
+    for distance in (1, 8):
+        layers: dict[str, list[float]] = {"raw": [], "kappa": []}
+        for layer in range(LAYERS):
+            raw, kappas = [], []
+            for sequence, masks in zip(ids.tolist(), top_sets(loaded, ids, layer, 0.2), strict=True):
+                for at in range(SINK, BLOCK - distance):
+                    if sequence[at] != sequence[at + distance]:
+                        first, second = masks[at], masks[at + distance]
+                        raw.append(len(first & second) / min(len(first), len(second)))
+                        kappas.append(kappa_u(first, second))
+            layers["raw"].append(sum(raw) / len(raw))
+            layers["kappa"].append(sum(kappas) / len(kappas))
+        mean = {name: sum(values) / LAYERS for name, values in layers.items()}
+        assert rows_of(probed, "overlap_distance")[None, f"d={distance},r=0.2"] == pytest.approx(mean["raw"], abs=1e-3)
+        found = rows_of(probed, "kappa_u")[None, f"d={distance},pairs=distance,r=0.2"]
+        assert found == pytest.approx(mean["kappa"], abs=1e-3)
+
+
+@pytest.mark.parametrize("prefix", [1, 8, 32])
+def test_prefix_curves_are_those_of_masks_compared_one_by_one(
+    prefix: int, probed: ProfileRun, loaded: LoadedModel, texts
+) -> None:
+    ids = texts.spread()
+    k = math.floor(0.2 * FFN + 0.5)
+    for layer in range(LAYERS):
+        kappas = []
+        for a, masks in zip(activations(loaded, ids, layer), top_sets(loaded, ids, layer, 0.2), strict=True):
+            rows = a[SINK : SINK + prefix].double()
+            statistic = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).sum(dim=0)
+            chosen = set(statistic.topk(k).indices.tolist())
+            kappas += [kappa_u(chosen, mask) for mask in masks[SINK + prefix :]]
+        assert rows_of(probed, "si1")[layer, f"p={prefix},r=0.2"] == pytest.approx(sum(kappas) / len(kappas), abs=1e-3)
+
+
+def entropy(count: int, n: int) -> float:
+    """Of a binary variable in nats, with Miller and Madow's (outcomes seen - 1) / (2 n)."""
+    shares = [share for share in (count / n, 1 - count / n) if share > 0]
+    return -math.fsum(p * math.log(p) for p in shares) + (len(shares) - 1) / (2 * n)
+
+
+def test_hu2_is_that_of_entropies_counted_one_by_one(probed: ProfileRun, loaded: LoadedModel, texts) -> None:
+    blocks = texts.history_blocks
+    tokens = [token for row in blocks.tolist() for token in row[SINK:]]
+    frequent = {token for token in tokens if tokens.count(token) >= 50}
+    for layer in range(LAYERS):
+        masks = [mask for row in top_sets(loaded, blocks, layer, 0.2) for mask in row[SINK:]]
+        seen = [(token, mask) for token, mask in zip(tokens, masks, strict=True) if token in frequent]
+        total, conditional = 0.0, 0.0
+        for neuron in range(FFN):
+            total += entropy(sum(neuron in mask for _, mask in seen), len(seen))
+            for kind in frequent:
+                mine = [neuron in mask for token, mask in seen if token == kind]
+                conditional += len(mine) / len(seen) * entropy(sum(mine), len(mine))
+        assert rows_of(probed, "hu2_uncorrected")[layer, "r=0.2"] == pytest.approx(conditional / total, abs=2e-3)
+        parts = [rows_of(probed, name)[layer, "r=0.2"] for name in ("hu2_uncorrected", "hu2_shuffled")]
+        assert rows_of(probed, "hu2")[layer, "r=0.2"] == pytest.approx(parts[0] + 1 - parts[1], abs=1e-9)
+
+
+def test_variance_shares_are_those_of_regressions_one_after_the_other(
+    probed: ProfileRun, loaded: LoadedModel, texts
+) -> None:
+    ids = texts.spread()
+    tokens = ids[:, SINK:].flatten()
+    sequences = torch.arange(len(ids)).repeat_interleave(BLOCK - SINK)
+    types = [token for token in tokens.unique().tolist() if int((tokens == token).sum()) >= 8]
+    places = torch.arange(BLOCK - SINK).repeat(len(ids)) * 8 // (BLOCK - SINK)
+    designs = [torch.ones(len(tokens), 1)]
+    for levels, of in ((range(len(ids)), sequences), (types, tokens), (range(8), places)):
+        designs.append(torch.cat([designs[-1], torch.stack([(of == level).float() for level in levels], dim=1)], dim=1))
+    a = activations(loaded, ids, 0)[:, SINK:].flatten(0, 1).double()
+    y = (1e-4 + a.abs() / a.norm(dim=1, keepdim=True)).log()
+    total = float((y - y.mean()).square().sum())
+    left = [total]
+    for design in designs:
+        x = design.double()
+        left.append(float((y - x @ (torch.linalg.pinv(x) @ y)).square().sum()))
+    shares = [(before - after) / total for before, after in itertools.pairwise(left)] + [left[-1] / total]
+    names = ("neuron", "sequence", "token_type", "position", "residual")
+    for name, share in zip(names, shares, strict=True):
+        assert rows_of(probed, "si3")[0, f"factor={name}"] == pytest.approx(share, abs=1e-4), name
