@@ -1,62 +1,47 @@
 """One decode step as a list of operators: some seven a layer, and no host decision between them."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from actsparse.engine.cpu.emit import Counter, Emitter
 from actsparse.engine.cpu.ops import (
     ACTIVATIONS,
     Attend,
-    Columns,
     Embed,
-    Gated,
     Multiply,
     NeuronSparse,
     Next,
-    Norm,
     Op,
-    Rows,
     Top,
     bfloat,
 )
-from actsparse.engine.step import sliced
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights, Weights
 from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
 from actsparse.results import SiteKind
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Counter:
-    """How many units of a layer were read (read [1] int64, over all steps), of `total` a step."""
-
-    layer: int
-    unit: str
-    read: Tensor
-    total: int
-
-
 class StepBuilder:
-    """Builds the operators of one step over the buffers of `state`; `counters` says what they will have read."""
+    """Builds the operators of one step over the buffers of `state`."""
 
     def __init__(self, weights: Weights, state: DecodeState, plan: GatePlan) -> None:
         self.weights = weights
         self.state = state
         self.plan = plan
-        self.ops: list[Op] = []
-        self.counters: list[Counter] = []
         self.batch = state.batch
+        self.emit = Emitter(weights.shape, state)
         shape = weights.shape
         # what routers read: two buffers a site, since a lookahead reads the layer before
-        self._inputs = {kind: [self._floats(shape.width) for _ in range(2)] for kind in ("attn", "mlp")}
-        widest = max(sliced.capacity_for(shape.neurons), shape.width, shape.query_width)
-        self._scratch = torch.zeros(self.batch * (2 * widest + max(widest, shape.qkv_width, 2 * shape.neurons)))
-        self._list = torch.zeros(widest, dtype=torch.int32)
-        self._dropped, self._rotated = self._floats(widest), self._floats(widest)
+        self._inputs = {kind: [self.emit.floats(shape.width) for _ in range(2)] for kind in ("attn", "mlp")}
+        widest = max(shape.neurons, shape.width, shape.query_width)
+        self._dropped, self._rotated = self.emit.floats(widest), self.emit.floats(widest)
         self._scores = torch.zeros(self.batch * shape.heads * state.max_length)
-        self._neurons = torch.zeros(self.batch * widest)
         self._token = torch.zeros(self.batch, dtype=torch.int64)
+
+    @property
+    def counters(self) -> list[Counter]:
+        """What the operators will have read."""
+        return self.emit.counters
 
     def layers(self) -> list[Op]:
         """The operators from the residual stream to the logits."""
@@ -66,9 +51,11 @@ class StepBuilder:
             self._mlp(index, layer, work)
         shape, state = self.weights.shape, self.state
         normed = self._inputs["attn"][0]
-        self._norm(state.hidden, self.weights.final_norm, normed)
-        self._rows(self.weights.head, normed, state.logits, scale=shape.logit_scale, softcap=shape.logit_softcap or 0.0)
-        return self.ops
+        self.emit.norm(state.hidden, self.weights.final_norm, normed)
+        self.emit.rows(
+            self.weights.head, normed, state.logits, scale=shape.logit_scale, softcap=shape.logit_softcap or 0.0
+        )
+        return self.emit.ops
 
     def next_token(self) -> list[Op]:
         """The operators that choose the next token and start its residual stream."""
@@ -98,11 +85,11 @@ class StepBuilder:
     def _attention(self, index: int, layer: LayerWeights, work: LayerWork) -> None:
         shape, state = self.weights.shape, self.state
         x = self._inputs["attn"][index % 2]
-        self._norm(state.hidden, layer.attn_norm, x)
+        self.emit.norm(state.hidden, layer.attn_norm, x)
         active = self._heads(index, work.heads)
         if not any(name in work.channels for name in ("q", "k", "v")):
             if work.heads is None:
-                self._rows(layer.qkv, x, state.qkv, bias=layer.qkv_bias)
+                self.emit.rows(layer.qkv, x, state.qkv, bias=layer.qkv_bias)
             else:
                 self._queries(layer, x, work.heads)
         else:
@@ -113,7 +100,7 @@ class StepBuilder:
                 self._project(index, name, work, layer.qkv[part], x, state.qkv[:, part], bias=bias)
                 start += width
         attention, angles = layer.attention, state.angles[index]
-        self.ops.append(
+        self.emit.ops.append(
             Attend(
                 qkv=state.qkv,
                 q_norm=attention.q_norm,
@@ -143,7 +130,7 @@ class StepBuilder:
         target, add = self._target(layer.post_attn_norm)
         if work.heads is not None and "o" not in work.channels:
             # a closed group's heads gave zeros, and its rows of the output projection are skipped
-            self._columns(index, "o", work.heads.out_rows, state.mix, target, base=layer.out_bias, keep=1, add=add)
+            self.emit.columns(index, "o", work.heads.out_rows, state.mix, target, base=layer.out_bias, keep=1, add=add)
         else:
             self._project(index, "o", work, layer.out, state.mix, target, bias=layer.out_bias, add=add)
         self._post(layer.post_attn_norm)
@@ -151,19 +138,19 @@ class StepBuilder:
     def _mlp(self, index: int, layer: LayerWeights, work: LayerWork) -> None:
         state = self.state
         x = self._inputs["mlp"][index % 2]
-        self._norm(state.hidden, layer.mlp_norm, x)
+        self.emit.norm(state.hidden, layer.mlp_norm, x)
         target, add = self._target(layer.post_mlp_norm)
         self._branch(index, layer, work, x, target, add)
         self._post(layer.post_mlp_norm)
 
     def _branch(self, index: int, layer: LayerWeights, work: LayerWork, x: Tensor, target: Tensor, add: int) -> None:
         """The MLP of x [batch, width], into (or added to) target [batch, width]."""
-        neurons = self._compact(self.weights.shape.neurons)
+        neurons = self.emit.compact(self.weights.shape.neurons)
         match work.mlp:
             case None if not work.channels.keys() & {"gate", "up"}:
                 if self.plan.neurons is not None:
                     neurons = self.plan.neurons[index]
-                self._gated(layer, x, out=neurons)
+                self.emit.gated(layer, x, out=neurons)
                 self._project(index, "down", work, layer.down, neurons, target, bias=layer.down_bias, add=add)
             case None:
                 self._by_channels(index, layer, work, x, target, add)
@@ -173,8 +160,8 @@ class StepBuilder:
                 self._decided(index, decided, layer, x, target, add)
             case Scored() as scored:
                 # the rule decides on |a|; what is filled in stands in `base`, and is taken off what is kept
-                self._gated(layer, x, out=neurons)
-                self._columns(
+                self.emit.gated(layer, x, out=neurons)
+                self.emit.columns(
                     index,
                     "neuron",
                     scored.down_rows,
@@ -198,10 +185,10 @@ class StepBuilder:
         for name, half in halves.items():
             bias = None if layer.gate_up_bias is None else layer.gate_up_bias[half]
             self._project(index, name, work, layer.gate_up[half], x, state.halves[:, half], bias=bias)
-        self.ops.append(
+        self.emit.ops.append(
             Multiply(
                 halves=state.halves,
-                out=self._compact(neurons),
+                out=self.emit.compact(neurons),
                 batch=self.batch,
                 neurons=neurons,
                 activation=ACTIVATIONS[self.weights.shape.activation],
@@ -212,20 +199,20 @@ class StepBuilder:
             "down",
             work,
             layer.down,
-            self._compact(self.weights.shape.neurons),
+            self.emit.compact(self.weights.shape.neurons),
             target,
             bias=layer.down_bias,
             add=add,
         )
 
     def _listed(self, index: int, mlp: Listed, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
-        self._gated(
+        self.emit.gated(
             layer, x, gate=mlp.gate, up=mlp.up, gate_bias=mlp.gate_bias, up_bias=mlp.up_bias,
             fill=mlp.fill, index=mlp.index, count=mlp.count, mask=mlp.mask,
         )  # fmt: skip
-        self._columns(
-            index, "neuron", mlp.down_rows, self._compact(len(mlp.gate)), target, base=_sum(layer.down_bias, mlp.base),
-            index_=mlp.index, count=mlp.count, keep=1, add=add,
+        self.emit.columns(
+            index, "neuron", mlp.down_rows, self.emit.compact(len(mlp.gate)), target,
+            base=_sum(layer.down_bias, mlp.base), index=mlp.index, count=mlp.count, keep=1, add=add,
         )  # fmt: skip
 
     def _decided(self, index: int, mlp: Decided, layer: LayerWeights, x: Tensor, target: Tensor, add: int) -> None:
@@ -234,7 +221,7 @@ class StepBuilder:
         biases = (None, None) if layer.gate_up_bias is None else layer.gate_up_bias.chunk(2)
         order = slice(None) if mlp.gate_first else slice(None, None, -1)
         (first, second), (first_bias, second_bias) = (gate, up)[order], biases[order]
-        self.ops.append(
+        self.emit.ops.append(
             NeuronSparse(
                 first=first,
                 second=second,
@@ -243,8 +230,8 @@ class StepBuilder:
                 second_bias=second_bias,
                 threshold=mlp.threshold,
                 fill=mlp.fill,
-                out=self._compact(shape.neurons),
-                read=self._counter(index, "second", shape.neurons),
+                out=self.emit.compact(shape.neurons),
+                read=self.emit.counter(index, "second", shape.neurons),
                 bfloat=bfloat(first),
                 batch=self.batch,
                 rows=shape.neurons,
@@ -256,11 +243,11 @@ class StepBuilder:
             )
         )
         base = _sum(layer.down_bias, mlp.base)
-        self._columns(
+        self.emit.columns(
             index,
             "neuron",
             mlp.down_rows,
-            self._compact(self.weights.shape.neurons),
+            self.emit.compact(self.weights.shape.neurons),
             target,
             base=base,
             keep=1,
@@ -289,10 +276,10 @@ class StepBuilder:
         shape, state = self.weights.shape, self.state
         kv = slice(shape.query_width, None)
         bias = layer.qkv_bias
-        self._rows(layer.qkv[kv], x, state.qkv[:, kv], bias=None if bias is None else bias[kv])
-        top = next(op for op in reversed(self.ops) if isinstance(op, Top))
+        self.emit.rows(layer.qkv[kv], x, state.qkv[:, kv], bias=None if bias is None else bias[kv])
+        top = next(op for op in reversed(self.emit.ops) if isinstance(op, Top))
         rows, count = torch.zeros(shape.query_width, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-        self.ops.append(
+        self.emit.ops.append(
             Top(
                 score=top.score,
                 members=heads.query_rows,
@@ -309,22 +296,22 @@ class StepBuilder:
         )
         query = layer.qkv[: shape.query_width]
         bias = None if bias is None else bias[: shape.query_width]
-        self._rows(query, x, state.qkv[:, : shape.query_width], bias=bias, index=rows, count=count)
+        self.emit.rows(query, x, state.qkv[:, : shape.query_width], bias=bias, index=rows, count=count)
 
     def _chosen(self, index: int, router: Chosen, neurons: int, unit: str) -> tuple[Tensor, Tensor, Tensor]:
         """The operators of a router; its list, count and masks."""
         kind = "attn" if router.site is SiteKind.ATTN_IN else "mlp"
         x = self._inputs[kind][max(0, index - router.ahead) % 2]
         if router.first is not None:
-            inner = self._floats(len(router.first))
-            self._rows(router.first, x, inner, softcap=1.0 if router.tanh else 0.0)
+            inner = self.emit.floats(len(router.first))
+            self.emit.rows(router.first, x, inner, softcap=1.0 if router.tanh else 0.0)
             x = inner
         units = len(router.second)
-        score = self._floats(units)
-        self._rows(router.second, x, score)
+        score = self.emit.floats(units)
+        self.emit.rows(router.second, x, score)
         listed, count = torch.zeros(neurons, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         mask = torch.zeros(self.batch, neurons, dtype=torch.uint8)
-        self.ops.append(
+        self.emit.ops.append(
             Top(
                 score=score,
                 members=router.members,
@@ -333,7 +320,7 @@ class StepBuilder:
                 index=listed,
                 count=count,
                 mask=mask,
-                read=self._counter(index, unit, neurons),
+                read=self.emit.counter(index, unit, neurons),
                 batch=self.batch,
                 units=units,
                 top=router.top,
@@ -350,25 +337,25 @@ class StepBuilder:
         """One projection, by its channel rule if it has one."""
         rule: Channels | None = work.channels.get(name)
         if rule is None:
-            self._rows(weight, x, out, bias=bias, add=add)
+            self.emit.rows(weight, x, out, bias=bias, add=add)
             return
         if rule.basis is not None:
-            rotated = self._rotated[:, : x.shape[1]] if self.batch == 1 else self._floats(x.shape[1])
-            self._rows(rule.basis, x, rotated)
+            rotated = self._rotated[:, : x.shape[1]] if self.batch == 1 else self.emit.floats(x.shape[1])
+            self.emit.rows(rule.basis, x, rotated)
             x = rotated
         dropped = None
         if rule.correction is not None:
-            dropped = self._dropped[:, : x.shape[1]] if self.batch == 1 else self._floats(x.shape[1])
-        self._columns(
+            dropped = self._dropped[:, : x.shape[1]] if self.batch == 1 else self.emit.floats(x.shape[1])
+        self.emit.columns(
             index, name, rule.rows, x, out, base=bias, score=rule.score, threshold=rule.threshold, top=rule.top,
             dropped=dropped, add=add,
         )  # fmt: skip
         if rule.correction is not None and dropped is not None:
             outer, inner_rows = rule.correction
-            inner = self._floats(len(inner_rows))
-            self._rows(inner_rows, dropped, inner)
-            scale = self._scale(out)
-            self._rows(outer, inner, out, scale=scale, add=1)
+            inner = self.emit.floats(len(inner_rows))
+            self.emit.rows(inner_rows, dropped, inner)
+            scale = self.emit.scale(out)
+            self.emit.rows(outer, inner, out, scale=scale, add=1)
 
     def _target(self, post_norm: Tensor | None) -> tuple[Tensor, int]:
         """Where a branch's result goes: added to the residual, or into a buffer of its own to be normed first."""
@@ -377,126 +364,7 @@ class StepBuilder:
     def _post(self, post_norm: Tensor | None) -> None:
         if post_norm is not None:
             scale = self.weights.shape.residual_scale
-            self._norm(self.state.branch, post_norm, self.state.hidden, scale=scale, add=1)
-
-    def _scale(self, out: Tensor) -> float:
-        return self.weights.shape.residual_scale if out is self.state.hidden else 1.0
-
-    def _norm(self, x: Tensor, weight: Tensor, out: Tensor, *, scale: float = 1.0, add: int = 0) -> None:
-        shape = self.weights.shape
-        self.ops.append(
-            Norm(
-                x=x,
-                weight=weight,
-                out=out,
-                batch=self.batch,
-                width=shape.width,
-                epsilon=shape.norm_epsilon,
-                scale=scale,
-                add=add,
-            )
-        )
-
-    def _rows(
-        self, weight: Tensor, x: Tensor, out: Tensor, *, bias: Tensor | None = None, add: int = 0,
-        scale: float | None = None, softcap: float = 0.0, index: Tensor | None = None, count: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        self.ops.append(
-            Rows(
-                weight=weight,
-                x=x,
-                bias=bias,
-                index=index,
-                count=count,
-                out=out,
-                bfloat=bfloat(weight),
-                batch=self.batch,
-                rows=len(weight),
-                width=weight.shape[1],
-                stride=weight.stride(0),
-                out_stride=out.stride(0),
-                scale=self._scale(out) if scale is None else scale,
-                add=add,
-                softcap=softcap,
-            )
-        )
-
-    def _gated(
-        self, layer: LayerWeights, x: Tensor, *, gate: Tensor | None = None, up: Tensor | None = None,
-        gate_bias: Tensor | None = None, up_bias: Tensor | None = None, fill: Tensor | None = None,
-        index: Tensor | None = None, count: Tensor | None = None, mask: Tensor | None = None, out: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        shape = self.weights.shape
-        if gate is None or up is None:
-            gate, up = layer.gate_up.chunk(2)
-            gate_bias, up_bias = (None, None) if layer.gate_up_bias is None else layer.gate_up_bias.chunk(2)
-        self.ops.append(
-            Gated(
-                gate=gate,
-                up=up,
-                x=x,
-                gate_bias=gate_bias,
-                up_bias=up_bias,
-                fill=fill,
-                index=index,
-                count=count,
-                mask=mask,
-                out=self._compact(len(gate)) if out is None else out,
-                bfloat=bfloat(gate),
-                batch=self.batch,
-                rows=len(gate),
-                width=shape.width,
-                stride=gate.stride(0),
-                activation=ACTIVATIONS[shape.activation],
-            )
-        )
-
-    def _columns(
-        self, layer: int, unit: str, weight: Tensor, x: Tensor, out: Tensor, *, base: Tensor | None = None,
-        score: Tensor | None = None, threshold: Tensor | None = None, top: int = 0, index_: Tensor | None = None,
-        count: Tensor | None = None, keep: int = 0, dropped: Tensor | None = None, fill: Tensor | None = None,
-        add: int = 0,
-    ) -> None:  # fmt: skip
-        inputs, outputs = weight.shape
-        self.ops.append(
-            Columns(
-                weight=weight,
-                x=x,
-                score=score,
-                threshold=threshold,
-                base=base,
-                fill=fill,
-                index=index_,
-                count=count,
-                out=out,
-                dropped=dropped,
-                scratch=self._scratch,
-                list=self._list,
-                read=self._counter(layer, unit, inputs),
-                bfloat=bfloat(weight),
-                batch=self.batch,
-                inputs=inputs,
-                outputs=outputs,
-                stride=weight.stride(0),
-                keep=keep,
-                top=top,
-                out_stride=out.stride(0),
-                add=add,
-                scale=self._scale(out),
-            )
-        )
-
-    def _compact(self, rows: int) -> Tensor:
-        """Room for the activations of `rows` neurons a sequence, at the front of one buffer."""
-        return self._neurons[: self.batch * rows].view(self.batch, rows)
-
-    def _floats(self, width: int) -> Tensor:
-        return torch.zeros(self.batch, width)
-
-    def _counter(self, layer: int, unit: str, total: int) -> Tensor:
-        read = torch.zeros(1, dtype=torch.int64)
-        self.counters.append(Counter(layer=layer, unit=unit, read=read, total=total))
-        return read
+            self.emit.norm(self.state.branch, post_norm, self.state.hidden, scale=scale, add=1)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
