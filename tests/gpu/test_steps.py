@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from actsparse.engine.cuda.engine import cuda_decoder, decoder_of
 from actsparse.engine.cuda.native_step import NativeStep
 from actsparse.engine.step import reference, sliced
 from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, InputScores, NeuronPlan, column_norms
