@@ -10,9 +10,9 @@ from gpu_calibrate import fit_inputs
 from actsparse.engine.cuda.operators import Tuning
 from actsparse.engine.step.plans import DensePlan, InputPlan, Plan
 
-DENSE = ((512, 2, False), (384, 2, False), (256, 2, False), (256, 2, True), (256, 3, False), (512, 1, True))
-COLUMNS = ((1, 16), (2, 8), (2, 12), (2, 16), (3, 8), (4, 8))
-AHEAD = (0, 4, 16)
+DENSE = ((512, 2, False), (512, 2, True), (512, 1, True))
+COLUMNS = ((2, 12), (2, 16), (3, 8), (3, 12), (4, 8), (4, 12), (5, 8))
+AHEAD = (0, 4, 8, 16)
 SHARES = (0.25, 0.5, 0.7)
 
 

@@ -82,7 +82,8 @@ def test_threshold_then_kept_rows(operators, draw, poisoned, assert_near, dtype,
     assert_near(factor, reference.keep_large(exact, each))
 
 
-def test_rows_not_kept_are_not_read(operators, draw, poisoned, assert_near):
+def test_rows_not_kept_are_not_read(device, draw, poisoned, assert_near):
+    operators = Operators(device, Tuning(ahead=0))
     weight, x = draw(1024, 512, dtype=torch.bfloat16), draw(512)
     factor = draw(1024) * (torch.rand(1024, device="cuda") < 0.4)
     want = factor.double() * (weight.double() @ x.double())
@@ -186,6 +187,29 @@ def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, 
         weight, x, out = padded(draw(inputs, outputs, dtype=torch.bfloat16)), draw(inputs), poisoned(outputs)
         threshold = split_value(x, 0.6)
         want = reference.input_sparse(weight.double(), x[None].double(), threshold)[0]
-        weight[x.abs() < threshold] = torch.nan
+        if ahead == 0:
+            weight[x.abs() < threshold] = torch.nan
         tuned.columns(out, x, weight, threshold=threshold)
         assert_near(out, want)
+
+
+def test_kept_values_without_their_fill_and_what_is_below(operators, draw, poisoned, assert_near):
+    weight, x, fill = draw(577, 264, dtype=torch.bfloat16), draw(577), draw(577)
+    threshold = split_value(x, 0.5)
+    keep = x.abs() >= threshold
+    out = poisoned(264)
+    operators.columns(out, x, weight, threshold=threshold, fill=fill)
+    assert_near(out, torch.where(keep, x - fill, 0.0).double() @ weight.double())
+    operators.columns(out, x, weight, threshold=threshold, invert=True)
+    assert_near(out, torch.where(keep, 0.0, x).double() @ weight.double())
+
+
+def test_rows_of_a_list_are_computed_and_the_others_stay(operators, draw, poisoned, assert_near):
+    weight, x, bias = draw(1001, 512, dtype=torch.bfloat16), draw(512), draw(1001)
+    index = torch.randperm(1001, device="cuda")[:400].int()
+    count, out = torch.tensor([300], dtype=torch.int32, device="cuda"), poisoned(1001)
+    operators.project(out, x, weight, bias=bias, index=index, count=count, fresh=True)
+    listed = index[:300].long()
+    assert_near(out[listed], (weight.double() @ x.double() + bias)[listed])
+    rest = torch.ones(1001, dtype=torch.bool, device="cuda").index_fill(0, listed, False)
+    assert out[rest].isnan().all()

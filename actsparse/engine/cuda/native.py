@@ -31,8 +31,11 @@ class RowsArgs(ctypes.Structure):
     """Mirrors `RowsArgs` in kernels/rows.cu."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("weight", "x", "norm", "bias", "factor", "threshold", "index", "count", "out")),
-        *((name, _POINTER) for name in ("best_value", "best_row")),
+        *(
+            (name, _POINTER)
+            for name in ("weight", "x", "norm", "bias", "factor", "fill", "threshold", "index", "count")
+        ),
+        *((name, _POINTER) for name in ("out", "best_value", "best_row")),
         ("stride", _LONG),
         *((name, _FLOAT) for name in ("epsilon", "scale", "cap")),
         *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step", "fresh")),
@@ -50,13 +53,13 @@ class ColumnsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
-        *((name, _POINTER) for name in ("count", "bias", "out", "squares_out")),
+        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "squares_out")),
         ("stride", _LONG),
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
         ("squares_count", _INT),
         ("scale", _FLOAT),
-        *((name, _INT) for name in ("ahead", "fresh")),
+        *((name, _INT) for name in ("ahead", "fresh", "invert")),
         ("segment", Segment * 3),
     )
 

@@ -66,9 +66,9 @@ class Tuning:
     rows_threads: int = 512
     rows_blocks_per_sm: int = 2
     rows_deep: bool = False
-    columns_blocks_per_sm: int = 2
-    columns_depth: int = 12
-    ahead: int = 12
+    columns_blocks_per_sm: int = 4
+    columns_depth: int = 8
+    ahead: int = 8
     max_slices: int = 16
 
 
@@ -111,6 +111,7 @@ class Operators:
         norm: Norm | None = None,
         bias: Tensor | None = None,
         factor: Tensor | None = None,
+        fill: Tensor | None = None,
         threshold: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
@@ -127,6 +128,7 @@ class Operators:
             norm=native.address(norm.weight) if norm else None,
             bias=native.address(bias),
             factor=native.address(factor),
+            fill=native.address(fill),
             threshold=native.address(threshold),
             index=native.address(index),
             count=native.address(count),
@@ -155,10 +157,26 @@ class Operators:
         )
 
     def project(
-        self, out: Tensor, x: Tensor, weight: Tensor, *, norm: Norm | None = None, bias: Tensor | None = None
+        self,
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: Tensor | None = None,
+        index: Tensor | None = None,
+        count: Tensor | None = None,
+        fresh: bool = False,
     ) -> None:
-        """out [rows] = weight [rows, width] times norm(x) [width], plus bias [rows]."""
-        self._rows(RowsMode.STORE, out, x, weight, norm=norm, bias=bias)
+        """out [rows] = weight [rows, width] times norm(x) [width], plus bias [rows].
+
+        With `index` only its first `count` [1] rows are computed, and the others of `out` stay; `fresh` where this step
+        made them.
+        """
+        rows = None if index is None else index.numel()
+        self._rows(
+            RowsMode.STORE, out, x, weight, rows=rows, norm=norm, bias=bias, index=index, count=count, fresh=fresh
+        )
 
     def add(self, out: Tensor, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, scale: float = 1.0) -> None:
         """out [rows] += scale * (weight [rows, width] times x [width], plus bias [rows])."""
@@ -173,11 +191,12 @@ class Operators:
         norm: Norm | None,
         activation: str,
         bias: Tensor | None = None,
+        fill: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
         fresh: bool = False,
     ) -> None:
-        """out [neurons] = act(gate x) * (up x); gate_up [2 * neurons, width], gate rows first, bias [2 * neurons].
+        """out [neurons] = act(gate x) * (up x) - fill; gate_up [2 * neurons, width], gate rows first, bias likewise.
 
         With `index` [capacity], out_i is neuron index_i; with `count` [1], only the first `count` are read and written;
         `fresh` where this step made them.
@@ -192,6 +211,7 @@ class Operators:
             rows=live,
             norm=norm,
             bias=bias,
+            fill=fill,
             index=index,
             count=count,
             second=neurons,
@@ -223,9 +243,13 @@ class Operators:
         norm: Norm | None,
         activation: str,
         bias: Tensor | None = None,
+        fill: Tensor | None = None,
     ) -> None:
-        """out [rows] = factor * act(weight x + bias) where factor [rows] is not 0, else 0; other rows are not read."""
-        self._rows(RowsMode.KEPT, out, x, weight, norm=norm, factor=factor, activation=activation, bias=bias)
+        """out [rows] = factor * act(weight x + bias) - fill where factor [rows] is not 0, else 0.
+
+        Other rows are not read.
+        """
+        self._rows(RowsMode.KEPT, out, x, weight, norm=norm, factor=factor, activation=activation, bias=bias, fill=fill)
 
     def head(
         self, logits: Tensor, best: Best, x: Tensor, weight: Tensor, *, norm: Norm, caps: Caps | None = None
@@ -251,9 +275,11 @@ class Operators:
         squares: Tensor | None = None,
         squares_out: Tensor | None = None,
         bias: Tensor | None = None,
+        fill: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
         fresh: bool = False,
+        invert: bool = False,
         scale: float = 1.0,
     ) -> None:
         """out [outputs] = scale * sum of x_i * weight_rows[i] over the inputs kept; weight_rows [inputs, outputs].
@@ -261,6 +287,7 @@ class Operators:
         Without `threshold` and `skip_zeros` every input is read. `threshold` [segments] applies per segment of outputs
         (`segments` are their lengths), to |x_i| times `score` [segments, inputs] where given. `up`: x_i stands for
         act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs; `fresh` where this step made them.
+        fill [inputs] is taken off the values that are kept; `invert` keeps what is below the threshold.
         ATOMIC_ADD adds in no fixed order. What is read before it is known to be kept is passed over later.
         `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block;
         `squares_out` [column_blocks]: such parts of the output.
@@ -282,6 +309,7 @@ class Operators:
             index=native.address(index),
             count=native.address(count),
             bias=native.address(bias),
+            fill=native.address(fill),
             out=native.address(out),
             squares_out=native.address(squares_out),
             stride=weight_rows.stride(0),
@@ -296,6 +324,7 @@ class Operators:
             scale=scale,
             ahead=0 if fresh else self._tuning.ahead,
             fresh=int(fresh),
+            invert=int(invert),
             segment=parts,
         )
         selects = threshold is not None or skip_zeros

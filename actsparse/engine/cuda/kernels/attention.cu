@@ -38,7 +38,7 @@ struct AttendArgs {
   int splits;
 };
 
-struct Running {
+struct alignas(8) Running {
   float maximum;
   float sum;
 };
@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   __shared__ float warp_mix[kWarps][HEAD_DIM];
   __shared__ Running states[kMaxSplits];  // of every split
   __shared__ float mixes[HEAD_DIM];       // [splits, head_dim / splits], the dimensions of this block
+  __shared__ uint64_t mailbox;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane / kLanes, dim = lane % kLanes * kLane;
   const bool used = dim < HEAD_DIM;  // false for the last lanes of a head_dim that is no power of two
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   T* const keys = static_cast<T*>(a.keys) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
   T* const values = static_cast<T*>(a.values) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
   let_next_start();
-  cg::cluster_group cluster = cg::this_cluster();
-  if (a.splits > 1) cluster.barrier_arrive();  // waited for before the first push: every block must have started
+  const int share_of = HEAD_DIM / a.splits;  // dimensions of a block
+  if (a.splits > 1) open_mailbox(&mailbox, a.splits * static_cast<int>(share_of * sizeof(float) + sizeof(Running)));
 
   // The position and the cache below it are older than the step, whose first kernel waited for all before it: their
   // loads need not wait for the projection.
@@ -224,8 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   }
   if (lane == 0) warp_state[warp] = state;
   __syncthreads();
-  if (a.splits > 1) cluster.barrier_wait();
-  const int share_of = HEAD_DIM / a.splits;  // dimensions of a block
+  if (a.splits > 1) await_blocks();
   if (threadIdx.x < HEAD_DIM) {
     Running block = {kLowest, 0.0f};
     float y = 0.0f;
@@ -239,15 +239,16 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
     }
     const int owner = threadIdx.x / share_of, place = split * share_of + threadIdx.x % share_of;
     if (a.splits > 1) {
-      cluster.map_shared_rank(mixes, owner)[place] = y;
-      if (threadIdx.x < a.splits) cluster.map_shared_rank(states, threadIdx.x)[split] = block;
+      push(y, mixes + place, &mailbox, owner);
+      if (threadIdx.x < a.splits)
+        push(make_float2(block.maximum, block.sum), reinterpret_cast<float2*>(states + split), &mailbox, threadIdx.x);
     } else {
       mixes[place] = y;
       states[0] = block;
     }
   }
   if (a.splits > 1)
-    cluster.sync();
+    await_mail(&mailbox);
   else
     __syncthreads();
   if (threadIdx.x < share_of) {

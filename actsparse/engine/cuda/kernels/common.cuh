@@ -42,6 +42,58 @@ __device__ __forceinline__ void wait_until_pending() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Blocks of a cluster meet twice. First they tell each other that they have started, which orders nothing and so needs no
+// fence. At the end they push their results into each other's shared memory, and every push counts down a barrier of its
+// receiver: the cluster's own barrier would have to flush all of a block's writes to the whole chip first.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ uint32_t address_in(uint32_t address, int block) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+// Announces this block, whose `mailbox` awaits `bytes`; every thread calls it.
+__device__ __forceinline__ void open_mailbox(uint64_t* mailbox, int bytes) {
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(mailbox)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mailbox)), "r"(bytes)
+                 : "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// Before the first push: every block of the cluster has opened its mailbox. Every thread calls it.
+__device__ __forceinline__ void await_blocks() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void push(float value, const float* place, const uint64_t* mailbox, int block) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in(shared_address(place), block)),
+               "r"(__float_as_uint(value)), "r"(address_in(shared_address(mailbox), block))
+               : "memory");
+}
+
+__device__ __forceinline__ void push(float2 value, const float2* place, const uint64_t* mailbox, int block) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_in(shared_address(place), block)),
+               "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)),
+               "r"(address_in(shared_address(mailbox), block))
+               : "memory");
+}
+
+// Waits for all that was pushed into this block.
+__device__ __forceinline__ void await_mail(const uint64_t* mailbox) {
+  asm volatile(
+      "{\n .reg .pred done;\n"
+      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+      " @done bra finished;\n bra again;\nfinished:\n}" ::"r"(shared_address(mailbox))
+      : "memory");
+}
+
 template <typename T>
 __device__ __forceinline__ void unpack_pair(uint32_t word, float& low, float& high);
 
@@ -107,9 +159,7 @@ __device__ __forceinline__ float sum_block(float value, float* scratch) {
   value = sum_warp(value);
   if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = value;
   __syncthreads();
-  float total = 0.0f;
-  for (int warp = 0; warp < (blockDim.x >> 5); ++warp) total += scratch[warp];
-  return total;
+  return sum_warp((threadIdx.x & 31) < (blockDim.x >> 5) ? scratch[threadIdx.x & 31] : 0.0f);
 }
 
 // Appends this round's kept elements in thread order. Returns where this thread's element goes and raises `total`.

@@ -25,9 +25,10 @@ struct RowsArgs {
   const float* norm;       // RMSNorm weight, or null
   const float* bias;       // or null
   const float* factor;     // kKept
+  const float* fill;       // kGated, kKept: taken off the results by row, or null
   const float* threshold;  // kThreshold
-  const int* index;        // kGated: neurons to read, or null for all
-  const int* count;        // kGated: how many neurons are live, or null for all
+  const int* index;        // kGated: neurons to read; kStore: rows to compute, the others stay; null for all
+  const int* count;        // how many of them are live, or null for all
   float* out;
   float* best_value;       // kBest: one per block
   int* best_row;
@@ -40,7 +41,7 @@ struct RowsArgs {
   int width;
   int activation;
   int threshold_step;      // 0: one threshold; 1: one per row
-  int fresh;               // kGated: index and count are made by this step, not before it
+  int fresh;               // index and count are made by this step, not before it
 };
 
 // DEPTH: pairs of 512-byte copies that a warp has under way.
@@ -66,8 +67,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
 
   const int per_block = (a.rows + gridDim.x - 1) / gridDim.x;
   int live = a.rows;
-  if (MODE == kGated && a.fresh) wait_for_previous();
-  if (MODE == kGated && a.count) live = min(*a.count, a.rows);
+  constexpr bool kLists = MODE == kGated || MODE == kStore;
+  if (kLists && a.fresh) wait_for_previous();
+  if (kLists && a.count) live = min(*a.count, a.rows);
   if (MODE == kKept) {
     wait_for_previous();
     const int begin = blockIdx.x * per_block, end = min(begin + per_block, a.rows);
@@ -87,7 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
   const int step = MODE == kKept ? warps : warps * gridDim.x;
 
   auto row_of = [&](int task) {
-    if (MODE == kGated) return a.index ? a.index[task] : task;
+    if (kLists) return a.index ? a.index[task] : task;
     return MODE == kKept ? kept[task] : task;
   };
 
@@ -121,6 +123,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
 
   // The norm's scale is applied to the results: one barrier instead of two.
   float squares = 0.0f;
+  const bool aligned = reinterpret_cast<uintptr_t>(a.norm) % sizeof(float4) == 0;
   for (int quad = threadIdx.x; quad < staged * 64; quad += blockDim.x) {
     const int at = quad * 4;
     float4 value = make_float4(0, 0, 0, 0);
@@ -133,10 +136,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
     }
     if (a.norm) {
       squares += value.x * value.x + value.y * value.y + value.z * value.z + value.w * value.w;
-      if (at < a.width) value.x *= a.norm[at];
-      if (at + 1 < a.width) value.y *= a.norm[at + 1];
-      if (at + 2 < a.width) value.z *= a.norm[at + 2];
-      if (at + 3 < a.width) value.w *= a.norm[at + 3];
+      if (at + 3 < a.width && aligned) {
+        const float4 gain = *reinterpret_cast<const float4*>(a.norm + at);
+        value.x *= gain.x, value.y *= gain.y, value.z *= gain.z, value.w *= gain.w;
+      } else {
+        if (at < a.width) value.x *= a.norm[at];
+        if (at + 1 < a.width) value.y *= a.norm[at + 1];
+        if (at + 2 < a.width) value.z *= a.norm[at + 2];
+        if (at + 3 < a.width) value.w *= a.norm[at + 3];
+      }
     }
     const int inside = quad & 63;
     (inside & 1 ? high : low)[(quad >> 6) * 32 + (inside >> 1)] = value;
@@ -154,12 +162,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
       one = sum_warp(one) * scale;
       two = sum_warp(two) * scale;
       if (lane != 0) return;
+      const int row = row_of(task);
       if (a.bias) {
-        const int row = row_of(task);
         one += a.bias[row];
         two += a.bias[a.second + row];
       }
-      a.out[task] = activate(one, a.activation) * two;
+      a.out[task] = activate(one, a.activation) * two - (a.fill ? a.fill[row] : 0.0f);
       return;
     }
     const int row = row_of(task);
@@ -167,7 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
     if (lane != 0) return;
     if (a.bias) y += a.bias[row];
     if (MODE == kResidual) y = y * a.scale + __ldcg(a.out + row);
-    if (MODE == kKept) y = __ldcg(a.factor + row) * activate(y, a.activation);
+    if (MODE == kKept) y = __ldcg(a.factor + row) * activate(y, a.activation) - (a.fill ? a.fill[row] : 0.0f);
     if (MODE == kThreshold) {
       y = activate(y, a.activation);
       if (!(fabsf(y) >= a.threshold[row * a.threshold_step])) y = 0.0f;
