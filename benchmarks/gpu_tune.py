@@ -11,8 +11,8 @@ from actsparse.engine.cuda.operators import Tuning
 from actsparse.engine.step.plans import DensePlan, InputPlan, Plan
 
 DENSE = ((512, 2, False), (512, 2, True), (512, 1, True))
-COLUMNS = ((2, 12), (2, 16), (3, 8), (3, 12), (4, 8), (4, 12), (5, 8))
-AHEAD = (0, 4, 8, 16)
+BLOCKS = (1, 2, 3)
+AHEAD = (0, 2, 4, 8)
 SHARES = (0.25, 0.5, 0.7)
 
 
@@ -28,11 +28,10 @@ def part_tune(bench: Bench) -> None:
         bench.decoder.start(1, POSITION)
         fit_inputs(bench.decoder, plan, share)
         plans[share] = plan
-    for (blocks, depth), ahead in itertools.product(COLUMNS, AHEAD):
-        tuning = Tuning(columns_blocks_per_sm=blocks, columns_depth=depth, ahead=ahead)
-        found = [tuned_ms(bench, tuning, plan) for plan in plans.values()]
+    for blocks, ahead in itertools.product(BLOCKS, AHEAD):
+        found = [tuned_ms(bench, Tuning(columns_blocks_per_sm=blocks, ahead=ahead), plan) for plan in plans.values()]
         report.add(
-            f"tune: TEAL .25/.5/.7, {blocks} blocks, {depth} rows under way, {min(ahead, depth)} ahead",
+            f"tune: TEAL {SHARES}, {blocks} blocks, {ahead} rows ahead",
             found[1],
             "ms",
             note=" ".join(f"{ms:.3f}" for ms in found),

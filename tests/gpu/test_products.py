@@ -178,19 +178,23 @@ def test_a_branch_is_normed_before_it_is_added(operators, draw, poisoned, assert
         assert_near(squares[0], want.square().sum())
 
 
-@pytest.mark.parametrize("depth", [8, 12, 16])
+@pytest.mark.parametrize("slices", [1, 3, 7, 13, 16])
 @pytest.mark.parametrize("ahead", [0, 3, 16])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, depth, ahead, blocks):
-    tuned = Operators(device, Tuning(columns_depth=depth, ahead=ahead, columns_blocks_per_sm=blocks))
-    for inputs, outputs in ((4096, 1024), (577, 1001), (40, 8)):
+def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, slices, ahead, blocks):
+    tuned = Operators(device, Tuning(max_slices=slices, ahead=ahead, columns_blocks_per_sm=blocks))
+    for inputs, outputs in ((4096, 1024), (577, 1001), (40, 8), (2000, 9000)):
         weight, x, out = padded(draw(inputs, outputs, dtype=torch.bfloat16)), draw(inputs), poisoned(outputs)
         threshold = split_value(x, 0.6)
         want = reference.input_sparse(weight.double(), x[None].double(), threshold)[0]
         if ahead == 0:
             weight[x.abs() < threshold] = torch.nan
-        tuned.columns(out, x, weight, threshold=threshold)
+        parts = tuned.square_parts(outputs, inputs)
+        squares = poisoned(parts + 1)
+        tuned.columns(out, x, weight, threshold=threshold, squares_out=squares)
         assert_near(out, want)
+        assert_near(squares[:parts].sum(), want.square().sum())
+        assert squares[parts].isnan()
 
 
 def test_kept_values_without_their_fill_and_what_is_below(operators, draw, poisoned, assert_near):

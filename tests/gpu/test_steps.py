@@ -165,7 +165,7 @@ def assert_products(stage, operators, weights, state, plan, layer, hidden, asser
     if shape.post_norm:
         assert_near(state.squares[0], state.hidden.square().sum())
     elif not plan.fast_atomics:
-        parts = operators.column_blocks(shape.width, shape.query_width if stage == "attention" else shape.neurons)
+        parts = operators.square_parts(shape.width, shape.query_width if stage == "attention" else shape.neurons)
         assert_near(state.squares[:parts].sum(), state.hidden.square().sum())
 
 

@@ -19,7 +19,6 @@ HEADERS = ("common.cuh",)
 KERNELS = Path(__file__).parent / "kernels"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 HEAD_DIMS = (32, 64, 96, 128, 256)
-DEPTHS = (8, 12, 16)  # rows that a warp of the input-major kernel may have under way
 _FLOAT, _INT, _LONG, _POINTER = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -127,9 +126,11 @@ class Library:
         code = call(ctypes.byref(args), DTYPES[dtype], mode, blocks, threads, int(deep), int(dependent), _stream())
         self._check(code, "rows")
 
-    def columns(self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, depth: int, dependent: bool) -> None:
+    def columns(
+        self, args: ColumnsArgs, dtype: torch.dtype, selection: int, *, groups: int, tiles: int, dependent: bool
+    ) -> None:
         call = self._handle.actsparse_columns
-        code = call(ctypes.byref(args), DTYPES[dtype], selection, depth, int(dependent), _stream())
+        code = call(ctypes.byref(args), DTYPES[dtype], selection, groups, tiles, int(dependent), _stream())
         self._check(code, "columns")
 
     def attend(self, args: AttendArgs, dtype: torch.dtype, head_dim: int, *, dependent: bool) -> None:

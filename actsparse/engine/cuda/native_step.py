@@ -188,7 +188,7 @@ class NativeStep:
             return state.squares[:1]
         if not isinstance(plan, InputPlan) or plan.fast_atomics:
             return None
-        return state.squares[: self._operators.column_blocks(shape.width, inputs)]
+        return state.squares[: self._operators.square_parts(shape.width, inputs)]
 
     def _norm(self, layer: int) -> Norm:
         return Norm(self._layers[layer].mlp_norm, self._weights.shape.norm_epsilon)

@@ -59,17 +59,24 @@ class Caps(NamedTuple):
 class Tuning:
     """Launch shapes. Blocks that leave room beside them let the next kernel's blocks start and fill their rings early.
 
-    `columns_depth`: rows that a warp has under way, of `native.DEPTHS`; `ahead`: how many of them it starts to read
-    before it knows which are kept. `rows_deep`: longer rings in the dense products.
+    `ahead`: rows that a warp of a sparse product, which has 8 under way, starts to read before it knows which are kept.
+    `rows_deep`: longer rings in the dense products.
     """
 
     rows_threads: int = 512
     rows_blocks_per_sm: int = 2
     rows_deep: bool = False
-    columns_blocks_per_sm: int = 4
-    columns_depth: int = 8
+    columns_blocks_per_sm: int = 2
     ahead: int = 8
     max_slices: int = 16
+
+
+class Cut(NamedTuple):
+    """Blocks of the input-major kernel: tiles of 256 * groups outputs, each in slices of the inputs."""
+
+    groups: int
+    tiles: int
+    slices: int
 
 
 class Operators:
@@ -290,11 +297,11 @@ class Operators:
         fill [inputs] is taken off the values that are kept; `invert` keeps what is below the threshold.
         ATOMIC_ADD adds in no fixed order. What is read before it is known to be kept is passed over later.
         `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block;
-        `squares_out` [column_blocks]: such parts of the output.
+        `squares_out` [square_parts]: such parts of the output.
         """
         lengths = (weight_rows.shape[1],) if segments is None else segments
-        tiles = [math.ceil(length / TILE) for length in lengths]
-        slices = self.slices(lengths, x.numel())
+        cut = self._cut(lengths, x.numel())
+        tiles = [math.ceil(length / (TILE * cut.groups)) for length in lengths]
         parts = (native.Segment * 3)(
             *(native.Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))
         )
@@ -316,7 +323,7 @@ class Operators:
             epsilon=norm.epsilon if norm else 0.0,
             inputs=x.numel(),
             outputs=weight_rows.shape[1],
-            slices=slices,
+            slices=cut.slices,
             segments=len(lengths),
             activation=ACTIVATIONS[activation],
             epilogue=epilogue,
@@ -332,19 +339,27 @@ class Operators:
             args,
             weight_rows.dtype,
             int(selects),
-            depth=self._tuning.columns_depth,
+            groups=cut.groups,
+            tiles=sum(tiles),
             dependent=self._starts_early(),
         )
 
-    def slices(self, segments: tuple[int, ...], inputs: int) -> int:
-        """How many blocks share a tile of outputs in these segments: enough to fill the chip."""
-        tiles = sum(math.ceil(length / TILE) for length in segments)
-        wanted = self._sms * self._tuning.columns_blocks_per_sm // tiles
-        return max(1, min(wanted, self._tuning.max_slices, inputs // 32))
+    def _cut(self, segments: tuple[int, ...], inputs: int) -> "Cut":
+        """How a product is cut into blocks that fill the chip: wide tiles where there are enough, slices of the inputs."""
+        blocks = self._sms * self._tuning.columns_blocks_per_sm
 
-    def column_blocks(self, outputs: int, inputs: int) -> int:
-        """How many blocks `columns` runs for one segment of `outputs`: the parts that it leaves in `squares_out`."""
-        return math.ceil(outputs / TILE) * self.slices((outputs,), inputs)
+        def tiles(groups: int) -> int:
+            return sum(math.ceil(length / (TILE * groups)) for length in segments)
+
+        wastes = tiles(2) * 2 > 1.1 * tiles(1)
+        groups = 1 if wastes or tiles(2) * self._tuning.max_slices < 0.8 * blocks else 2
+        slices = max(1, min(blocks // tiles(groups), self._tuning.max_slices, inputs // 32))
+        return Cut(groups=groups, tiles=tiles(groups), slices=slices)
+
+    def square_parts(self, outputs: int, inputs: int) -> int:
+        """How many parts `columns` leaves in `squares_out` for one segment of `outputs`."""
+        cut = self._cut((outputs,), inputs)
+        return cut.tiles * cut.slices * math.ceil(math.ceil(TILE * cut.groups / cut.slices) / 32)
 
     def attend(
         self,

@@ -95,10 +95,10 @@ class PlainOperators:
         if squares_out is not None:
             # All of it in the first part, and poison behind what the caller may read.
             squares_out.fill_(torch.nan)
-            squares_out[: self.column_blocks(out.numel(), x.numel())] = 0
+            squares_out[: self.square_parts(out.numel(), x.numel())] = 0
             squares_out[0] = flat.square().sum()
 
-    def column_blocks(self, outputs, inputs):
+    def square_parts(self, outputs, inputs):
         return math.ceil(outputs / TILE) * max(1, min(4, inputs // 32))
 
     def attend(self, out, qkv, keys, values, *, position, angles, how, groups=None):

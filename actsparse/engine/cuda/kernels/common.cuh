@@ -185,7 +185,7 @@ __device__ __forceinline__ int compact_round(bool keep, int round, int& total, i
 
 // Launches with dependent start and, when `cluster` > 1, in clusters of that many blocks.
 template <typename Kernel, typename Args>
-inline int launch(Kernel kernel, const Args& args, int blocks, int threads, size_t shared, int cluster, bool dependent,
+inline int launch(Kernel kernel, const Args& args, dim3 blocks, int threads, size_t shared, int cluster, bool dependent,
                   cudaStream_t stream) {
   // All kernels ask for the same split of L1 and shared memory: a multiprocessor has to run empty to change it, and then
   // no kernel could start beside its predecessor.
@@ -197,7 +197,7 @@ inline int launch(Kernel kernel, const Args& args, int blocks, int threads, size
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
+  config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
