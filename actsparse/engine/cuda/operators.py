@@ -345,7 +345,7 @@ class Operators:
         )
 
     def _cut(self, segments: tuple[int, ...], inputs: int) -> "Cut":
-        """How a product is cut into blocks that fill the chip: wide tiles where there are enough, slices of the inputs."""
+        """How a product is cut into blocks that fill the chip: wide tiles where there are enough of them."""
         blocks = self._sms * self._tuning.columns_blocks_per_sm
 
         def tiles(groups: int) -> int:
