@@ -52,7 +52,7 @@ class ColumnsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
-        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "squares_out")),
+        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "squares_out")),
         ("stride", _LONG),
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),

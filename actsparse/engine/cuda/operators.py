@@ -18,6 +18,7 @@ from actsparse.engine.step.reference import Attention
 from actsparse.engine.step.state import Angles, Best
 
 LOG2_E = math.log2(math.e)
+PARTIAL, TILES = 2**21, 2**14
 TILE = 256  # outputs that a block of the input-major kernel owns
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "identity": 3, "gelu": 4}
 
@@ -59,7 +60,8 @@ class Caps(NamedTuple):
 class Tuning:
     """Launch shapes. Blocks that leave room beside them let the next kernel's blocks start and fill their rings early.
 
-    `ahead`: rows that a warp of a sparse product, which has 8 under way, starts to read before it knows which are kept.
+    `ahead`: pairs of rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which
+    are kept.
     `rows_deep`: longer rings in the dense products.
     """
 
@@ -67,7 +69,7 @@ class Tuning:
     rows_blocks_per_sm: int = 2
     rows_deep: bool = False
     columns_blocks_per_sm: int = 2
-    ahead: int = 8
+    ahead: int = 0
     max_slices: int = 16
 
 
@@ -89,6 +91,9 @@ class Operators:
         self.blocks = self._sms * self._tuning.rows_blocks_per_sm
         self._chained = False
         self._dependent = False
+        # Where slices of a product meet: room for every block's tile, and how many of a tile's blocks have arrived.
+        self._partial = torch.zeros(PARTIAL, device=device)
+        self._arrived = torch.zeros(TILES, dtype=torch.int32, device=device)
 
     @contextmanager
     def chain(self) -> Iterator[None]:
@@ -318,6 +323,8 @@ class Operators:
             bias=native.address(bias),
             fill=native.address(fill),
             out=native.address(out),
+            partial=native.address(self._partial),
+            arrived=native.address(self._arrived),
             squares_out=native.address(squares_out),
             stride=weight_rows.stride(0),
             epsilon=norm.epsilon if norm else 0.0,
@@ -359,7 +366,7 @@ class Operators:
     def square_parts(self, outputs: int, inputs: int) -> int:
         """How many parts `columns` leaves in `squares_out` for one segment of `outputs`."""
         cut = self._cut((outputs,), inputs)
-        return cut.tiles * cut.slices * math.ceil(math.ceil(TILE * cut.groups / cut.slices) / 32)
+        return cut.tiles * cut.groups * TILE // 32
 
     def attend(
         self,

@@ -1,20 +1,20 @@
 // Products with weights stored input-major [inputs, outputs]: out = sum_i x_i W[i, :], reading only the rows kept.
 //
 // A block owns 256 or 512 outputs and one slice of the inputs. It compacts its own slice of x (which rows to read, in
-// order), gathers those rows whole, and the slices of a tile meet in a cluster: every block pushes its partial sums into the
-// shared memory of the block that owns their columns, which adds them in slice order. Results do not depend on timing, and
-// no scratch has to be cleared. Between the wait for the previous kernel and the first row, and after the last one, nothing
-// else runs on the chip: every instruction there counts, and wide tiles mean that fewer blocks look at the same inputs.
+// order) and gathers those rows whole; the last block of a tile to finish adds up all slices in their order, so results do
+// not depend on timing. (Slices could meet in a cluster instead, whose shared memory is closer; but clusters fill the chip
+// badly: of sixteen clusters of sixteen blocks only fourteen run at once.) Between the wait for the previous kernel and the
+// first row, and after the last one, nothing else runs on the chip: every instruction there counts, and wide tiles mean that
+// fewer blocks look at the same inputs.
 #include "common.cuh"
 
 namespace actsparse {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kDepth = 8;         // rows that a warp has under way, 512 bytes of each
-constexpr int kRing = kDepth * 32;  // 16-byte words that a warp owns
+constexpr int kDepth = 4;           // pairs of rows that a warp has under way, 512 bytes of each row
+constexpr int kRing = kDepth * 64;  // 16-byte words that a warp owns
 constexpr int kMaxSegments = 3;
-constexpr int kMaxSlices = 16;  // of a cluster
 constexpr int kRounds = 3;      // inputs that a thread looks at between two barriers
 constexpr int kTurn = kRounds * kThreads;
 
@@ -44,6 +44,8 @@ struct ColumnsArgs {
   const float* bias;       // or null
   const float* fill;       // [inputs], taken off the values that are kept, or null
   float* out;
+  float* partial;          // [tiles, slices, tile]: where slices meet
+  int* arrived;            // [tiles], zeros between kernels
   float* squares_out;      // one part of the sum of out * out per block, or null
   int64_t stride;
   float epsilon;
@@ -55,7 +57,7 @@ struct ColumnsArgs {
   int epilogue;
   int squares_count;
   float scale;             // of the result, its bias included, before it is written or added
-  int ahead;               // kNonzero: rows that a warp starts to read before it knows whether they are kept
+  int ahead;               // kNonzero: pairs of rows that a warp starts to read before it knows whether they are kept
   int fresh;               // index and count are made by this step, not before it
   int invert;              // keep what is below the threshold
   Segment segment[kMaxSegments];
@@ -63,43 +65,41 @@ struct ColumnsArgs {
 
 // GROUPS: tiles of 256 columns side by side in a block; UP: whether `up` is given.
 template <typename T, int SELECTION, int GROUPS, bool UP>
-__global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_constant__ ColumnsArgs a) {
-  constexpr int kTile = GROUPS * kSpan, kRows = kWarps / GROUPS;  // columns of the block, rows that it reads at once
+__global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_constant__ ColumnsArgs a) {
+  constexpr int kTile = GROUPS * kSpan, kRows = 2 * kWarps / GROUPS;  // columns of the block, rows that it reads at once
   extern __shared__ float4 shared[];
   __shared__ float sums[32];
   __shared__ int counts[kWarps];
-  __shared__ float inbox[kTile + kMaxSlices];
-  __shared__ uint64_t mailbox;
+  __shared__ bool last;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int first_row = warp % kRows, slice = blockIdx.x, slices = gridDim.x, tile = blockIdx.y;
+  const int first_row = 2 * (warp % (kRows / 2)), slice = blockIdx.x, slices = gridDim.x, tile = blockIdx.y;
   let_next_start();
   int owner = 0;
   while (owner + 1 < a.segments && tile >= a.segment[owner + 1].first_tile) ++owner;
   const int begin_column = a.segment[owner].begin + (tile - a.segment[owner].first_tile) * kTile;
   const int end_column = min(begin_column + kTile, a.segment[owner].begin + a.segment[owner].length);
   // A lane past the segment's end loads nothing; one that straddles it stays inside the padded row.
-  const int column = begin_column + warp / kRows * kSpan + lane * kLane;
+  const int column = begin_column + warp / (kRows / 2) * kSpan + lane * kLane;
   const bool loads = column < end_column;
   const uint4* const weight = reinterpret_cast<const uint4*>(static_cast<const T*>(a.weight) + column);
   const uint32_t step = static_cast<uint32_t>(a.stride / kLane);  // from a row to the next, in 16-byte words
-
-  // Each block of the cluster sums up `share` columns.
-  const bool meets = slices > 1 && a.epilogue != kAtomicAdd;
-  const int share = meets ? (kTile + slices - 1) / slices : kTile;
-  const int mine = meets ? max(0, min(share, kTile - slice * share)) : kTile;
-  if (meets) open_mailbox(&mailbox, mine * slices * static_cast<int>(sizeof(float)));
 
   if (a.fresh) wait_for_previous();
   const unsigned live = a.count ? min(*a.count, a.inputs) : a.inputs;
   const int begin = live * slice / slices, length = live * (slice + 1) / slices - begin;
   uint4* const ring = reinterpret_cast<uint4*>(shared) + warp * kRing + lane;
-  float* const value = reinterpret_cast<float*>(shared + kWarps * kRing);                  // [slice]
-  uint32_t* const offset = reinterpret_cast<uint32_t*>(value + (a.inputs / slices + 1));  // [slice]
+  const int room = (a.inputs / slices + 4) & ~1;
+  float* const value = reinterpret_cast<float*>(shared + kWarps * kRing);  // [room]
+  uint32_t* const offset = reinterpret_cast<uint32_t*>(value + room);      // [room]
 
   int total = length;
   auto row_of = [&](int item) { return static_cast<uint32_t>(a.index ? a.index[begin + item] : begin + item); };
   auto copy = [&](int item, int stage) {
-    if (item < total) copy_weights(ring + stage * 32, weight + offset[item], loads);
+    if (item < total) {  // the second of a pair may not be there: zeros stand for it
+      const uint2 from = *reinterpret_cast<const uint2*>(offset + item);
+      copy_weights(ring + stage * 64, weight + from.x, loads);
+      copy_weights(ring + stage * 64 + 32, weight + from.y, loads && item + 1 < total);
+    }
     end_group();
   };
   // The memory would idle until x is there. The first rows of the slice are read on the chance that they are kept; those
@@ -110,12 +110,16 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
   for (int stage = 0; stage < kDepth; ++stage) {
     if (stage < ahead) {
       const int item = first_row + stage * kRows;
-      if (item < head) copy_weights(ring + stage * 32, weight + row_of(item) * step, loads);
+      if (item < head) {
+        const bool both = item + 1 < head;
+        copy_weights(ring + stage * 64, weight + row_of(item) * step, loads);
+        copy_weights(ring + stage * 64 + 32, weight + row_of(both ? item + 1 : item) * step, loads && both);
+      }
       end_group();
     }
   }
-  const int at = begin_column + (meets ? slice * share : 0) + threadIdx.x;  // the output that this thread writes
-  const bool writes = threadIdx.x < mine && at < end_column;
+  const int at = begin_column + threadIdx.x;  // the output that this thread writes
+  const bool writes = threadIdx.x < kTile && at < end_column;
   const float threshold = a.threshold ? a.threshold[owner] : 0.0f;
   const float* const score = a.score ? a.score + static_cast<int64_t>(owner) * a.inputs : nullptr;
   // A warp's inputs lie side by side, so that warps list theirs in order after one barrier.
@@ -222,6 +226,7 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
     __syncthreads();  // the counts of the last turn have been read
   }
   if (SELECTION == kNonzero) total = listed;
+  if (threadIdx.x == 0) value[total] = 0.0f, offset[total] = 0;
   __syncthreads();
 #pragma unroll
   for (int stage = 0; stage < kDepth; ++stage)
@@ -233,12 +238,13 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
     for (int stage = 0; stage < kDepth; ++stage) {
       const int item = row + stage * kRows;
       if (item >= total) break;
-      const float x = value[item];
+      const float2 x = *reinterpret_cast<const float2*>(value + item);
       wait_until_pending<kDepth - 1>();
-      float w[kLane];
-      unpack<T>(ring[stage * 32], w);
+      float w[kLane], v[kLane];
+      unpack<T>(ring[stage * 64], w);
+      unpack<T>(ring[stage * 64 + 32], v);
 #pragma unroll
-      for (int e = 0; e < kLane; ++e) sum[e] += x * w[e];
+      for (int e = 0; e < kLane; ++e) sum[e] += x.x * w[e] + x.y * v[e];
       copy(item + kDepth * kRows, stage);
     }
   }
@@ -251,22 +257,26 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
   float y = 0.0f;
   if (threadIdx.x < kTile) {
     const float* const part =
-        reinterpret_cast<const float*>(shared + threadIdx.x / kSpan * kRows * kRing) + threadIdx.x % kSpan;
+        reinterpret_cast<const float*>(shared + threadIdx.x / kSpan * (kRows / 2) * kRing) + threadIdx.x % kSpan;
 #pragma unroll
-    for (int other = 0; other < kRows; ++other) y += part[other * kRing * 4];
+    for (int other = 0; other < kRows / 2; ++other) y += part[other * kRing * 4];
   }
-  if (meets) {
-    await_blocks();
-    if (threadIdx.x < kTile) {
-      const int to = threadIdx.x / share;
-      push(y, inbox + slice * share + (threadIdx.x - to * share), &mailbox, to);
+  if (slices > 1 && a.epilogue != kAtomicAdd) {
+    float* const sums_of_tile = a.partial + static_cast<int64_t>(tile) * slices * kTile;
+    if (threadIdx.x < kTile) __stcg(sums_of_tile + slice * kTile + threadIdx.x, y);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();  // what the block wrote comes before its arrival
+      last = atomicAdd(a.arrived + tile, 1) == slices - 1;
+      if (last) a.arrived[tile] = 0;
+      __threadfence();  // and what the others wrote, before what is read now
     }
-    if (threadIdx.x >= (mine + 31) / 32 * 32) return;
-    await_mail(&mailbox);
+    __syncthreads();
+    if (!last) return;
     y = 0.0f;
-    if (threadIdx.x < mine) {
-#pragma unroll 4
-      for (int other = 0; other < slices; ++other) y += inbox[other * share + threadIdx.x];
+    if (threadIdx.x < kTile) {
+#pragma unroll 8
+      for (int other = 0; other < slices; ++other) y += __ldcg(sums_of_tile + other * kTile + threadIdx.x);
     }
   }
   if (writes) {
@@ -279,23 +289,22 @@ __global__ void __launch_bounds__(kThreads, 3) columns_kernel(const __grid_const
       a.out[at] = y;
     }
   }
-  if (a.squares_out) {  // a part per warp that writes
+  if (a.squares_out) {  // a part per warp of the tile
     const float squares = sum_warp(writes ? y * y : 0.0f);
-    const int parts = (share + 31) / 32;
-    float* const out = a.squares_out + (tile * slices + slice) * parts;
-    if (lane == 0 && warp < parts) out[warp] = squares;
-    if (threadIdx.x == 0)
-      for (int missing = (mine + 31) / 32; missing < parts; ++missing) out[missing] = 0.0f;
+    if (lane == 0 && warp < kTile / 32) a.squares_out[tile * (kTile / 32) + warp] = squares;
   }
+}
+
+inline size_t shared_bytes(int inputs, int slices) {
+  const size_t room = (inputs / slices + 4) & ~1;
+  return kWarps * kRing * sizeof(uint4) + room * (sizeof(float) + sizeof(uint32_t));
 }
 
 template <typename T, int SELECTION, int GROUPS, bool UP>
 int launch_tile(const ColumnsArgs& a, int tiles, bool dependent, cudaStream_t stream) {
-  const size_t slice = a.inputs / a.slices + 1;
-  const size_t shared = kWarps * kRing * sizeof(uint4) + slice * (sizeof(float) + sizeof(uint32_t));
-  const int cluster = a.epilogue == kAtomicAdd ? 1 : a.slices;
-  if (cluster > kMaxSlices || (a.squares_out && a.epilogue == kAtomicAdd)) return cudaErrorInvalidValue;
-  return launch(columns_kernel<T, SELECTION, GROUPS, UP>, a, dim3(a.slices, tiles), kThreads, shared, cluster, dependent,
+  const size_t shared = shared_bytes(a.inputs, a.slices);
+  if (a.squares_out && a.epilogue == kAtomicAdd) return cudaErrorInvalidValue;
+  return launch(columns_kernel<T, SELECTION, GROUPS, UP>, a, dim3(a.slices, tiles), kThreads, shared, 1, dependent,
                 stream);
 }
 

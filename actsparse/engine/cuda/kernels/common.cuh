@@ -183,10 +183,9 @@ __device__ __forceinline__ int compact_round(bool keep, int round, int& total, i
   return start + __popc(kept & ((1u << lane) - 1));
 }
 
-// Launches with dependent start and, when `cluster` > 1, in clusters of that many blocks.
-template <typename Kernel, typename Args>
-inline int launch(Kernel kernel, const Args& args, dim3 blocks, int threads, size_t shared, int cluster, bool dependent,
-                  cudaStream_t stream) {
+// Lets `kernel` have that much shared memory and such clusters.
+template <typename Kernel>
+inline cudaError_t allow(Kernel kernel, size_t shared, int cluster) {
   // All kernels ask for the same split of L1 and shared memory: a multiprocessor has to run empty to change it, and then
   // no kernel could start beside its predecessor.
   cudaError_t error =
@@ -195,6 +194,14 @@ inline int launch(Kernel kernel, const Args& args, dim3 blocks, int threads, siz
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess && cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
+}
+
+// Launches with dependent start and, when `cluster` > 1, in clusters of that many blocks.
+template <typename Kernel, typename Args>
+inline int launch(Kernel kernel, const Args& args, dim3 blocks, int threads, size_t shared, int cluster, bool dependent,
+                  cudaStream_t stream) {
+  cudaError_t error = allow(kernel, shared, cluster);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
