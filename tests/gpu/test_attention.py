@@ -41,7 +41,7 @@ def check(operators, draw, poisoned, assert_near, *, dtype, heads, kv_heads, hea
     )
     out = poisoned(heads * head_dim)
     operators.attend(out, qkv, keys, values, position=at, angles=angles, how=how)
-    assert_near(out, want[0])
+    assert_near(out, want[0], limit=3e-3)  # the new key and value round once more
     assert_near(keys[:, position], want_keys[0, :, position], limit=5e-3)  # another order of rounding, on few elements
     assert torch.equal(values[:, position], want_values[0, :, position])
     assert keys[:, position + 1 :].isnan().all(), "the cache was written past the position"

@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cuda.availability import has_triton, native_refusal
+from actsparse.engine.cuda.fold import fold
 from actsparse.engine.cuda.graph import capture
+from actsparse.engine.cuda.native_gates import NativeGateStep, refusal
 from actsparse.engine.cuda.native_step import NativeStep
 from actsparse.engine.cuda.operators import Operators, Tuning
 from actsparse.engine.step.decoder import Decoder, Runner
+from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.plans import InputPlan, NeuronPlan, Plan
 from actsparse.engine.step.products import Products, TorchProducts
 from actsparse.engine.step.state import DecodeState, set_hidden
 from actsparse.engine.step.torch_step import TorchStep
 from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.work import GatePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +56,15 @@ class CudaEngine:
         """How many blocks share the head."""
         return self.operators.blocks if self.operators else 1
 
-    def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
+    def runner(
+        self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
+    ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
+        if isinstance(plan, GatePlan):
+            folded = fold(plan)
+            if folded is None:
+                return self._gates(weights, state, plan, sampled=sampled, padded=padded)
+            plan = folded
         if self.operators is not None:
             return self._captured(NativeStep(weights, state, plan, self.operators, sampled=sampled), state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
@@ -68,7 +79,15 @@ class CudaEngine:
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
 
-    def _captured(self, step: NativeStep | TorchStep, state: DecodeState) -> Runner:
+    def _gates(self, weights: Weights, state: DecodeState, plan: GatePlan, *, sampled: bool, padded: bool) -> Runner:
+        """The step of a plan of any mix of gates."""
+        refused = refusal(plan, weights) if self.operators is not None else "there are no compiled kernels for it"
+        if self.operators is not None and refused is None:
+            return self._captured(NativeGateStep(weights, state, plan, self.operators, sampled=sampled), state)
+        self.warnings.append(f"this plan masks weights but reads them all: {refused}")
+        return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
+
+    def _captured(self, step: NativeStep | TorchStep | GateStep, state: DecodeState) -> Runner:
         """Captures `step` and undoes what its warm-ups did; the cache beyond the position is free to change."""
         before = _Snapshot(position=state.position.clone(), hidden=state.hidden.clone(), tokens=state.tokens.clone())
         captured = capture(step)

@@ -108,6 +108,12 @@ class Operators:
         finally:
             self._chained = self._dependent = False
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Other work on the device inside a chain: it waits for what came before, and the next kernel waits for it."""
+        yield
+        self._dependent = False
+
     def _starts_early(self) -> bool:
         early, self._dependent = self._dependent, self._chained
         return early

@@ -77,10 +77,10 @@ class TorchStep:
         x = reference.rms_norm(hidden, one.attn_norm, shape.norm_epsilon)
         parts = plan.weights.qkv[layer].split(shape.qkv_widths, dim=1)
         qkv = self._input_sparse(plan, parts, x, layer, 0, plan.scores.qkv if plan.scores else None)
-        mix = _mix(qkv if one.qkv_bias is None else qkv + one.qkv_bias, one, cache)
+        mix = mix_of(qkv if one.qkv_bias is None else qkv + one.qkv_bias, one, cache)
         rows = (plan.weights.out[layer],)
         branch = self._input_sparse(plan, rows, mix, layer, 3, plan.scores.out if plan.scores else None)
-        return _add(hidden, branch if one.out_bias is None else branch + one.out_bias, one.post_attn_norm, shape)
+        return add_branch(hidden, branch if one.out_bias is None else branch + one.out_bias, one.post_attn_norm, shape)
 
     def mlp(self, layer: int, hidden: Tensor) -> Tensor:
         """hidden [batch, width] plus the MLP of layer `layer` under the plan."""
@@ -96,7 +96,7 @@ class TorchStep:
                 branch = self._sparse_mlp(self._plan, layer, x)
                 if one.down_bias is not None:
                     branch = branch + one.down_bias
-                return _add(hidden, branch, one.post_mlp_norm, shape)
+                return add_branch(hidden, branch, one.post_mlp_norm, shape)
             case _ as unknown:
                 assert_never(unknown)
 
@@ -156,11 +156,12 @@ Cache = tuple[Tensor, Tensor, Tensor, Angles, Tensor | None]
 
 def _attention(hidden: Tensor, one: LayerWeights, cache: Cache, shape: Shape, products: Products) -> Tensor:
     x = reference.rms_norm(hidden, one.attn_norm, shape.norm_epsilon)
-    mix = _mix(products.project(one.qkv, x, one.qkv_bias), one, cache)
-    return _add(hidden, products.project(one.out, mix, one.out_bias), one.post_attn_norm, shape)
+    mix = mix_of(products.project(one.qkv, x, one.qkv_bias), one, cache)
+    return add_branch(hidden, products.project(one.out, mix, one.out_bias), one.post_attn_norm, shape)
 
 
-def _mix(qkv: Tensor, one: LayerWeights, cache: Cache) -> Tensor:
+def mix_of(qkv: Tensor, one: LayerWeights, cache: Cache) -> Tensor:
+    """[batch, query_width]: attention of qkv [batch, qkv_width] over keys, values, position, angles and padding."""
     keys, values, position, angles, padding = cache
     return reference.attend(qkv, keys, values, position, angles.cosine, angles.sine, one.attention, padding)
 
@@ -168,7 +169,7 @@ def _mix(qkv: Tensor, one: LayerWeights, cache: Cache) -> Tensor:
 def _dense(hidden: Tensor, one: LayerWeights, shape: Shape, products: Products) -> Tensor:
     x = reference.rms_norm(hidden, one.mlp_norm, shape.norm_epsilon)
     neurons = products.gated(one.gate_up, x, shape.activation, one.gate_up_bias)
-    return _add(hidden, products.project(one.down, neurons, one.down_bias), one.post_mlp_norm, shape)
+    return add_branch(hidden, products.project(one.down, neurons, one.down_bias), one.post_mlp_norm, shape)
 
 
 def _sliced(
@@ -182,10 +183,10 @@ def _sliced(
 ) -> Tensor:
     x = reference.rms_norm(hidden, one.mlp_norm, shape.norm_epsilon)
     neurons = products.gated(gate_up, x, shape.activation, bias)
-    return _add(hidden, products.project_rows(rows, neurons, one.down_bias), one.post_mlp_norm, shape)
+    return add_branch(hidden, products.project_rows(rows, neurons, one.down_bias), one.post_mlp_norm, shape)
 
 
-def _add(hidden: Tensor, branch: Tensor, post_norm: Tensor | None, shape: Shape) -> Tensor:
+def add_branch(hidden: Tensor, branch: Tensor, post_norm: Tensor | None, shape: Shape) -> Tensor:
     """hidden plus what a branch found, normed and scaled as the family does."""
     if post_norm is not None:
         branch = reference.rms_norm(branch, post_norm, shape.norm_epsilon)

@@ -18,6 +18,10 @@ class PlainOperators:
     def chain(self):
         yield
 
+    @contextmanager
+    def aside(self):
+        yield
+
     def _product(self, x, weight, norm, bias):
         x = x.view(1, -1) if norm is None else reference.rms_norm(x.view(1, -1), norm.weight, norm.epsilon)
         return reference.project(weight, x, bias)[0]
@@ -28,9 +32,10 @@ class PlainOperators:
     def add(self, out, x, weight, *, bias=None, scale=1.0):
         out.view(-1).add_(scale * self._product(x, weight, None, bias))
 
-    def gated(self, out, x, gate_up, *, norm, activation, bias=None, index=None, count=None, fresh=False):
+    def gated(self, out, x, gate_up, *, norm, activation, bias=None, fill=None, index=None, count=None, fresh=False):
         gate, up = self._product(x, gate_up, norm, bias).chunk(2)
         neurons = reference.activate(gate, activation) * up
+        neurons = neurons if fill is None else neurons - fill
         if index is not None:
             neurons = neurons[index.long()]
         live = neurons.numel() if count is None else int(count)
@@ -41,9 +46,9 @@ class PlainOperators:
         value = reference.activate(self._product(x, weight, norm, bias), activation)
         out.copy_(reference.keep_large(value, threshold))
 
-    def kept(self, out, x, weight, factor, *, norm, activation, bias=None):
-        value = reference.activate(self._product(x, weight, norm, bias), activation)
-        out.view(-1).copy_(torch.where(factor != 0, factor * value, 0.0))
+    def kept(self, out, x, weight, factor, *, norm, activation, bias=None, fill=None):
+        value = factor * reference.activate(self._product(x, weight, norm, bias), activation)
+        out.view(-1).copy_(torch.where(factor != 0, value if fill is None else value - fill, 0.0))
 
     def head(self, logits, best, x, weight, *, norm, caps=None):
         scale, cap = caps or Caps()
@@ -69,9 +74,11 @@ class PlainOperators:
         squares=None,
         squares_out=None,
         bias=None,
+        fill=None,
         index=None,
         count=None,
         fresh=False,
+        invert=False,
         scale=1.0,
     ):
         x = x.reshape(-1)
@@ -86,8 +93,8 @@ class PlainOperators:
         parts = []
         for at, part in enumerate(rows.split(segments or (rows.shape[1],), dim=1)):
             size = x.abs() if score is None else x.abs() * score[at]
-            keep = size >= (threshold[at] if threshold is not None else 0.0)
-            parts.append(torch.where(keep, x, 0.0)[:live] @ reference.widen(part[:live]))
+            keep = (x != 0) & ((size >= (threshold[at] if threshold is not None else 0.0)) != invert)
+            parts.append(torch.where(keep, x if fill is None else x - fill, 0.0)[:live] @ reference.widen(part[:live]))
         y = torch.cat(parts)
         y = scale * (y if bias is None else y + bias)
         flat = out.view(-1)
