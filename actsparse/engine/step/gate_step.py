@@ -78,8 +78,8 @@ class GateStep:
         gate_up, bias = one.gate_up, one.gate_up_bias
         if isinstance(mlp, Listed):
             gate_up = torch.cat([mlp.gate, mlp.up])
-            both = (mlp.gate_bias, mlp.up_bias)
-            bias = None if both[0] is None or both[1] is None else torch.cat(both)
+            one_bias, other = mlp.gate_bias, mlp.up_bias
+            bias = None if one_bias is None or other is None else torch.cat([one_bias, other])
         gate, up = reference.project(gate_up, x, bias).chunk(2, dim=-1)
         gate = reference.activate(gate, self._weights.shape.activation)
         a = gate * up
