@@ -93,6 +93,9 @@ def command(
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
     if study is not None:
+        for name, value in (("--plan", plan), ("--task", task), ("--tasks", tasks)):
+            if value:
+                raise ActsparseError(f"{name} does not go with --study", "a study names its own plans; leave it out")
         run_study(study, model, data, run, output, quick=quick, only=only, counterpart=counterpart)
         return
     for name, value in (("--quick", quick), ("--only", only), ("--counterpart", counterpart)):

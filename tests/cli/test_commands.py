@@ -524,6 +524,7 @@ def test_a_bad_task_file_is_refused_before_a_model_is_loaded(
         (["--task-limit", "0"], "--task-limit"),
         (["--prompt-frac", "1.5"], "--prompt-frac"),
         (["--only", "T1"], "belongs to a study"),
+        (["--study", "tda", "--plan", "griffin@0.5"], "does not go with --study"),
     ],
 )
 def test_options_of_quality_that_make_no_sense_are_refused(
