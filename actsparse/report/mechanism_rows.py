@@ -1,11 +1,12 @@
 """The figures of the two mechanisms, uncertainty and inertia, in order: what `profile --probes` measures."""
 
-from actsparse.report.figures import batch_union, distance, histories, ladder, prefix, sentences, variance
+from actsparse.report.figures import batch_union, distance, gradients, histories, ladder, prefix, sentences, variance
 from actsparse.report.rows import Row
 from actsparse.results import RunKind
 
 UNCERTAINTY = "actsparse profile --model {model} --probes uncertainty"
 INERTIA = "actsparse profile --model {model} --probes inertia"
+GRADIENTS = "actsparse profile --model {model} --gradients"
 UNION = "actsparse profile --model {model} --probes union"
 
 ROWS: tuple[Row, ...] = (
@@ -162,6 +163,39 @@ ROWS: tuple[Row, ...] = (
             "The entropy of a neuron's firing given the current token id, over its entropy without: 0, the token "
             "decides all neurons; 1, it says nothing. Corrected for few samples; the grey line checks that with "
             "shuffled labels."
+        ),
+    ),
+    Row(
+        id="hu4",
+        section="mechanisms",
+        title="HU4: does past salience tell the present one?",
+        needs=RunKind.PROFILE,
+        metrics="hu4",
+        data=gradients.salience,
+        draw=gradients.draw_salience,
+        caption=gradients.caption_salience,
+        made_by=GRADIENTS,
+        wide=False,
+        how_to_read=(
+            "MOYU's recursion: salience |a·dL/da| added up over the tokens so far, against that of the present "
+            "token. 0: what mattered so far is what matters now; 1: it says nothing. Rising lines: the more "
+            "varied the history, the less it says."
+        ),
+    ),
+    Row(
+        id="m2",
+        section="mechanisms",
+        title="M2: would less activation be better?",
+        needs=RunKind.PROFILE,
+        metrics="m2",
+        data=gradients.signs,
+        draw=gradients.draw_signs,
+        caption=gradients.caption_signs,
+        made_by=GRADIENTS,
+        wide=False,
+        how_to_read=(
+            "The mean of sign(a)·dL/da over active entries. Above 0 the loss would fall if active neurons were "
+            "smaller: over-activation, MOYU's root cause. Below 0 it would fall if they were larger."
         ),
     ),
     Row(

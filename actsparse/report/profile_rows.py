@@ -9,6 +9,7 @@ from actsparse.report.figures import (
     kind_maps,
     magnitudes,
     positions,
+    routing,
 )
 from actsparse.report.rows import Row
 from actsparse.results import RunKind
@@ -181,6 +182,38 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "Hot neurons are active in over half of the tokens, dead ones in under 0.1 %. A Gini coefficient of 0 "
             "means that all neurons are active equally often, 1 that a single one is."
+        ),
+    ),
+    Row(
+        id="expert-loads",
+        section="neurons",
+        title="Where tokens are routed",
+        needs=RunKind.PROFILE,
+        metrics="expert_frac",
+        data=routing.loads,
+        draw=routing.draw_loads,
+        caption=routing.caption_loads,
+        optional=True,
+        how_to_read=(
+            "The share of tokens that the router of each layer sends to each expert. A layer's shares add up to "
+            "the experts that a token takes. Dark rows are experts that much of the text goes through; pale ones "
+            "hold weights that this text hardly reads."
+        ),
+    ),
+    Row(
+        id="router-entropy",
+        section="neurons",
+        title="How sure the router is",
+        needs=RunKind.PROFILE,
+        metrics="router_entropy",
+        data=routing.entropies,
+        draw=routing.draw_entropies,
+        caption=routing.caption_entropies,
+        optional=True,
+        wide=False,
+        how_to_read=(
+            "The mean entropy of the router's probabilities: 0, one expert takes all; at the line, all experts "
+            "are alike."
         ),
     ),
     Row(

@@ -1,5 +1,7 @@
 """Task scores, throughput and co-activation: what is drawn and said of them."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import example_runs as example
@@ -7,10 +9,11 @@ import polars as pl
 import pytest
 from example_evals import PLANS
 
-from actsparse.report.figures import by_layer, coactivation, tasks, throughput
+from actsparse.report.figures import by_layer, coactivation, routing, tasks, throughput
 from actsparse.report.panels import EvalPanel, ProfilePanel, eval_panels, profile_panels
 from actsparse.report.sources import read_sources
-from actsparse.results import EvalRow
+from actsparse.results import EvalRow, Measure
+from actsparse.store import tables
 
 
 def plain(text: str) -> str:
@@ -89,3 +92,28 @@ def test_units_are_drawn_apart(evaluation: EvalPanel) -> None:
     names = {trace.name for trace in by_layer.draw_kept(frame, {}).data}
     assert {"cats@0.5", "cats@0.5, input channels", "cats@0.5, KV groups", "griffin@0.5"} <= names
     assert len(PLANS) < len(names) + 9
+
+
+def test_a_mixture_of_experts_shows_its_routing(profiled: ProfilePanel) -> None:
+    rows = [
+        Measure(
+            metric="expert_frac", layer=layer, kind="router", param=f"expert={expert}", value=share, unit="share", n=90
+        )
+        for layer in range(2)
+        for expert, share in enumerate((1.0, 0.6, 0.3, 0.1))
+    ]
+    rows += [
+        Measure(metric="router_entropy", layer=layer, kind="router", value=0.5 + layer, unit="nats", n=90)
+        for layer in range(2)
+    ]
+    moe = replace(profiled, measures=tables.frame(rows, Measure))
+    frame = routing.loads(moe)
+    assert frame.filter(pl.col("expert") == 0)["relative"].to_list() == [2.0, 2.0]
+    assert "100 % of the tokens, 2.0 times an equal share; 2 of 8 experts" in plain(routing.caption_loads(frame))
+    assert routing.draw_loads(frame, {}).data[0].z.shape == (4, 2)
+    entropy = routing.entropies(moe)
+    assert entropy["even"].to_list() == pytest.approx([math.log(4)] * 2)
+    assert "surest in layer 0, 0.50 nats, and least in layer 1, 1.5; equal probabilities would give 1.4" in (
+        routing.caption_entropies(entropy)
+    )
+    assert routing.loads(profiled).is_empty()

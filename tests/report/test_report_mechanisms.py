@@ -165,3 +165,19 @@ def test_one_measured_row_is_enough_for_no_figure_to_fail(panel: ProfilePanel) -
                 if not frame.is_empty():
                     figure.draw(frame, {})
                     assert figure.caption(frame)
+
+
+def test_gradients_say_what_their_intervals_allow(panel: ProfilePanel) -> None:
+    assert "HU4 rises with the diversity of the history: 0.70 (0.680\u20130.720) from 0.40 on" in said(
+        BY_ID["hu4"], panel
+    )
+    assert "above 0 for sure in 0 of 30 layers, below in 30" in said(BY_ID["m2"], panel)
+    assert "against MOYU's root cause" in said(BY_ID["m2"], panel)
+    above = with_measures(
+        panel,
+        lambda frame: frame.with_columns(
+            value=pl.when(pl.col("metric").str.starts_with("m2")).then(-pl.col("value")).otherwise(pl.col("value")),
+            metric=pl.col("metric").replace({"m2_low": "m2_high", "m2_high": "m2_low"}),
+        ),
+    )
+    assert "over-activation as MOYU says" in said(BY_ID["m2"], above)

@@ -74,7 +74,8 @@ def _measure(panel: ProfilePanel, metric: str) -> pl.DataFrame:
     rows = panel.measures.filter(
         (pl.col("metric") == metric) & pl.col("layer").is_not_null() & pl.col("value").is_not_null()
     )
-    return rows.select("layer", "metric", "value", "n").sort("layer")
+    means = pl.col("value").mean(), pl.col("n").sum()  # of a layer's experts, where it has some
+    return rows.group_by("layer", "metric").agg(*means).sort("layer")
 
 
 def draw_shares(frame: pl.DataFrame, looks: Looks) -> go.Figure:

@@ -1,0 +1,91 @@
+"""Mixtures of experts: where the router sends tokens, layer by layer, and how sure it is."""
+
+import math
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from actsparse.report.figures.canvas import add_reference, canvas, colour_bar, floats, layer_axis, shares_scale
+from actsparse.report.figures.columns import as_float, counted, measured
+from actsparse.report.figures.marks import add_line
+from actsparse.report.looks import DEPTH, Looks
+from actsparse.report.panels import ProfilePanel
+from actsparse.report.wording import number, percent
+
+
+def loads(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, expert, value, relative, n`: the share of tokens sent to an expert, and over an equal share."""
+    frame = measured(panel.measures, "expert_frac", numbers=("expert",)).drop_nulls(["layer", "expert"])
+    relative = pl.col("value") / pl.col("value").mean().over("layer")
+    return frame.select("layer", pl.col("expert").cast(pl.Int64), "value", relative=relative, n="n").sort(
+        "layer", "expert"
+    )
+
+
+def draw_loads(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    layers, experts = (frame[column].unique().sort().to_list() for column in ("layer", "expert"))
+    values = {(layer, expert): value for layer, expert, value in frame.select("layer", "expert", "value").iter_rows()}
+    figure = canvas(
+        x="layer",
+        y="expert",
+        height=min(560, 130 + 18 * len(experts)),
+        x_axis={"showgrid": False, **layer_axis(frame)},
+        y_axis={"showgrid": False, "dtick": max(1, len(experts) // 12)},
+    )
+    figure.add_heatmap(
+        x=layers,
+        y=experts,
+        z=np.stack([floats(values.get((layer, expert)) for layer in layers) for expert in experts]),
+        zmin=0,
+        zmax=as_float(frame["value"].max()),
+        xgap=1,
+        ygap=1,
+        colorscale=shares_scale(),
+        colorbar=colour_bar("tokens sent to the expert (share)", tickformat=".0%"),
+        hovertemplate="layer %{x}, expert %{y}<br>%{z:.1%} of the tokens<extra></extra>",
+    )
+    return figure
+
+
+def caption_loads(frame: pl.DataFrame) -> str:
+    """The busiest expert against an equal share, and how many get less than half of one."""
+    row = frame.sort("relative").row(-1, named=True)
+    idle = frame.filter(pl.col("relative") < 0.5).height
+    return (
+        f"Busiest is expert {row['expert']} of layer {row['layer']} with {percent(row['value'])} of the tokens, "
+        f"{number(row['relative'], 2)} times an equal share; {idle} of {frame.height} experts get less than half "
+        f"of one.{counted(frame, 'tokens')}"
+    )
+
+
+def entropies(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, value, even, n`: mean entropy of the router's probabilities in nats; `even` is that of equal ones."""
+    experts = loads(panel).group_by("layer").agg(even=pl.len().cast(pl.Float64).log())
+    frame = measured(panel.measures, "router_entropy").drop_nulls("layer").select("layer", "value", "n").sort("layer")
+    return frame.join(experts, on="layer", how="left", maintain_order="left").select("layer", "value", "even", "n")
+
+
+def draw_entropies(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    figure = canvas(
+        x="layer",
+        y="entropy of the router (nats)",
+        x_axis=layer_axis(frame),
+        y_axis={"rangemode": "tozero", "tickformat": ".1f"},
+    )
+    add_line(figure, frame, x="layer", y="value", name="router", colour=DEPTH[0], hover="layer %{x}: %{y:.2f} nats")
+    even = frame["even"].drop_nulls().max()
+    if isinstance(even, float) and math.isfinite(even):
+        add_reference(figure, y=even, text="all experts alike", at="start")
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def caption_entropies(frame: pl.DataFrame) -> str:
+    """The surest and the least sure layer, beside equal probabilities."""
+    low, high = frame.sort("value").row(0, named=True), frame.sort("value").row(-1, named=True)
+    text = f"The router is surest in layer {low['layer']}, {number(low['value'], 2)} nats"
+    text += f", and least in layer {high['layer']}, {number(high['value'], 2)}" if frame.height > 1 else ""
+    even = frame["even"].drop_nulls().max()
+    text += f"; equal probabilities would give {number(even, 2)}" if isinstance(even, float) else ""
+    return f"{text}.{counted(frame, 'tokens')}"
