@@ -13,6 +13,7 @@ from actsparse.models.load import LoadedModel
 from actsparse.models.sites import unit_widths
 from actsparse.results import StepBytes, TextRecord
 from actsparse.store import tensors
+from actsparse.store.files import sha256_of
 from actsparse.store.runs import PlanRun
 
 CONTROLS = ("static:stat=griffin", "static", "random")
@@ -62,8 +63,14 @@ def needs_text(names: list[str]) -> bool:
 
 
 def identity_of(name: str) -> str:
-    """What a plan is known by: its short form, or the fingerprint of its run."""
-    return PlanRun.open(Path(name).expanduser()).manifest.fingerprint if is_directory(name) else name
+    """What a plan is known by: the fingerprint of its run, or its short form with the content of the files it names."""
+    if is_directory(name):
+        return PlanRun.open(Path(name).expanduser()).manifest.fingerprint
+    files = parse(name).method.files
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise PlanError(f"there is no file {missing}, which {name} names", "check the path")
+    return " ".join((name, *(sha256_of(path) for path in files)))
 
 
 def build(

@@ -20,6 +20,7 @@ from actsparse.models.sites import unit_widths
 from actsparse.models.taps import tapped
 from actsparse.pipelines import training
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
+from actsparse.pipelines.plans import identity_of
 from actsparse.pipelines.progress import Silent
 from actsparse.pipelines.training import sample_positions
 from actsparse.results import Site, SiteKind
@@ -192,6 +193,18 @@ def test_routers_come_from_a_file_that_fits(loaded: LoadedModel, calibration: Te
     assert plan.fit.layers[0].kept == FFN // 4
     assert plan.fit.layers[0].recall is None
     assert torch.equal(plan.fit.tensors["layers.1.router.second"], trained.fit.tensors["layers.1.router.second"])
+
+
+def test_a_plan_is_known_by_what_its_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    name = f"dejavu:weights={path}@0.5"
+    with pytest.raises(PlanError, match="there is no file"):
+        identity_of(name)
+    path.write_bytes(b"one")
+    first = identity_of(name)
+    path.write_bytes(b"two")
+    assert identity_of(name) != first
+    assert identity_of("dejavu@0.5") == "dejavu@0.5"
 
 
 @pytest.mark.parametrize(("change", "what"), [
