@@ -1,6 +1,7 @@
 """What each command shows when it has finished: the answer, three headline numbers, the next command."""
 
 import shlex
+from math import log
 from typing import Any
 
 import polars as pl
@@ -28,13 +29,34 @@ def show_profile(run: ProfileRun, output: Output) -> None:
         values = dict(zip(mine["param"], mine["value"], strict=True))
         table.append(["mean" if layer is None else f"layer {layer}", *(_percent(values.get(t)) for t in targets)])
     columns = ["", *(f"CETT {target.partition('=')[2]}" for target in targets)]
-    output.table("Neurons that can be dropped at a given error (share of neurons)", columns, table)
+    if targets:
+        output.table("Neurons that can be dropped at a given error (share of neurons)", columns, table)
+    _show_routers(run, output)
     zeros = _mean(run, "zero_frac", SiteKind.NEURON)
     gini = _mean(run, "neuron_gini", SiteKind.NEURON)
     tokens = run.measures.filter(pl.col("metric") == "tokens")["value"][0]
     output.line(f"{tokens:,.0f} tokens; exact zeros {_percent(zeros)} of neuron activations; firing Gini {gini:.2f}")
     output.line(f"written to {run.path}")
-    output.note(f"next: actsparse threshold {shlex.quote(str(run.path))} --method tda --target-error 0.2")
+    model = run.manifest.model
+    mixed = model is not None and model.experts is not None
+    asked = "--method static --sparsity 0.5" if mixed else "--method tda --target-error 0.2"
+    output.note(f"next: actsparse threshold {shlex.quote(str(run.path))} {asked}")
+
+
+def _show_routers(run: ProfileRun, output: Output) -> None:
+    """Of a mixture of experts: how spread its routers are, layer by layer."""
+    model = run.manifest.model
+    entropy = run.measures.filter(pl.col("metric") == "router_entropy")
+    if model is None or model.experts is None or entropy.is_empty():
+        return
+    shares = run.measures.filter(pl.col("metric") == "expert_frac")
+    rows = []
+    for layer, nats in entropy.select("layer", "value").iter_rows():
+        found = shares.filter(pl.col("layer") == layer)["value"].to_list()
+        rows.append([f"layer {layer}", f"{nats:.2f}", _percent(max(found)), _percent(min(found))])
+    count, top_k = model.experts.count, model.experts.top_k
+    title = f"Routers: {top_k} of {count} experts a token; entropy at most {log(count):.2f} nats"
+    output.table(title, ("", "entropy, nats", "most used expert", "least used expert"), rows)
 
 
 def show_plan(run: PlanRun, output: Output) -> None:

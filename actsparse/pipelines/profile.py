@@ -158,7 +158,8 @@ def _suited(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], pro
             " be dumped as one row",
             "dump attn_in, attn_out or mlp_in there, or a dense layer",
         )
-    left_out = f"layers {min(mixed)} to {max(mixed)} hold experts: no CETT and no co-activation there"
+    where = f"layer {min(mixed)} holds" if len(mixed) == 1 else f"layers {min(mixed)} to {max(mixed)} hold"
+    left_out = f"{where} experts: no CETT and no co-activation there"
     progress.note(left_out + (f", and no probes ({', '.join(spec.probes)})" if spec.probes else ""))
     return replace(spec, probes=())
 

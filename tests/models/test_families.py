@@ -1,17 +1,21 @@
 """The contract of every row of the family table, on a tiny random model of its type."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny import CONFIGS, FFN, FFN_WIDTHS, LAYERS, WIDTHS, make_model, tiny_model, token_ids
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
 
+from actsparse.core.overlap import topk_masks
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.errors import ModelError
-from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate, Threshold, TokenGate
+from actsparse.methods.gates import Custom, FixedGate, LayerGates, PrefillGate, Threshold, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.cost import embedding_and_head
 from actsparse.models.experts import IMPLEMENTATION
@@ -211,6 +215,33 @@ def test_an_all_keep_gate_is_dense_bit_for_bit(family: str) -> None:
             assert torch.equal(logits_of(sites, ids), dense)
         assert plan.kept_frac() == [1.0] * LAYERS
         assert [plan.tally(Unit.NEURON, i).positions for i in range(LAYERS)] == [BATCH * (LENGTH - 5)] * LAYERS
+
+
+@every_family
+def test_generation_runs_sparse_in_the_masked_path(family: str) -> None:
+    sites = resolve(tiny_model(family))
+    model: Any = sites.model
+    ids, steps = token_ids(BATCH, LENGTH, seed=7), 4
+    few = LayerGates(neurons=TokenGate(SiteKind.NEURON, Custom(lambda x: topk_masks(x.abs(), 0.1))))
+
+    def generated(plan: MaskedPlan | None) -> list[Tensor]:
+        cache, fed, found = DynamicCache(config=model.config), ids, []
+        with torch.no_grad(), ExitStack() as stack:
+            if plan is not None:
+                stack.enter_context(masked(sites, plan))
+            for _ in range(steps + 1):
+                found.append(model(input_ids=fed, past_key_values=cache).logits[:, -1])
+                fed = found[-1].argmax(dim=-1, keepdim=True)
+        return found
+
+    plan = MaskedPlan([few] * len(sites.ffns), prompt_length=LENGTH, sink_tokens=2)
+    dense, sparse = generated(None), generated(plan)
+    assert torch.equal(sparse[0], dense[0])
+    assert not torch.allclose(sparse[1], dense[1], atol=1e-3)
+    for tally in plan.by_layer(sites).values():
+        assert tally.kept_frac == pytest.approx(0.1, abs=0.01)
+        assert tally.positions >= BATCH * steps
+    assert len(plan.by_layer(sites)) == LAYERS
 
 
 def test_taps_of_chosen_layers_see_only_these() -> None:

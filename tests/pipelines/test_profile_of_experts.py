@@ -179,7 +179,7 @@ def test_what_has_no_definition_is_left_out_or_refused(
 ) -> None:
     line = ["profile", "-m", str(folder), "--prompts", str(prompts_file), "-n", "3", "--probes", "union"]
     assert main([*line, "-o", str(tmp_path / "run")]) == 0
-    assert "layers 0 to 0 hold experts: no CETT and no co-activation there, and no probes (union)" in " ".join(
+    assert "layer 0 holds experts: no CETT and no co-activation there, and no probes (union)" in " ".join(
         capsys.readouterr().err.split()
     )
     spec = ProfileSpec(
@@ -193,12 +193,13 @@ def test_what_has_no_definition_is_left_out_or_refused(
 
 
 def test_every_family_of_experts_is_profiled(
-    tiny_folder: Callable[[str], Path], prompts_file: Path, tmp_path: Path
+    tiny_folder: Callable[[str], Path], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for family in ("mixtral", "qwen3_moe", "olmoe"):
         out = tmp_path / family
-        line = ["profile", "-m", str(tiny_folder(family)), "--prompts", str(prompts_file), "-n", "3", "-q"]
+        line = ["profile", "-m", str(tiny_folder(family)), "--prompts", str(prompts_file), "-n", "3"]
         assert main([*line, "-o", str(out)]) == 0
+        assert f"Routers: {TOP_K} of {EXPERTS} experts a token" in capsys.readouterr().out
         found = ProfileRun.open(out)
         assert found.neurons.height == 2 * EXPERTS * FFN
         frequencies = found.measures.filter(metric="expert_frac", layer=1)["value"]
