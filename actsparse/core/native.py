@@ -1,4 +1,4 @@
-"""C++ and CUDA of ours: compiled on first use by torch's extension loader, called through ctypes.
+"""C++ and CUDA of ours: compiled on first use, called through ctypes.
 
 Where it cannot be had (no compiler), callers use torch instead: the same numbers, more slowly.
 """
@@ -6,8 +6,10 @@ Where it cannot be had (no compiler), callers use torch instead: the same number
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -19,25 +21,25 @@ KERNELS = Path(__file__).parent / "kernels"
 @functools.cache
 def library(source: str) -> ctypes.CDLL | None:
     """The compiled `kernels/SOURCE`, built once for this processor and torch version; None without a compiler."""
-    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import get_default_build_root
 
-    if shutil.which("c++") is None or not cpp_extension.is_ninja_available():
-        return None
+    compiler = shutil.which("c++")
     path = KERNELS / source
     content = path.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()
     name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
-    build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
-    build.mkdir(parents=True, exist_ok=True)
+    built = Path(get_default_build_root()) / f"torch{torch.__version__}" / name / f"{name}.so"
     try:
-        cpp_extension.load(
-            name=name,
-            sources=[str(path)],
-            extra_cflags=list(FLAGS),
-            build_directory=str(build),
-            is_python_module=False,
-        )
-        return ctypes.CDLL(str(build / f"{name}.so"))
-    except (RuntimeError, OSError):
+        if not built.exists():
+            if compiler is None:
+                return None
+            # beside its name and then moved: several processes may build it, and a killed one leaves no lock
+            built.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = built.with_suffix(f".{os.getpid()}.tmp")
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(unfinished), str(path)]
+            subprocess.run(command, check=True, capture_output=True)
+            os.replace(unfinished, built)
+        return ctypes.CDLL(str(built))
+    except (subprocess.CalledProcessError, OSError):
         return None
 
 
