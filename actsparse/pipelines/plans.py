@@ -52,7 +52,8 @@ def is_directory(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return True
-    if "/" in name or name.startswith("."):
+    # an option of a short form may name a file
+    if "/" in name.partition(":")[0] or name.startswith("."):
         raise PlanError(f"there is no plan at {name}", "give a directory that `actsparse threshold` wrote")
     return False
 
