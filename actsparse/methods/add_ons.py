@@ -2,10 +2,12 @@
 
 `compensate`: a dropped neuron counts as its mean activation on calibration text, in place of 0. Under a fixed mask
 that is a constant bias, W_d E[a * (1 - m)]. `protect` q: the top q share of neurons by mean |a|*||w|| on calibration
-text are always kept, beside those that the method keeps.
+text are always kept, beside those that the method keeps. `allocation` sensitivity: layers drop different shares, so
+that the sum of their squared errors is least (`methods.neuron_allocation`).
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -22,6 +24,7 @@ class AddOns:
 
     compensate: bool = False
     protect: float = 0.0
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
 
     def __post_init__(self) -> None:
         if not 0 <= self.protect < 1:
@@ -31,7 +34,7 @@ class AddOns:
         return self != AddOns()
 
     @property
-    def options(self) -> dict[str, bool | float]:
+    def options(self) -> dict[str, bool | float | str]:
         """Those that differ from their defaults, by name."""
         return {
             part.name: getattr(self, part.name) for part in fields(self) if getattr(self, part.name) != part.default
@@ -54,7 +57,7 @@ class AddOns:
             return gates
         if gates.neurons is None:
             raise PlanError(
-                "compensate and protect are about neurons, and this method drops none",
+                "compensate, protect and this allocation are about neurons, and this method drops none",
                 "use them with a method such as griffin, static, tda or cats",
             )
         neurons = gates.neurons

@@ -11,6 +11,7 @@ from actsparse.methods.add_ons import AddOns
 from actsparse.methods.base import Calibration, Fit, Method
 from actsparse.methods.error_target import fit_to_error
 from actsparse.methods.gates import LayerGates, TokenGate
+from actsparse.methods.neuron_allocation import by_layer
 from actsparse.methods.registry import method_class
 from actsparse.methods.short import NO_ADD_ONS, ShortForm
 from actsparse.results import FfnPlace, ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
@@ -209,7 +210,8 @@ def _fit(method: Method, short: ShortForm, calibration: Calibration) -> Fit:
     """What the budget of a short form asks of a method."""
     target = short.budget.target_error
     if target is None or method.takes_error_target:
-        return method.fit(calibration, short.budget)
+        split = short.add_ons.allocation == "sensitivity"
+        return method.fit(calibration, by_layer(method, calibration, short.budget) if split else short.budget)
     return fit_to_error(method, short.add_ons, calibration, target)[0]
 
 

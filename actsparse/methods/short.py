@@ -83,7 +83,7 @@ def parse_share(text: str, what: str) -> float:
 def build(cls: type[Method], given: dict[str, str]) -> tuple[Method, AddOns]:
     """A method and add-ons with options from text; raises PlanError on an unknown name or a value of the wrong type."""
     own, extra = option_types(cls), option_types(AddOns)
-    known = own | extra
+    known = extra | own  # an option of the method itself comes before an add-on of the same name
     values: dict[str, Any] = {}
     for key, value in given.items():
         if key not in known:
