@@ -201,7 +201,9 @@ def _verdicts(panel: EvalPanel) -> VerdictView:
     devices = listed(list(dict.fromkeys(one_line(other.manifest.provenance.device) for other in panel.sources)))
     dtype = source.manifest.model.dtype if source.manifest.model else ""
     context = ", ".join(
-        part for part in (source.model_name, one_line(dtype), devices, f"{made.threads} threads") if part
+        part
+        for part in (source.model_name, one_line(dtype), devices, f"{made.threads} thread{'s' * (made.threads != 1)}")
+        if part
     )
     return VerdictView(panel=panel.label, context=context, sentences=verdicts(panel.outcomes))
 

@@ -8,7 +8,7 @@ from actsparse.report.figures.columns import as_float, counted, first_known, mea
 from actsparse.report.figures.marks import add_line, log2_axis
 from actsparse.report.looks import DEPTH, INK, MUTED, Looks
 from actsparse.report.panels import ProfilePanel
-from actsparse.report.wording import between, number
+from actsparse.report.wording import number, percent, span
 
 
 def overlaps(panel: ProfilePanel) -> pl.DataFrame:
@@ -61,10 +61,10 @@ def caption(frame: pl.DataFrame) -> str:
     near, far = rows.row(0, named=True), rows.row(-1, named=True)
 
     def shown(row: dict[str, float]) -> str:
-        span = between(row["low"], row["high"])
-        return number(row["value"], 2) + (f" ({span})" if span else "")
+        interval = span(row["low"], row["high"])
+        return number(row["value"]) + (f" ({interval})" if interval else "")
 
-    text = f"With {as_float(frame['r'].min()):.0%} kept, tokens {near['d']:.0f} apart share {shown(near)}"
+    text = f"With {percent(as_float(frame['r'].min()), 0)} kept, tokens {near['d']:.0f} apart share {shown(near)}"
     text += f", {far['d']:.0f} apart {shown(far)}"
     levels = [
         f"{name} {number(near[column], 2)}"

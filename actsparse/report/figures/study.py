@@ -123,7 +123,7 @@ def caption(frame: pl.DataFrame, panel: StudyPanel) -> str:
     known = frame.filter(pl.col("value").is_finite())
     if known.is_empty():
         return "Nothing could be measured here."
-    text = _line_finding(known) if panel.kind is PanelKind.LINE else _bar_finding(known)
+    text = _line_finding(known, layers=panel.layers) if panel.kind is PanelKind.LINE else _bar_finding(known)
     missing = frame.height - known.height
     text += f" {missing} point{'s' * (missing > 1)} could not be measured." if missing else ""
     most, least = known["n"].max(), known["n"].min()
@@ -150,7 +150,7 @@ def _apart(low: dict[str, object], high: dict[str, object]) -> str:
     return ""
 
 
-def _line_finding(known: pl.DataFrame) -> str:
+def _line_finding(known: pl.DataFrame, *, layers: bool) -> str:
     points = known.drop_nulls("x").sort("x")
     if points.is_empty():
         return "No point has a place on the axis."
@@ -163,7 +163,7 @@ def _line_finding(known: pl.DataFrame) -> str:
     at_end = last.filter(pl.col("x") == end)
     shown = at_end if at_end.height > 1 else last
     low, high = shown.row(0, named=True), shown.row(-1, named=True)
-    where = f"At {exact(end)}" if at_end.height > 1 else "At its last point each"
+    where = f"{'In layer' if layers else 'At'} {exact(end)}" if at_end.height > 1 else "At its last point each"
     return f"{where}, {low['series']} is lowest, {_amount(low)}, and {high['series']} highest, {_amount(high)}."
 
 
