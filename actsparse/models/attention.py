@@ -6,22 +6,20 @@ nothing at that token, and what the policy leaves in the cache is all that later
 sequences and token by token on a cache mean the same.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actsparse.errors import ModelError
+from actsparse.models.attention_call import AttentionCall, KeptCall, base_forward
 from actsparse.models.families import FAMILIES
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import attended, muted
@@ -100,31 +98,6 @@ def _attention_forward(
     return _states[module].attend(query, key, value, attention_mask, kwargs), None
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The inputs of one call of the attention, kept to project from later: positions `start` to `stop`."""
-
-    start: int
-    stop: int
-    args: tuple
-    kwargs: dict[str, Any]
-
-    def at(self, places: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """The same call for some of its positions, without cache and mask."""
-        length = self.stop - self.start
-
-        def part(x: Any) -> Any:
-            if isinstance(x, Cache):
-                return None
-            if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length:
-                return x[:, places.to(x.device)]
-            return tuple(part(one) for one in x) if isinstance(x, tuple) else x
-
-        kwargs = {name: part(one) for name, one in self.kwargs.items()}
-        absent = {"attention_mask": None} if "attention_mask" in kwargs else {}
-        return tuple(part(one) for one in self.args), {**kwargs, **absent}
-
-
 class LayerState:
     """The keys and values of one layer under a rule.
 
@@ -140,8 +113,8 @@ class LayerState:
         self.stop = 0
         self.present: Bool[Tensor, "batch kv_heads positions"] | None = None
         self.projected = 0
-        self.base = _base_forward(module, base)
-        self._calls: list[_Call] = []
+        self.base = base_forward(module, base)
+        self._calls: list[KeptCall] = []
         self._captured: list[tuple[Tensor, Tensor]] | None = None
 
     def restart(self) -> None:
@@ -156,7 +129,7 @@ class LayerState:
             hidden = args[0] if args else kwargs["hidden_states"]
             stop = self.stop + hidden.shape[1]
             if stop > self.prompt_length and not self.dense:
-                self._calls.append(_Call(self.stop, stop, args, kwargs))
+                self._calls.append(KeptCall(self.stop, stop, args, kwargs))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
@@ -167,7 +140,7 @@ class LayerState:
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         if self.rule is None:
             return self.base(query, key, value, mask, kwargs)
-        view = _View(self, self.stop, query, key, value, mask, kwargs)
+        view = AttentionCall(self, self.stop, query, key, value, mask, kwargs)
         self.stop = view.stop
         self._extend(view)
         sparse = slice(max(0, self.prompt_length - view.start), query.shape[2])
@@ -180,12 +153,12 @@ class LayerState:
         self._write(view, sparse, self.rule.choose(None, sparse))
         return view.outputs()
 
-    def _extend(self, view: "_View") -> None:
+    def _extend(self, view: AttentionCall) -> None:
         batch, groups = view.key.shape[:2]
         new = torch.ones(batch, groups, view.stop - view.start, dtype=torch.bool, device=view.key.device)
         self.present = new if self.present is None else torch.cat([self.present, new], dim=2)
 
-    def _write(self, view: "_View", sparse: slice, keep: Bool[Tensor, "batch seq kv_heads"]) -> None:
+    def _write(self, view: AttentionCall, sparse: slice, keep: Bool[Tensor, "batch seq kv_heads"]) -> None:
         """Leave at the positions `sparse` of the pass what the policy leaves of dropped groups."""
         assert self.rule is not None
         assert self.present is not None
@@ -198,7 +171,7 @@ class LayerState:
         if self.rule.policy is not KvPolicy.ZERO:
             self.present[:, :, start:stop] &= ~dropped
 
-    def _copy_previous(self, view: "_View", start: int, stop: int, dropped: Tensor) -> None:
+    def _copy_previous(self, view: AttentionCall, start: int, stop: int, dropped: Tensor) -> None:
         """A dropped entry becomes the one before it, itself perhaps a copy; without one before, it is a hole."""
         assert self.present is not None
         places = torch.arange(start, stop, device=dropped.device).expand_as(dropped)
@@ -213,7 +186,7 @@ class LayerState:
                 2, index.expand(-1, -1, -1, whole.shape[-1])
             )
 
-    def _attend_stepwise(self, view: "_View", sparse: slice) -> Tensor:
+    def _attend_stepwise(self, view: AttentionCall, sparse: slice) -> Tensor:
         """Position by position: each is decided from its outputs, its own entry present, before the next one looks."""
         assert self.rule is not None
         outputs = [view.outputs(slice(0, sparse.start))] if sparse.start else []
@@ -223,7 +196,7 @@ class LayerState:
             self._write(view, at, self.rule.choose(outputs[-1].flatten(2), at))
         return torch.cat(outputs, dim=1)
 
-    def _attend_lazily(self, view: "_View", sparse: slice) -> Tensor:
+    def _attend_lazily(self, view: AttentionCall, sparse: slice) -> Tensor:
         """Dropped entries stay out of the cache until their group is next kept, or until a flush."""
         assert self.rule is not None
         assert self.present is not None
@@ -241,7 +214,7 @@ class LayerState:
         self._calls = [call for call in self._calls if not self.present[:, :, call.start : call.stop].all()]
         return view.outputs() if looked is None else looked
 
-    def _wanted(self, view: "_View", sparse: slice, keep: Tensor) -> Bool[Tensor, "batch kv_heads positions"]:
+    def _wanted(self, view: AttentionCall, sparse: slice, keep: Tensor) -> Bool[Tensor, "batch kv_heads positions"]:
         """Entries up to the last token at which their group is kept, and up to the last flush."""
         kept = keep.transpose(1, 2).to(view.key.device)
         places = torch.arange(view.start + sparse.start, view.start + sparse.stop, device=kept.device)
@@ -249,7 +222,7 @@ class LayerState:
         last = torch.where(kept | flushed, places, -1).amax(dim=2, keepdim=True)
         return torch.arange(view.stop, device=kept.device) <= last
 
-    def _project(self, view: "_View", wanted: Bool[Tensor, "batch kv_heads positions"]) -> None:
+    def _project(self, view: AttentionCall, wanted: Bool[Tensor, "batch kv_heads positions"]) -> None:
         """Project missing entries from the inputs that were kept, with the attention's own code."""
         assert self.present is not None
         for call in self._calls:
@@ -268,91 +241,3 @@ class LayerState:
             view.fill(call.start + places, part[:, :, places], found)
             self.projected += int(part.sum())
         self.present = self.present | wanted
-
-
-@dataclass(frozen=True)
-class _View:
-    """One call of the attention interface, whose queries stand at positions `start` to `stop`.
-
-    Key column i stands for position `offset` + i: a sliding cache holds the last positions alone, a static one has room
-    after `stop`.
-    """
-
-    state: LayerState
-    start: int
-    query: Float[Tensor, "batch heads seq head_dim"]
-    key: Float[Tensor, "batch kv_heads columns head_dim"]
-    value: Float[Tensor, "batch kv_heads columns head_dim"]
-    mask: Tensor | None
-    kwargs: dict[str, Any]
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.query.shape[2]
-
-    @property
-    def offset(self) -> int:
-        return max(0, self.stop - self.key.shape[2])
-
-    def outputs(self, places: slice | None = None) -> Float[Tensor, "batch seq heads head_dim"]:
-        """The heads' outputs at some positions of the pass (None: all), holes left out of sight."""
-        places = slice(0, self.query.shape[2]) if places is None else places
-        stop = self.start + places.stop
-        columns = self.key.shape[2] if stop == self.stop else stop - self.offset
-        mask = self.mask if self.mask is None else self.mask[:, :, places, :columns]
-        query, key, value = self.query[:, :, places], self.key[:, :, :columns], self.value[:, :, :columns]
-        return self.state.base(query, key, value, self._without_holes(mask, stop, query, columns), self.kwargs)
-
-    def _without_holes(self, mask: Tensor | None, stop: int, query: Tensor, columns: int) -> Tensor | None:
-        """The mask with every hole out of sight, but for the query at its own position."""
-        present = self.state.present
-        assert present is not None
-        present = present[:, :, self.offset : stop]
-        if present.all():
-            return mask
-        seen = torch.nn.functional.pad(present, (0, columns - present.shape[2]), value=True)
-        seen = seen.repeat_interleave(query.shape[1] // seen.shape[1], dim=1)[:, :, None, :]
-        own = torch.arange(stop - query.shape[2], stop, device=seen.device)[:, None]
-        positions = torch.arange(self.offset, self.offset + columns, device=seen.device)[None]
-        seen = seen | (own == positions)
-        if mask is None:
-            # the model was left to its causal default
-            return seen & (positions <= own)
-        if mask.dtype == torch.bool:
-            return mask & seen
-        return torch.where(seen, mask, torch.finfo(mask.dtype).min)
-
-    def erase(self, start: int, stop: int, which: Bool[Tensor, "batch kv_heads positions"]) -> None:
-        """Put zeros in place of entries."""
-        first = max(start, self.offset)
-        which = which[:, :, first - start :, None]
-        for whole in (self.key, self.value):
-            whole[:, :, first - self.offset : stop - self.offset].masked_fill_(which, 0.0)
-
-    def fill(
-        self, positions: Tensor, which: Bool[Tensor, "batch kv_heads positions"], found: tuple[Tensor, Tensor]
-    ) -> None:
-        """Put projected entries [batch, kv_heads, positions, head_dim] where they are wanted, as far as still held."""
-        held = positions >= self.offset
-        columns = positions[held] - self.offset
-        for whole, new in zip((self.key, self.value), found, strict=True):
-            whole[:, :, columns] = torch.where(which[:, :, held, None], new[:, :, held], whole[:, :, columns])
-
-
-def _base_forward(module: nn.Module, base: str) -> Callable[..., Tensor]:
-    """The attention function that the model used before: (query, key, value, mask, kwargs) -> head outputs."""
-    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
-    return partial(_call_base, function, module)
-
-
-def _call_base(
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    return function(module, query, key, value, mask, **kwargs)[0]
