@@ -132,7 +132,7 @@ def trained(folder: Path):
     from actsparse.data.texts import TextReader
     from actsparse.models.load import load
 
-    data = DataSpec(block_length=64, prompt_length=32, limit=1)
+    data = DataSpec(block_length=64, prompt_length=32, limit=2)
     path = profile(ProfileSpec(model=ModelSpec(name="demo"), data=data, output=folder / "trained")).path
     loaded = load(ModelSpec(name="demo", device="cpu"))
     reader = TextReader(data, loaded.tokenizer, loaded.record.max_positions, lambda _text: None)
