@@ -1,6 +1,7 @@
 """Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, cast
 
@@ -74,7 +75,9 @@ class OwnRun:
         if self._plan is not None and steps.weights.device.type == "cuda":
             if self._refreshes:
                 raise NoStepError("choosing again while decoding has no CUDA step yet")
-            self._folded = fold(self._plan, steps.translator, batch)
+            # Where layers differ, or a rule is not a threshold, the engine runs the plan layer by layer.
+            with suppress(NoStepError):
+                self._folded = fold(self._plan, steps.translator, batch)
         self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
         self._prompt: PlanState | None = None
         self._state: PlanState | None = None
