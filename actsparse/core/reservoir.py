@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,27 +30,28 @@ def capacity(tokens: int, megabytes: int, layers: int, width: int, element_size:
 class Reservoir:
     """Activations [slots, width] of each layer at the token positions with the smallest keys.
 
-    `keys` [slots] (2^64 - 1: empty). Buffers are allocated once, at full size; each moves once, to the device that its
-    layer's activations come from.
+    `keys` [slots] (2^64 - 1: empty); `positions` [slots]: where in its sequence each stood. Buffers are allocated once,
+    at full size; each moves once, to the device that its layer's activations come from.
     """
 
     keys: NDArray[np.uint64]
+    positions: NDArray[np.int64]
     layers: dict[int, Float[Tensor, "slots width"]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, slots: int, layers: tuple[int, ...], width: int, dtype: torch.dtype) -> "Reservoir":
         """Nothing kept yet."""
         buffers = {layer: torch.zeros(slots, width, dtype=dtype) for layer in layers}
-        return cls(np.full(slots, np.iinfo(np.uint64).max), buffers)
+        return cls(np.full(slots, np.iinfo(np.uint64).max), np.zeros(slots, dtype=np.int64), buffers)
 
     @property
     def used(self) -> int:
         return int((self.keys != np.iinfo(np.uint64).max).sum())
 
-    def admit(self, keys: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
+    def admit(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Decide which of the new positions enter: (their places, the slots that they take), both int64.
 
-        The slots' keys change at once; the caller then writes the activations of every layer with `put`.
+        The slots' keys and positions change at once; the caller then writes the activations of every layer with `put`.
         """
         everything = np.concatenate([self.keys, keys])
         kept = np.argsort(everything, kind="stable")[: len(self.keys)]
@@ -59,6 +60,7 @@ class Reservoir:
         entering = entering[keys[entering] != np.iinfo(np.uint64).max]
         slots = leaving[: len(entering)]
         self.keys[slots] = keys[entering]
+        self.positions[slots] = positions[entering]
         return torch.from_numpy(entering), torch.from_numpy(slots)
 
     def put(self, layer: int, slots: Tensor, rows: Float[Tensor, "new width"]) -> None:
@@ -70,11 +72,20 @@ class Reservoir:
     def rows(self, layer: int) -> Float[Tensor, "used width"]:
         """The kept activations of a layer, in the order of their keys."""
         buffer = self.layers[layer]
-        return buffer[torch.from_numpy(np.argsort(self.keys, kind="stable")[: self.used]).to(buffer.device)]
+        return buffer[self._order.to(buffer.device)]
+
+    @property
+    def places(self) -> Int[Tensor, " used"]:
+        """Where in their sequences the kept positions stood, in the order of their keys."""
+        return torch.from_numpy(self.positions)[self._order]
+
+    @property
+    def _order(self) -> Tensor:
+        return torch.from_numpy(np.argsort(self.keys, kind="stable")[: self.used])
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the smallest keys of both."""
-        places, slots = self.admit(other.keys)
+        places, slots = self.admit(other.keys, other.positions)
         for layer in self.layers:
             theirs = other.layers[layer]
             self.put(layer, slots, theirs[places.to(theirs.device)].to(self.layers[layer].device))
@@ -82,10 +93,12 @@ class Reservoir:
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a shard."""
         buffers = {f"layer{layer}": rows for layer, rows in self.layers.items()}
-        return {"keys": torch.from_numpy(self.keys.view(np.int64).copy()), **buffers}
+        keys, positions = self.keys.view(np.int64).copy(), self.positions.copy()
+        return {"keys": torch.from_numpy(keys), "positions": torch.from_numpy(positions), **buffers}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over the state whose `tensors()` these are."""
         self.keys = state["keys"].numpy().view(np.uint64).copy()
+        self.positions = state["positions"].numpy().copy()
         for layer, buffer in self.layers.items():
             buffer.copy_(state[f"layer{layer}"])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from actsparse.core.cett import CettSolution
 from actsparse.core.coactivation import CoActivation
+from actsparse.core.position_sparsity import PositionSparsity
 from actsparse.core.routing import RouterSums
 from actsparse.core.stats import gini
 from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
@@ -123,6 +124,18 @@ def _neuron_measures(site: Site, sums: NeuronSums) -> list[Measure]:
             rows.append(_row(site, "position_rms", rms, entries, param=where))
             rows.append(_row(site, "position_zero_frac", zeros, entries, param=where, unit="share"))
     return rows
+
+
+def position_rows(by_layer: dict[int, tuple[PositionSparsity, ...]]) -> list[Measure]:
+    """Sparsity at CETT 0.2 by token position, over the sample."""
+    return [
+        _row(
+            Site(layer=layer, kind=SiteKind.NEURON), "position_sparsity", one.share, one.tokens,
+            param=param(from_=one.start, to=one.stop), unit="share",
+        )
+        for layer, found in by_layer.items()
+        for one in found
+    ]  # fmt: skip
 
 
 def _head_measures(layer: int, sums: HeadSums) -> list[Measure]:

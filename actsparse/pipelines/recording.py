@@ -78,9 +78,10 @@ class Recorder:
             position_keys(_digest(batch.sequences[row]), at, self.seed)
             for (row, _), at in zip(batch.spans, positions, strict=True)
         ]
-        places, self._slots = self.state.reservoir.admit(np.concatenate([none.view(np.uint64), *keys]))
+        stand = np.concatenate([none, *positions])
+        places, self._slots = self.state.reservoir.admit(np.concatenate([none.view(np.uint64), *keys]), stand)
         self._rows = _Places(torch.from_numpy(rows))
-        self._positions = _Places(torch.from_numpy(np.concatenate([none, *positions])))
+        self._positions = _Places(torch.from_numpy(stand))
         self._sampled = _Places(torch.from_numpy(rows)[places])
 
     def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:

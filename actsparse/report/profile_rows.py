@@ -126,6 +126,21 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     Row(
+        id="position-sparsity",
+        section="sparse",
+        title="Sparsity by position",
+        needs=RunKind.PROFILE,
+        metrics="position_sparsity",
+        data=positions.sparsity,
+        draw=positions.draw_sparsity,
+        caption=positions.caption_sparsity,
+        wide=False,
+        how_to_read=(
+            "The share of neurons whose output is under the layer's threshold at CETT 0.2, at a range of token "
+            "positions. A line that drifts means that a threshold fitted on short prompts fits long ones badly."
+        ),
+    ),
+    Row(
         id="position-rms",
         section="sparse",
         title="Activation size by position",

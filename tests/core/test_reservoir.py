@@ -27,14 +27,15 @@ def fed(order: tuple[int, ...], slots: int, *, step: int = 100, seed: int = 0) -
         keys = keys_of(sequence, seed)
         for start in range(0, len(keys), step):
             piece = slice(start, start + step)
-            places, chosen = reservoir.admit(keys[piece])
+            places, chosen = reservoir.admit(keys[piece], np.arange(len(keys))[piece])
             for layer in LAYERS:
                 reservoir.put(layer, chosen, activations(sequence, layer)[piece][places])
     return reservoir
 
 
 def same(first: Reservoir, second: Reservoir) -> bool:
-    return all(torch.equal(first.rows(layer), second.rows(layer)) for layer in LAYERS)
+    kept = all(torch.equal(first.rows(layer), second.rows(layer)) for layer in LAYERS)
+    return kept and torch.equal(first.places, second.places)
 
 
 def naive_rows(sequences: tuple[int, ...], layer: int, slots: int) -> torch.Tensor:
@@ -48,6 +49,7 @@ def test_the_sample_is_the_smallest_keys_whatever_the_order_and_the_pieces(order
     found = fed(tuple(order), slots, step=step)
     for layer in LAYERS:
         assert torch.equal(found.rows(layer), naive_rows(tuple(range(6)), layer, slots))
+    assert torch.equal(found.places, naive_rows(tuple(range(6)), 0, slots)[:, 0].long() % 100)
     assert found.used == min(slots, sum(LENGTHS))
 
 

@@ -78,6 +78,7 @@ def measures(model: ModelRecord, random: np.random.Generator, relu: bool) -> lis
                 n=2**power * 4,
             )
             if relu:
+                add("position_sparsity", layer, "neuron", 0.6 + 0.01 * power, param=span)
                 add("position_zero_frac", layer, "neuron", 0.8 - 0.01 * power, param=span)
     return rows
 

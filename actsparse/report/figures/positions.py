@@ -1,4 +1,4 @@
-"""Activity against token position: the rms and the exact zeros of neurons."""
+"""Activity against token position: sparsity at a CETT level, the rms and the exact zeros of neurons."""
 
 import math
 
@@ -18,6 +18,11 @@ def rms(panel: ProfilePanel) -> pl.DataFrame:
     return frame.with_columns(value=pl.col("value") / pl.col("value").mean().over("layer"))
 
 
+def sparsity(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, from, to, value, n`: share of neurons under the threshold of CETT 0.2 at a range of positions."""
+    return _of(panel, "position_sparsity")
+
+
 def zeros(panel: ProfilePanel) -> pl.DataFrame:
     """`layer, from, to, value, n`: share of exact zeros; empty where there are practically none."""
     frame = _of(panel, "position_zero_frac")
@@ -35,6 +40,10 @@ def _of(panel: ProfilePanel, metric: str) -> pl.DataFrame:
 
 def draw_rms(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     return _lines(frame, "rms / the layer's mean", "%{y:.2f} of the layer's mean", ".2f")
+
+
+def draw_sparsity(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    return _lines(frame, "sparsity at CETT 0.2", "%{y:.1%} sparse", ".0%")
 
 
 def draw_zeros(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -86,6 +95,16 @@ def caption_rms(frame: pl.DataFrame) -> str:
     trend = "changes little" if abs(change) < 0.1 else ("rises" if change > 0 else "falls")
     moved = f"{percent(change, 0, signed=True)} from the first to the last range of positions"
     return f"Over the prompt the mean activation size {trend}: {moved}."
+
+
+def caption_sparsity(frame: pl.DataFrame) -> str:
+    first, last = _ends(frame)
+    tokens = int(frame.group_by("layer").agg(pl.col("n").sum())["n"].max() or 0)  # pyright: ignore[reportArgumentType]
+    moved = "hardly moves" if abs(last - first) < 0.02 else ("rises" if last > first else "falls")
+    return (
+        f"With one threshold for all positions, sparsity {moved} along the text: {percent(first)} at the first"
+        f" positions, {percent(last)} at the last, mean over layers. n = {tokens} sampled tokens."
+    )
 
 
 def caption_zeros(frame: pl.DataFrame) -> str:

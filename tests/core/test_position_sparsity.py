@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from actsparse.core.position_sparsity import sparsity_by_position
+
+EDGES = (0, 1, 2, 4, 8, 16)
+
+
+def test_it_is_the_share_under_the_threshold_token_by_token():
+    generator = torch.Generator().manual_seed(3)
+    a, norms = torch.randn(40, 12, generator=generator), torch.rand(12, generator=generator)
+    positions = torch.randint(4, 20, (40,), generator=generator)
+    found = sparsity_by_position(a, norms, positions, 0.4, EDGES)
+    for one in found:
+        shares = [
+            sum(abs(float(a[t, i])) * float(norms[i]) < 0.4 for i in range(12)) / 12
+            for t in range(40)
+            if one.start <= int(positions[t]) < one.stop
+        ]
+        assert one.tokens == len(shares)
+        assert one.share == pytest.approx(sum(shares) / len(shares), abs=1e-9)
+    assert sum(one.tokens for one in found) == 40
+    assert [(one.start, one.stop) for one in found] == [(4, 8), (8, 16), (16, 32)]
+
+
+def test_a_drift_with_the_position_is_found():
+    positions = torch.arange(4, 16)
+    a = torch.where(torch.arange(100)[None] < positions[:, None] * 5, 0.0, 1.0)
+    early, late = sparsity_by_position(a, torch.ones(100), positions, 0.5, EDGES)
+    assert early.share == pytest.approx(0.275)
+    assert late.share == pytest.approx(0.575)
