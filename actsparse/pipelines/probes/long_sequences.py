@@ -27,11 +27,11 @@ def add_si1_and_si3(setting: Setting, found: Found) -> None:
         for prefix, point in zip(curve.prefixes, curve.curve, strict=True):
             found.add_layers("si1", point, r=density, pop=pop, p=prefix)
         _add_p90(found, curve, values.shape[1], density, pop)
-        by_delta = values.double().nanmean(dim=(0, 1))
         for row, prefix in enumerate(PREFIXES):
             for delta in DELTAS:
-                value = float(by_delta[row, delta - 1])
-                found.add("si1", value, values.shape[1], layer=None, r=density, pop=pop, p=prefix, delta=delta)
+                at = values[:, :, row, delta - 1].double()
+                point = layered_ratio(at.nan_to_num(0.0), at.isnan().logical_not().double())
+                found.add_interval("si1", point.mean, layer=None, r=density, pop=pop, p=prefix, delta=delta)
     for layer, one in zip(found.layers, shares, strict=True):
         _add_shares(found, one, layer)
 
