@@ -37,4 +37,4 @@ class Row:
     @property
     def command(self) -> str:
         """What makes the data, with a place for the model's name."""
-        return self.made_by or _PROFILE if self.needs is RunKind.PROFILE else _EVALUATE
+        return self.made_by or (_PROFILE if self.needs is RunKind.PROFILE else _EVALUATE)

@@ -27,7 +27,7 @@ COMMANDS = {
     "quality against sparsity",
     "moyu": "M1 to M5: the trinity table, signs of gradients, uncertainty and inertia, the donor swap",
     "tda": "T1 to T6: TDA against its rivals, latency, staleness, prompt length",
-    "frontier": "S1: all methods at equal model bytes, auto among them",
+    "frontier": "S1: all methods at equal model bytes (auto in the full form)",
     "window": "S6: sensitivity to the evaluation window",
     "union": "S4: batch union of neurons and heads",
 }

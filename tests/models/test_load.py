@@ -10,7 +10,20 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, EXPERTS, FFN, FFN_WIDTHS, HEADS, HIDDEN, LAYERS, TOP_K, VOCAB, WIDTHS
+from tiny import (
+    CONFIGS,
+    EXPERTS,
+    FFN,
+    FFN_WIDTHS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    TOP_K,
+    VOCAB,
+    WIDTHS,
+    make_model,
+    make_tokenizer,
+)  # fmt: skip
 
 from actsparse.errors import ModelError
 from actsparse.models.load import load
@@ -174,6 +187,16 @@ def test_unknown_dtype(tiny_folder: Folder) -> None:
 @pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
 def test_unknown_device(tiny_folder: Folder, device: str) -> None:
     assert f"'{device}'" in refused(tiny_folder("llama"), device=device).what
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """Token ids beyond the embeddings: the files of two models in one directory."""
+    make_model("llama", vocab_size=VOCAB - 20).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    error = refused(tmp_path)
+    assert f"token ids up to {VOCAB - 1}" in error.what
+    assert f"{VOCAB - 20} embeddings" in error.what
+    assert "tokenizer" in error.hint
 
 
 def test_missing_gguf(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from actsparse.report.mechanism_rows import ROWS
 from actsparse.report.panels import ProfilePanel, profile_panels
+from actsparse.report.registry import ROWS as EVERY_ROW
 from actsparse.report.rows import Row
 from actsparse.report.sources import read_sources
 from actsparse.results import Measure
@@ -49,6 +50,11 @@ def test_every_figure_draws_its_data_with_titled_axes(row: Row, panel: ProfilePa
 def test_a_profile_without_probes_has_no_such_figure(row: Row, panel: ProfilePanel) -> None:
     bare = replace(panel, measures=panel.measures.clear(), probes={})
     assert row.data(bare).is_empty()
+
+
+@pytest.mark.parametrize("row", [row for row in EVERY_ROW if row.made_by], ids=lambda row: row.id)
+def test_a_figure_that_another_command_makes_names_that_command(row: Row) -> None:
+    assert row.command == row.made_by
 
 
 def test_the_command_of_each_figure_names_its_probe() -> None:

@@ -48,6 +48,11 @@ def test_captions_state_what_the_data_say(view: ReportView) -> None:
     assert "There are no exact zeros." in caption(view, "kind-medians-0")
 
 
+def test_every_caption_says_on_how_much_it_rests(view: ReportView) -> None:
+    without = [name for name in figures(view) if "n = " not in caption(view, name)]
+    assert without == []
+
+
 def test_captions_follow_the_numbers(tmp_path: Path) -> None:
     """The same figure of other runs says something else: nothing is canned."""
     worse = ExamplePlan(plan="griffin@0.5", ppl=30.0, speed=0.9)

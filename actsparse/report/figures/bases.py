@@ -86,4 +86,5 @@ def caption(frame: pl.DataFrame) -> str:
             f"{percent(row['realised'])} realised ({percent(row['gap'], signed=True)[:-2]} points)."
         )
     idle = rows.filter((pl.col("useful") < pl.col("realised") - 0.005).fill_null(value=False))["plan"].to_list()
-    return text + (f" The kernel skips less than the mask allows in {listed(idle)}." if idle else "")
+    text += f" The kernel skips less than the mask allows in {listed(idle)}." if idle else ""
+    return f"{text} n = {rows.height} plans."

@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from actsparse.report.figures.canvas import canvas, floats, integers, layer_axis, look_of, plain, without_crowd
-from actsparse.report.figures.columns import param, param_text
+from actsparse.report.figures.columns import counted, param, param_text
 from actsparse.report.looks import Looks
 from actsparse.report.panels import EvalPanel
 from actsparse.report.wording import number, percent
@@ -86,7 +86,8 @@ def caption_errors(frame: pl.DataFrame) -> str:
     text = f"Mean error over layers: {number(low, 2)} for {best}" + (
         f", {number(high, 2)} for {worst}" if means.height > 1 else ""
     )
-    return f"{text}. Layer {layer[0]} suffers most, {number(layer[1], 2)} on average over plans."
+    text += f". Layer {layer[0]} suffers most, {number(layer[1], 2)} on average over plans."
+    return text + counted(frame, "positions a layer")
 
 
 def caption_kept(frame: pl.DataFrame) -> str:
@@ -96,9 +97,10 @@ def caption_kept(frame: pl.DataFrame) -> str:
     )
     varying = spans.filter(pl.col("high") - pl.col("low") > 0.02).sort(pl.col("high") - pl.col("low"), descending=True)
     if varying.is_empty():
-        return "Every plan keeps the same share in every layer, within 2 points."
+        return "Every plan keeps the same share in every layer, within 2 points." + counted(frame, "positions a layer")
     row = varying.row(0, named=True)
     even = spans.height - varying.height
     span = f"{percent(row['low'], 0)} to {percent(row['high'], 0)} by layer, {percent(row['mean'])} on average"
     text = f"{row['plan']} varies most: it keeps {span}"
-    return f"{text}; {even} of {spans.height} plans keep the same share everywhere." if even else f"{text}."
+    text += f"; {even} of {spans.height} plans keep the same share everywhere." if even else "."
+    return text + counted(frame, "positions a layer")

@@ -4,6 +4,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from actsparse.report.figures.canvas import canvas, floats, look_of, plain, without_crowd
+from actsparse.report.figures.columns import counted
 from actsparse.report.looks import Looks
 from actsparse.report.panels import EvalPanel
 from actsparse.report.plans import Role
@@ -57,4 +58,4 @@ def caption(frame: pl.DataFrame) -> str:
     row = growth.row(-1, named=True)
     trend = "grows most along the text" if row["ratio"] > 1.1 else "grows little along the text, like every plan"
     ends = f"{number(row['first'])} in the first quarter of the positions, {number(row['last'])} in the last"
-    return f"KL of {row['plan']} {trend}: {ends}."
+    return f"KL of {row['plan']} {trend}: {ends}.{counted(frame, f'tokens in a bin of {BIN} positions')}"

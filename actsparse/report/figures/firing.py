@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from actsparse.report.figures.canvas import add_reference, canvas, floats, integers, layer_axis, spread
-from actsparse.report.figures.columns import as_float
+from actsparse.report.figures.columns import as_float, counted
 from actsparse.report.looks import DEPTH, INK, Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import percent
@@ -116,4 +116,4 @@ def caption_shares(frame: pl.DataFrame) -> str:
     if gini.height:
         row = gini.row(-1, named=True)
         text += f"; activity is most unequal in layer {row['layer']} (Gini {row['value']:.2f})"
-    return f"{text}."
+    return f"{text}.{counted(frame, 'neurons a layer')}"

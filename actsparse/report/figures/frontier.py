@@ -209,4 +209,5 @@ def caption(frame: pl.DataFrame) -> str:
     if beyond.height:
         text += f" Beyond the axis: {listed(beyond['plan'].to_list())}."
     waiting = frame.filter(~pl.col("timed"))["plan"].to_list()
-    return text + (f" Hollow, not timed, at the byte ceiling: {listed(waiting)}." if waiting else "")
+    text += f" Hollow, not timed, at the byte ceiling: {listed(waiting)}." if waiting else ""
+    return f"{text} n = {frame.height - 1} plans beside dense."

@@ -69,4 +69,5 @@ def caption(frame: pl.DataFrame) -> str:
         f"{name} {row['index']} of layer {row['layer']} is strongest at {row['relative']:.1f} times an equal share"
     )
     text = f"{mean}{strongest}, and {percent(idle, 0)} of {name}s have less than half of one."
-    return text[0].upper() + text[1:]
+    units = frame.group_by("layer").len()["len"].max()
+    return f"{text[0].upper()}{text[1:]} n = {units} {name}s a layer."

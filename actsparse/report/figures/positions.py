@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from actsparse.report.figures.canvas import canvas, floats, spread
-from actsparse.report.figures.columns import param
+from actsparse.report.figures.columns import counted, param
 from actsparse.report.looks import DEPTH, INK, MUTED, Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import percent
@@ -94,7 +94,7 @@ def caption_rms(frame: pl.DataFrame) -> str:
     change = last / first - 1 if first else 0.0
     trend = "changes little" if abs(change) < 0.1 else ("rises" if change > 0 else "falls")
     moved = f"{percent(change, 0, signed=True)} from the first to the last range of positions"
-    return f"Over the prompt the mean activation size {trend}: {moved}."
+    return f"Over the prompt the mean activation size {trend}: {moved}.{counted(frame, 'activations')}"
 
 
 def caption_sparsity(frame: pl.DataFrame) -> str:
@@ -111,6 +111,7 @@ def caption_zeros(frame: pl.DataFrame) -> str:
     first, last = _ends(frame)
     return (
         f"Exact zeros go from {percent(first)} at the first positions to {percent(last)} at the last, mean over layers."
+        f"{counted(frame, 'activations')}"
     )
 
 

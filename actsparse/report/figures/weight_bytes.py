@@ -49,8 +49,9 @@ def caption(frame: pl.DataFrame) -> str:
     least, low = totals.row(0)
     dense = frame.filter(pl.col("plan") == "dense").sort("bytes")
     if dense.is_empty():
-        return f"{least} reads least: {size(low)} a token."
+        return f"{least} reads least: {size(low)} a token. n = {totals.height} plans."
     total = float(dense["bytes"].sum())
     largest = dense.row(-1, named=True)
     text = f"Dense reads {size(total)} a token, {percent(largest['bytes'] / total, 0)} of it {largest['component']}"
-    return f"{text}; {least} reads least, {size(low)} ({percent(low / total - 1, 0, signed=True)})."
+    low_share = percent(low / total - 1, 0, signed=True)
+    return f"{text}; {least} reads least, {size(low)} ({low_share}). n = {totals.height} plans, counted, not measured."
