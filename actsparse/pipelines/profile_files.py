@@ -7,11 +7,11 @@ from torch import Tensor
 
 from actsparse.core.cett import CettLayer, CettSolution
 from actsparse.core.coactivation import CoActivation, co_activation
-from actsparse.core.position_sparsity import PositionSparsity, sparsity_by_position
 from actsparse.core.streaming import ACTIVE_DENSITY, POSITION_EDGES
+from actsparse.core.token_sparsity import TokenSpread, spread_over_tokens, token_sparsity
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.profile_state import ProfileState
-from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows, position_rows
+from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows, spread_rows
 from actsparse.pipelines.progress import Progress
 from actsparse.results import PREFILL, HeadRow, Measure, NeuronRow
 from actsparse.store import tables, tensors
@@ -19,7 +19,7 @@ from actsparse.store.codec import builtins, pretty
 from actsparse.store.files import write_bytes
 from actsparse.store.run import RunWriter
 
-POSITION_TARGET = 0.2
+SPREAD_TARGET = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Phase:
     state: ProfileState
     cett: dict[int, CettSolution]
     together: dict[int, CoActivation]
-    by_position: dict[int, tuple[PositionSparsity, ...]]
+    spread: dict[int, TokenSpread]
     down_norms: dict[int, Tensor]
 
     @classmethod
     def solved(
         cls, name: str, loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
     ) -> "Phase":
-        """CETT, co-activation and sparsity by position of every recorded layer that has a sample (layers of experts
+        """CETT, co-activation and the spread over tokens of every recorded layer that has a sample (layers of experts
         have none)."""
         cett: dict[int, CettSolution] = {}
         together: dict[int, CoActivation] = {}
-        by_position: dict[int, tuple[PositionSparsity, ...]] = {}
+        spread: dict[int, TokenSpread] = {}
         norms = {place: loaded.sites.ffns[place].down_norms().cpu() for place in state.neurons}
         what = "solving CETT" if name == PREFILL else f"solving CETT of {name}"
         with progress.task(what, len(state.sampled), "layers") as advance:
@@ -53,18 +53,17 @@ class Phase:
                 together[layer] = co_activation(
                     sample, norms[place], state.neurons[place].active, density=ACTIVE_DENSITY
                 )
-                if POSITION_TARGET in cett[layer].targets:
-                    eps = cett[layer].targets[POSITION_TARGET].eps
-                    by_position[layer] = sparsity_by_position(
-                        sample, norms[place], state.reservoir.places, eps, POSITION_EDGES
-                    )
+                if SPREAD_TARGET in cett[layer].targets:
+                    eps = cett[layer].targets[SPREAD_TARGET].eps
+                    shares = token_sparsity(sample, norms[place], eps)
+                    spread[layer] = spread_over_tokens(shares, state.reservoir.places, POSITION_EDGES)
                 advance(1)
-        return cls(name, state, cett, together, by_position, norms)
+        return cls(name, state, cett, together, spread, norms)
 
     @property
     def rows(self) -> list[Measure]:
         """Its rows of `measures.parquet`; those of another phase than prefill say so in `param`."""
-        rows = measure_rows(self.state, self.cett, self.together) + position_rows(self.by_position)
+        rows = measure_rows(self.state, self.cett, self.together) + spread_rows(self.spread, SPREAD_TARGET)
         return rows if self.name == PREFILL else [_in_phase(row, self.name) for row in rows]
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from actsparse.core.cett import CettSolution
 from actsparse.core.coactivation import CoActivation
-from actsparse.core.position_sparsity import PositionSparsity
 from actsparse.core.routing import RouterSums
 from actsparse.core.stats import gini
 from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
+from actsparse.core.token_sparsity import TokenSpread
 from actsparse.pipelines.profile_state import ProfileState
 from actsparse.results import SHARED_EXPERT, HeadRow, Measure, NeuronRow, Site, SiteKind, param
 
@@ -126,16 +126,17 @@ def _neuron_measures(site: Site, sums: NeuronSums) -> list[Measure]:
     return rows
 
 
-def position_rows(by_layer: dict[int, tuple[PositionSparsity, ...]]) -> list[Measure]:
-    """Sparsity at CETT 0.2 by token position, over the sample."""
-    return [
-        _row(
-            Site(layer=layer, kind=SiteKind.NEURON), "position_sparsity", one.share, one.tokens,
-            param=param(from_=one.start, to=one.stop), unit="share",
-        )
-        for layer, found in by_layer.items()
-        for one in found
-    ]  # fmt: skip
+def spread_rows(by_layer: dict[int, TokenSpread], target: float) -> list[Measure]:
+    """How sparsity at a CETT level spreads over tokens, and how it moves with their position, over the sample."""
+    rows: list[Measure] = []
+    for layer, found in by_layer.items():
+        site, where = Site(layer=layer, kind=SiteKind.NEURON), param(target=target)
+        for metric, value in (("cett_sparsity_p10", found.low), ("cett_sparsity_p90", found.high)):
+            rows.append(_row(site, metric, value, found.tokens, param=where, unit="share"))
+        for one in found.by_position:
+            span = param(from_=one.start, to=one.stop)
+            rows.append(_row(site, "position_sparsity", one.share, one.tokens, param=span, unit="share"))
+    return rows
 
 
 def _head_measures(layer: int, sums: HeadSums) -> list[Measure]:

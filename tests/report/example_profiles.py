@@ -54,6 +54,10 @@ def measures(model: ModelRecord, random: np.random.Generator, relu: bool) -> lis
             add(
                 "cett_sparsity", layer, "neuron", min(0.97, mean + ends + noise), param=f"target={target}", stderr=0.004
             )
+            for end, off in (("p10", -0.08), ("p90", 0.06)):
+                if target == 0.2:
+                    value = min(0.99, mean + ends + noise + off)
+                    add(f"cett_sparsity_{end}", layer, "neuron", value, param=f"target={target}")
             later = f"phase=decode,target={target}"
             add("cett_sparsity", layer, "neuron", min(0.97, mean + ends) - 0.1, param=later, stderr=0.004)
             add("cett_eps", layer, "neuron", 0.02 * target * (1 + at), param=f"target={target}", unit="1")

@@ -15,12 +15,17 @@ _TARGET_COLOURS = (DEPTH[0], DEPTH[4], DEPTH[2], DEPTH[1], DEPTH[3])
 
 
 def layers(panel: ProfilePanel) -> pl.DataFrame:
-    """`layer, target, sparsity, stderr, n, rho`: share of neurons below the CETT threshold."""
+    """`layer, target, sparsity, stderr, n, rho, low, high`: share of neurons below the CETT threshold; `low` and `high`
+    hold the middle 80 % of tokens where that was measured."""
     measures = panel.measures.filter(pl.col("layer").is_not_null())
     rho = measures.filter(pl.col("metric") == "cett_rho").select("layer", rho="value")
     rows = measures.filter((pl.col("metric") == "cett_sparsity") & pl.col("value").is_not_null())
     frame = rows.select("layer", target=param("target"), sparsity="value", stderr="stderr", n="n")
-    return frame.join(rho, on="layer", how="left", maintain_order="left").drop_nulls("target").sort("target", "layer")
+    frame = frame.join(rho, on="layer", how="left", maintain_order="left").drop_nulls("target")
+    for end, metric in (("low", "cett_sparsity_p10"), ("high", "cett_sparsity_p90")):
+        band = measures.filter(pl.col("metric") == metric).select("layer", target=param("target"), value="value")
+        frame = frame.join(band.rename({"value": end}), on=["layer", "target"], how="left", maintain_order="left")
+    return frame.sort("target", "layer")
 
 
 def draw_layers(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -33,6 +38,7 @@ def draw_layers(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     for place, (target, rows) in enumerate(_by(frame, "target")):
         colour = _TARGET_COLOURS[place % len(_TARGET_COLOURS)]
         known = rows["stderr"].is_not_null().any()
+        _add_band(figure, rows.drop_nulls(["low", "high"]), colour, f"CETT {target:g}")
         figure.add_scatter(
             x=integers(rows["layer"]),
             y=floats(rows["sparsity"]),
@@ -46,6 +52,23 @@ def draw_layers(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             hovertemplate=f"layer %{{x}}: %{{y:.1%}} of neurons<extra>CETT {target:g}</extra>",
         )
     return figure
+
+
+def _add_band(figure: go.Figure, rows: pl.DataFrame, colour: str, name: str) -> None:
+    """The middle 80 % of tokens as a band behind the line."""
+    if rows.is_empty():
+        return
+    figure.add_scatter(
+        x=[*rows["layer"].to_list(), *reversed(rows["layer"].to_list())],
+        y=[*rows["high"].to_list(), *reversed(rows["low"].to_list())],
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.18,
+        hoverinfo="skip",
+        name=f"{name}, 80 % of tokens",
+    )
 
 
 def caption_layers(frame: pl.DataFrame) -> str:
