@@ -61,6 +61,7 @@ def measures(model: ModelRecord) -> list[Measure]:
     for (text, feed), value in ARMS.items():
         for band in ("early", "middle", "late"):
             rows.add_interval("matrix_2x2", value, 0.02, n=6, text=text, feed=feed, band=band, r=0.2)
+            rows.add_interval("matrix_2x2", value - 0.2, 0.02, n=6, text=text, feed=feed, band=band, r=0.2, pop="nat")
     return rows.found
 
 
@@ -128,4 +129,5 @@ def matrices(sentences: int = 6) -> dict[str, np.ndarray]:
         grid = ((grid + grid.transpose(0, 2, 1)) / 2).astype(np.float32)
         grid[:, 0, 1] = grid[:, 1, 0] = np.nan
         found[f"matrix_2x2.{text}.{feed}.r0.2"] = grid
+        found[f"matrix_2x2.{text}.{feed}.r0.2.nat"] = grid - 0.2
     return found

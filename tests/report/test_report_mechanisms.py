@@ -126,6 +126,10 @@ def test_the_2x2_calls_it_inertia_only_beyond_the_intervals(panel: ProfilePanel)
         BY_ID["matrix"], panel
     )
     assert "more alike: inertia" in said(BY_ID["matrix"], panel)
+    frame = BY_ID["matrix"].data(panel).drop_nulls("kappa")
+    above = {name: float(one["kappa"].mean()) for (name,), one in frame.group_by("chance")}
+    assert above["uniform chance"] - above["popularity"] == pytest.approx(0.2, abs=1e-6)
+    assert "Above popularity they are" in said(BY_ID["matrix"], panel)
     stream = pl.col("param").str.contains("sequential") & pl.col("metric").str.starts_with("matrix_2x2")
     same = with_measures(
         panel, lambda frame: frame.with_columns(value=pl.when(stream).then(0.1).otherwise(pl.col("value")))

@@ -14,21 +14,30 @@ BANDS = ("early", "middle", "late")
 ARMS = (("real", "parallel"), ("real", "sequential"), ("random", "parallel"), ("random", "sequential"))
 TITLES = {"real": "real sentences", "random": "random words", "parallel": "each alone", "sequential": "in one stream"}
 DENSITY = "0.2"
+UNIFORM, POPULARITY = "uniform chance", "popularity"
+CHANCES = ((UNIFORM, None), (POPULARITY, "nat"))
 
 
 def matrices(panel: ProfilePanel) -> pl.DataFrame:
-    """`text, feed, band, one, other, kappa, mean, low, high, n`: each pair of sentences, the arm's mean."""
+    """`chance, text, feed, band, one, other, kappa, n, mean, low, high`: each pair of sentences, the arm's mean, above
+    both chance levels."""
     means = measured(panel.measures, "matrix_2x2", numbers=("r",), texts=("text", "feed", "band", "pop"))
-    means = means.filter((pl.col("r") == float(DENSITY)) & pl.col("pop").is_null() & pl.col("layer").is_null())
+    return pl.concat([_above(panel, means, chance, pop) for chance, pop in CHANCES])
+
+
+def _above(panel: ProfilePanel, means: pl.DataFrame, chance: str, pop: str | None) -> pl.DataFrame:
+    level = pl.col("pop").is_null() if pop is None else pl.col("pop") == pop
+    means = means.filter((pl.col("r") == float(DENSITY)) & level & pl.col("layer").is_null())
     means = means.select("text", "feed", "band", "low", "high", mean="value").drop_nulls("band")
-    rows = [row for text, feed in ARMS for row in _arm(panel, text, feed)]
+    rows = [row for text, feed in ARMS for row in _arm(panel, text, feed, pop)]
     schema = dict.fromkeys(("text", "feed", "band"), pl.String) | {"one": pl.Int64, "other": pl.Int64}
     frame = pl.DataFrame(rows, schema=schema | {"kappa": pl.Float64, "n": pl.Int64}, orient="row")
-    return frame.join(means, on=["text", "feed", "band"], how="left", maintain_order="left")
+    frame = frame.join(means, on=["text", "feed", "band"], how="left", maintain_order="left")
+    return frame.select(pl.lit(chance).alias("chance"), pl.all())
 
 
-def _arm(panel: ProfilePanel, text: str, feed: str) -> list[tuple[object, ...]]:
-    found = panel.probes.get(f"matrix_2x2.{text}.{feed}.r{DENSITY}")
+def _arm(panel: ProfilePanel, text: str, feed: str, pop: str | None) -> list[tuple[object, ...]]:
+    found = panel.probes.get(f"matrix_2x2.{text}.{feed}.r{DENSITY}" + ("" if pop is None else f".{pop}"))
     if found is None or found.ndim != 3:
         return []
     return [
@@ -45,15 +54,20 @@ def _finite(value: float) -> float | None:
 
 
 def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
-    """Four matrices on one colour scale; the menu changes the band of layers."""
+    """Four matrices on one colour scale; the menu changes the band of layers and the chance level."""
     count = int(as_float(frame["one"].max())) + 1
     top = max(0.1, min(1.0, as_float(frame["kappa"].quantile(0.98))))
     figure = canvas(x="sentence", y="sentence", height=620)
-    bands = [band for band in ("middle", "early", "late") if band in set(frame["band"])]
+    bands = [
+        (chance, band)
+        for chance, _ in CHANCES
+        for band in ("middle", "early", "late")
+        if frame.filter((pl.col("chance") == chance) & (pl.col("band") == band)).height
+    ]
     arms = [arm for arm in ARMS if frame.filter((pl.col("text") == arm[0]) & (pl.col("feed") == arm[1])).height]
-    values: dict[str, list[list[list[float | None]]]] = {band: [] for band in bands}
+    values: dict[tuple[str, str], list[list[list[float | None]]]] = {band: [] for band in bands}
     for place, (text, feed) in enumerate(arms):
-        grids = {band: _grid(frame, text, feed, band, count) for band in bands}
+        grids = {band: _grid(frame.filter(pl.col("chance") == band[0]), text, feed, band[1], count) for band in bands}
         for band, grid in grids.items():
             values[band].append([[_finite(value) for value in row] for row in grid])
         number_ = "" if place == 0 else str(place + 1)
@@ -72,7 +86,10 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         )
         _place(figure, number_, column=place % 2, row=place // 2, title=f"{TITLES[text]}, {TITLES[feed]}")
     if len(bands) > 1:
-        choices = [{"label": f"{band} layers", "axis": "z", "title": "", "values": values[band]} for band in bands]
+        choices = [
+            {"label": f"{band} layers, above {chance}", "axis": "z", "title": "", "values": values[chance, band]}
+            for chance, band in bands
+        ]
         set_variants(figure, name="shown", variants=choices)
     return figure
 
@@ -112,6 +129,9 @@ def _place(figure: go.Figure, number_: str, *, column: int, row: int, title: str
 def caption(frame: pl.DataFrame) -> str:
     """What feeding in one stream adds for real sentences and for random words, in the middle layers."""
     band = "middle" if "middle" in set(frame["band"]) else str(frame["band"][0])
+    popular = frame.filter((pl.col("chance") == POPULARITY) & (pl.col("band") == band))["kappa"].mean()
+    frame = frame.filter(pl.col("chance") == UNIFORM)
+    static = f" Above popularity they are {number(popular, 2)} on average." if isinstance(popular, float) else ""
     rows = (
         frame.filter(pl.col("band") == band)
         .group_by("text", "feed", maintain_order=True)
@@ -125,7 +145,8 @@ def caption(frame: pl.DataFrame) -> str:
             said.append(f"{TITLES[text]} {_shown(alone)} alone and {_shown(stream)} in one stream")
     verdict = _verdict(arms)
     return (
-        f"Kappa between sentences, {band} layers: {'; '.join(said)}{verdict}. n = {frame['n'].max()} sentences an arm."
+        f"Kappa between sentences, {band} layers: {'; '.join(said)}{verdict}.{static}"
+        f" n = {frame['n'].max()} sentences an arm."
     )
 
 
