@@ -124,7 +124,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             line = again(["actsparse", *sys.argv[1:]])
-            Output().err.print(f"\ninterrupted; finished work is kept. Resume with:\n  {line}", markup=False)
+            Output().err.print(f"\ninterrupted; what was written so far is kept. Resume with:\n  {line}", markup=False)
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded

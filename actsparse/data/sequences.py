@@ -18,6 +18,7 @@ from actsparse.results import TextRecord
 WINDOW = 16
 WINDOW_SHARE = 32
 MAX_WINDOWS = 4096
+CHANCE_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,12 @@ def window_hashes(sequences: Sequence[Tensor]) -> tuple[str, ...]:
 
 
 def shares_text(first: TextRecord, second: TextRecord) -> bool:
-    """Whether two texts have passages in common."""
-    return bool(set(first.window_hashes) & set(second.window_hashes))
+    """Whether two texts have passages in common: over 2 % of the sampled windows of the smaller one.
+
+    Fewer are phrases that any two parts of a text of its kind share (headings, formulas).
+    """
+    mine, theirs = set(first.window_hashes), set(second.window_hashes)
+    return len(mine & theirs) > CHANCE_SHARE * min(len(mine), len(theirs))
 
 
 def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:

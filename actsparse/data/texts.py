@@ -121,10 +121,11 @@ class TextReader:
         if self.spec.limit is None and room > DEFAULT_BLOCKS:
             self.notify(f"scoring the first {wanted} of {len(places)} blocks; --limit N takes more")
         if wanted < 1 or wanted > len(places):
+            have = f"{len(places)} block{'' if len(places) == 1 else 's'} of {self.block_length} tokens"
+            need = f"{max(1, wanted)} to score" + (f" and {max(1, wanted)} to fit on" if split_inside else "")
             raise DataError(
-                f"{pool.record.source} has {len(places)} blocks of {self.block_length} tokens, {max(1, wanted)} are"
-                " needed" + (" and as many for calibration" if split_inside else ""),
-                "give more text, a smaller --limit, or shorter blocks with --block-length",
+                f"{pool.record.source} has {have}, and needs {need}",
+                f"give more text, a smaller --limit, or shorter blocks: --block-length {self.block_length // 2}",
             )
         return pool, places[:wanted]
 

@@ -97,7 +97,9 @@ def test_profile_shows_a_table_and_the_next_command(
 def test_quiet_says_nothing_on_stderr(
     actsparse: Callable, tiny_folder: Callable, prompts_file: Path, tmp_path: Path
 ) -> None:
-    done = actsparse("profile", "-m", tiny_folder("llama"), "--prompts", prompts_file, "-o", tmp_path / "p", "-q")
+    done = actsparse(
+        "profile", "-m", tiny_folder("llama"), "--prompts", prompts_file, "-o", tmp_path / "p", "--probes", "none", "-q"
+    )
     assert (done.code, done.err) == (0, "")
     assert done.out
 
