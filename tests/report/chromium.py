@@ -92,7 +92,7 @@ class Page:
             raise RuntimeError(str(answer["exceptionDetails"].get("exception", answer["exceptionDetails"])))
         return answer["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 30.0) -> None:
+    def wait_for(self, condition: str, seconds: float = 75.0) -> None:
         """Return when the condition holds; asked for inside the page, so that nothing spins here."""
         script = (
             f"new Promise((done, fail) => {{ const end = Date.now() + {seconds * 1000}; const ask = () => ({condition})"
@@ -122,7 +122,7 @@ class Page:
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
         return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
 
-    def _receive(self, seconds: float = 90.0) -> dict[str, Any]:
+    def _receive(self, seconds: float = 150.0) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._incoming], [], [], seconds)
             chunk = os.read(self._incoming, 1 << 20) if ready else b""
