@@ -92,8 +92,8 @@ def test_speed_is_measured_beside_its_ceiling(evaluated: EvalRun) -> None:
     assert plan["speed"]["speedup_low"]["value"] <= plan["speed"]["speedup"]["value"]
     assert plan["sparsity"]["useful"]["neuron_frac"] == pytest.approx(0.5)
     cats = next(plan for plan in evaluated.summary["plans"] if plan["plan"] == "cats@0.5")
-    assert cats["speed"] is None
-    assert "no engine" in cats["speed_reason"]
+    assert cats["speed"]["ceiling"]["value"] == pytest.approx(1.245, abs=0.02)
+    assert 0.4 < cats["sparsity"]["useful"]["neuron_frac"] < 0.6
 
 
 @pytest.mark.parametrize(("target", "mean"), [(0.1, 0.493), (0.2, 0.670), (0.3, 0.782)])
@@ -127,4 +127,4 @@ def test_cett_of_single_layers(
     assert rows.filter(metric="cett_sparsity")["value"][0] == pytest.approx(sparsity, abs=1e-3)
     if eps is not None:
         assert rows.filter(metric="cett_eps")["value"][0] == pytest.approx(eps, rel=1e-3)
-    assert rows["n"].to_list() == [2032, 2032]
+    assert set(rows["n"].to_list()) == {2032}

@@ -141,7 +141,9 @@ def test_the_command_names_the_nearest_tasks(capsys: pytest.CaptureFixture[str],
 
 def test_lm_eval_finds_the_model_by_its_name() -> None:
     code = (
-        f"import site; site.addsitedir({str(ROOT / 'packaging')!r})\n"
+        "import site, sys\n"
+        "there = any('Actsparse' in getattr(one, '__name__', '') for one in sys.meta_path)\n"
+        f"there or site.addsitedir({str(ROOT / 'packaging')!r})\n"
         "import lm_eval.models, sys, json\n"
         "from lm_eval.api.registry import model_registry\n"
         "names = [type(one).__name__ for one in sys.meta_path if 'Actsparse' in getattr(one, '__name__', '')]\n"
