@@ -29,13 +29,17 @@ DENSITY = 0.5
 HARD = 0.5
 """Corrected recall under which we call neurons hard to predict: half of the way from chance to the oracle."""
 OTHER_DOMAIN = "code.jsonl"
+QUICK_LAYERS = 4
+
+
+def routed_layers(bench: Bench) -> range:
+    """The layers that routers are trained for: in a quick run the first four."""
+    return range(min(QUICK_LAYERS, bench.layers) if bench.quick else bench.layers)
 
 
 def options(bench: Bench) -> str:
     """How routers are trained: a little, in four layers, in a quick run."""
-    if not bench.quick:
-        return ""
-    return f"epochs=1,tokens=4096,layers=0-{min(4, bench.layers) - 1}"
+    return f"epochs=1,tokens=4096,layers=0-{len(routed_layers(bench)) - 1}" if bench.quick else ""
 
 
 def router_inputs(bench: Bench) -> Outcome:
