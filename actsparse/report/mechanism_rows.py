@@ -142,10 +142,10 @@ ROWS: tuple[Row, ...] = (
         draw=histories.draw_by_layer,
         caption=histories.caption_by_layer,
         made_by=UNCERTAINTY,
-        wide=False,
         how_to_read=(
-            "The same by layer, above popularity: 1 is what chance gives. Low layers usually follow the token, "
-            "later ones more and more the history."
+            "The same by layer; 1 is what chance gives. Solid lines: chance were all neurons alike; dashed: were each "
+            "neuron on as often as it is (a static hot set). Where the two part, a hot set makes masks alike. Bars "
+            "are bootstrap intervals over contexts. The menu changes how many neurons a mask keeps."
         ),
     ),
     Row(

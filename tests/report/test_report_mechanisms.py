@@ -112,6 +112,21 @@ def test_the_history_share_decides_what_hu1_says(panel: ProfilePanel) -> None:
     assert "the history decides most" in said(BY_ID["hu1"], other)
 
 
+def test_hu1_by_layer_stands_above_both_chance_levels_with_intervals(panel: ProfilePanel) -> None:
+    frame = BY_ID["hu1-layers"].data(panel)
+    assert set(frame["pop"]) == {"", "nat"}
+    assert frame["low"].null_count() == frame["high"].null_count() == 0
+    figure = BY_ID["hu1-layers"].draw(frame, {})
+    names = [trace.name for trace in figure.data]
+    assert sum("uniform chance" in name for name in names) == sum("popularity" in name for name in names) >= 2
+    assert all(trace.error_y.array is not None for trace in figure.data)
+    rows = frame.filter((pl.col("control") == "") & (pl.col("pop") == "nat") & (pl.col("r") == 0.2)).sort("value")
+    text = said(BY_ID["hu1-layers"], panel)
+    low = rows.row(0, named=True)
+    assert f"{low['value']:.2f} ({low['low']:.2f}\u2013{low['high']:.2f}) in layer {low['layer']}" in text
+    assert text.index("Above uniform chance") < text.index("Above popularity")
+
+
 def test_a_broken_control_is_said(panel: ProfilePanel) -> None:
     identical = (pl.col("metric") == "hu1") & pl.col("param").str.contains("identical")
     broken = with_measures(

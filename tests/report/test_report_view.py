@@ -45,7 +45,7 @@ def test_captions_state_what_the_data_say(view: ReportView) -> None:
     assert "n = 1 024 scored tokens" in caption(view, "kl-0")
     assert "Dense reads 538 MB a token, 59 % of it mlp" in caption(view, "bytes-0")
     assert "cats@0.5 (dashed) cuts off" in caption(view, "magnitudes-gate-0")
-    assert "There are no exact zeros." in caption(view, "kind-medians-0")
+    assert "There are no exact zeros." in caption(view, "kind-sparsity-0")
 
 
 def test_every_caption_says_on_how_much_it_rests(view: ReportView) -> None:

@@ -1,11 +1,13 @@
 """HU1: the same token after different histories, beside its controls; and HU2, what the token id leaves open."""
 
+from typing import Any
+
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import add_reference, canvas, layer_axis
+from actsparse.report.figures.canvas import add_reference, canvas, layer_axis, set_variants
 from actsparse.report.figures.columns import as_float, counted, first_known, measured
-from actsparse.report.figures.marks import add_dots, add_line, label_axis
+from actsparse.report.figures.marks import add_dots, add_line, ends, label_axis
 from actsparse.report.looks import DEPTH, INK, MUTED, Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import between, number, percent
@@ -19,6 +21,11 @@ CONTROLS = {
     "other-token": "different token, same history",
 }
 POPS = {"": ("uniform chance", DEPTH[0], "circle"), "nat": ("popularity", DEPTH[4], "diamond")}
+LINES = {
+    "": (DEPTH[0], "same token, other history"),
+    "shuffled": (DEPTH[4], "its history shuffled"),
+    "other-token": (MUTED, "other token, same history"),
+}
 
 
 def controls(panel: ProfilePanel) -> pl.DataFrame:
@@ -85,38 +92,70 @@ def caption_controls(frame: pl.DataFrame) -> str:
 
 
 def by_layer(panel: ProfilePanel) -> pl.DataFrame:
-    """`layer, control, r, value, low, high, n`: HU1 above popularity and two controls, by layer."""
+    """`layer, control, pop, r, value, low, high, n`: HU1 and two controls by layer, above both chance levels."""
     frame = measured(panel.measures, "hu1", numbers=("r",), texts=("control", "pop"))
-    frame = frame.with_columns(pl.col("control").fill_null("")).filter(pl.col("layer").is_not_null())
-    kept = pl.col("control").is_in(["", "shuffled", "other-token"]) & (pl.col("pop") == "nat")
-    found = frame.filter(kept).filter(pl.col("r") == pl.col("r").min())
-    return found.select("layer", "control", "r", "value", "low", "high", "n").sort("control", "layer")
+    frame = frame.with_columns(pl.col("control", "pop").fill_null("")).filter(pl.col("layer").is_not_null())
+    found = frame.filter(pl.col("control").is_in(list(LINES)) & pl.col("pop").is_in(list(POPS)))
+    order = pl.col("control").replace_strict({name: place for place, name in enumerate(LINES)}, default=99)
+    return found.sort("r", order, "pop", "layer").select("layer", "control", "pop", "r", "value", "low", "high", "n")
 
 
 def draw_by_layer(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    """A line a control (its colour) and chance level (its dash), with intervals; the menu changes the density."""
     figure = canvas(
         x="layer",
-        y=f"1 − kappa above popularity ({_density(frame)} kept)",
+        y="1 − kappa (0: same mask, 1: chance)",
+        height=400,
         x_axis=layer_axis(frame),
         y_axis={"tickformat": ".1f", "rangemode": "tozero"},
     )
-    for control, colour, dash in (
-        ("", DEPTH[0], "solid"),
-        ("shuffled", DEPTH[4], "dash"),
-        ("other-token", MUTED, "dot"),
-    ):
-        rows = frame.filter(pl.col("control") == control)
-        if rows.height:
+    densities = frame["r"].unique().sort().to_list()
+    layers = frame["layer"].unique().sort()
+    values: dict[float, list[list[float | None]]] = {density: [] for density in densities}
+    bars: dict[float, list[dict[str, Any] | None]] = {density: [] for density in densities}
+    for control, (colour, name) in LINES.items():
+        for pop, (chance, _, symbol) in POPS.items():
+            lines = frame.filter((pl.col("control") == control) & (pl.col("pop") == pop))
+            if lines.is_empty():
+                continue
+            by_density = {density: _on(lines, density, layers) for density in densities}
+            for density, rows in by_density.items():
+                values[density].append(rows["value"].to_list())
+                bars[density].append(ends(rows["value"], rows["low"], rows["high"], colour))
             add_line(
-                figure, rows, x="layer", y="value", name=CONTROLS[control], colour=colour, dash=dash,
-                hover="layer %{x}: %{y:.3f}",
+                figure, by_density[densities[0]], x="layer", y="value", name=f"{name}, {chance}", colour=colour,
+                dash="dash" if pop else "solid", symbol=symbol, width=1.2 if pop else 1.9, hover="layer %{x}: %{y:.3f}",
             )  # fmt: skip
+    if len(densities) > 1:
+        choices = [
+            {
+                "label": f"{density:.0%}",
+                "axis": "y",
+                "title": "",
+                "values": values[density],
+                "errors": bars[density],
+            }
+            for density in densities
+        ]
+        set_variants(figure, name="neurons kept", variants=choices)
     add_reference(figure, y=1.0, text="chance", at="start")
     return figure
 
 
+def _on(rows: pl.DataFrame, density: float, layers: pl.Series) -> pl.DataFrame:
+    """The rows of a density on all layers, null where one has none."""
+    return layers.to_frame().join(rows.filter(pl.col("r") == density), on="layer", how="left", maintain_order="left")
+
+
 def caption_by_layer(frame: pl.DataFrame) -> str:
-    return _ends(frame.filter(pl.col("control") == ""), "HU1") + counted(frame, "contexts")
+    """Where HU1 is lowest and highest, above each chance level."""
+    rows = frame.filter((pl.col("control") == "") & (pl.col("r") == frame["r"].min()))
+    parts = [
+        f"Above {chance}, at {_density(frame)} kept, {_ends(part, 'HU1')}"
+        for pop, (chance, _, _) in POPS.items()
+        if (part := rows.filter(pl.col("pop") == pop)).height
+    ]
+    return (" ".join(parts) or "Only controls of HU1 were measured.") + counted(frame, "contexts")
 
 
 def information(panel: ProfilePanel) -> pl.DataFrame:
@@ -168,14 +207,19 @@ def caption_information(frame: pl.DataFrame) -> str:
 
 
 def _ends(rows: pl.DataFrame, name: str) -> str:
-    """Where a line by layer is lowest and highest."""
+    """Where a line by layer is lowest and highest, with the intervals that it has."""
     ordered = rows.sort("value")
     if ordered.height < 2:
         return (
             f"{name} = {number(as_float(ordered['value'][0]), 2)}." if ordered.height else f"{name} was not measured."
         )
-    low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
-    return (
-        f"{name} runs from {number(low['value'], 2)} in layer {low['layer']} to {number(high['value'], 2)} in layer "
-        f"{high['layer']}."
+    low, high = (
+        f"{number(row['value'], 2)}{_bracket(row)} in layer {row['layer']}"
+        for row in (ordered.row(0, named=True), ordered.row(-1, named=True))
     )
+    return f"{name} runs from {low} to {high}."
+
+
+def _bracket(row: dict[str, Any]) -> str:
+    text = between(row.get("low"), row.get("high"))
+    return f" ({text})" if text else ""
