@@ -78,7 +78,8 @@ class ProfileSpec:
     `layers`: those recorded (None: all). `cett_targets`: CETT levels solved exactly. `reservoir_tokens` and
     `reservoir_mb` bound the sample of token positions that is kept for replays. `probes`: the mechanisms measured
     beside (`uncertainty`, `inertia`, `union`, `gradients`; `default`: the first three as far as the text allows,
-    `cheap`: the same for small models alone). `decode`: that many tokens which the model itself writes after each
+    `cheap`: the same for small models alone); `masks`: the kinds of mask that they compare (`topk`, `cett`, `exact`).
+    `decode`: that many tokens which the model itself writes after each
     prompt are recorded too, as a phase of their own. `dump`: activations written token by token. `strict`: activations
     that are not finite are an error.
     """
@@ -90,6 +91,7 @@ class ProfileSpec:
     reservoir_tokens: int = 4096
     reservoir_mb: int = 512
     probes: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ("topk",)
     decode: int = 0
     dump: DumpSpec | None = None
     strict: bool = field(default=False, metadata=RUNTIME)

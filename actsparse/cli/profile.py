@@ -14,6 +14,7 @@ from actsparse.cli.options import (
     shares,
 )
 from actsparse.cli.output import Output
+from actsparse.core.mask_rules import mask_kinds
 from actsparse.errors import ActsparseError
 from actsparse.pipelines.probes.names import GRADIENTS, left_out, probe_names
 from actsparse.pipelines.ranks import leads
@@ -44,6 +45,9 @@ def command(
     probes: Annotated[
         str, option("--probes", help="Mechanisms: uncertainty,inertia,union,gradients; all; none.", panel=RUN)
     ] = "default",
+    masks: Annotated[
+        str, option("--masks", help="Masks that the probes compare: topk,cett,exact; all.", panel=RUN)
+    ] = "topk",
     with_gradients: Annotated[
         bool, option("--gradients", help="Also the probe gradients: HU4 and M2, from backward passes.", panel=RUN)
     ] = False,
@@ -74,6 +78,7 @@ def command(
         reservoir_mb=reservoir_mb,
         batch_size=batch_size,
         probes=probe_names([*probes.split(","), *([GRADIENTS] if with_gradients else [])]),
+        masks=mask_kinds(masks.split(",")),
         decode=decode,
         dump=dump_spec(dump, dump_tokens),
         strict=strict,
@@ -87,7 +92,8 @@ def command(
     found = profile(spec, output)
     if leads():
         show_profile(found, output)
-        output.note(left_out(cast(list[str], found.manifest.spec["probes"])))
+        asked_for = (cast(list[str], found.manifest.spec[name]) for name in ("probes", "masks"))
+        output.note(left_out(*asked_for))
 
 
 def dump_spec(text: str | None, tokens: int) -> DumpSpec | None:

@@ -28,7 +28,7 @@ from actsparse.core.bootstrap import (
     weighted_pair_means,
     weighted_pair_ratio,
 )
-from actsparse.core.overlap import Overlaps, paired_overlaps, pairwise_overlaps, topk_masks
+from actsparse.core.overlap import MIN_ROOM, Overlaps, pairwise_overlaps, topk_masks
 
 PREFIXES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MAX_DELTA = 256
@@ -37,38 +37,48 @@ P90_SHARE = 0.9
 
 
 def prefix_masks(
-    activations: Float[Tensor, "positions neurons"], prefixes: Sequence[int], density: float
+    activations: Float[Tensor, "positions neurons"], prefixes: Sequence[int], density: float | Sequence[float]
 ) -> Bool[Tensor, "prefixes neurons"]:
     """The masks m_P of the first P positions, for each P: the top of s_j = sqrt(sum_t (a_tj / ||a_t||)^2 / P_eff).
 
-    That is GRIFFIN's statistic (arXiv 2404.01365); rows that are zero or not finite are skipped. A prefix without
-    usable rows, or longer than the sequence, gives an empty mask.
+    That is GRIFFIN's statistic (arXiv 2404.01365); rows that are zero or not finite are skipped. `density` is one for
+    all or one a prefix. A prefix without usable rows, longer than the sequence, or with density 0 gives an empty mask.
     """
+    densities = [density] * len(prefixes) if isinstance(density, (int, float)) else list(density)
     exact = activations.double()
     norms = exact.norm(dim=-1)
     usable = norms.isfinite() & (norms > 0)
     squares = torch.where(usable[:, None], exact / norms[:, None], 0.0).square()
     masks = exact.new_zeros(len(prefixes), activations.shape[1], dtype=torch.bool)
-    for row, prefix in enumerate(prefixes):
+    for row, (prefix, share) in enumerate(zip(prefixes, densities, strict=True)):
         effective = int(usable[:prefix].sum())
-        if prefix <= len(activations) and effective > 0:
-            masks[row] = topk_masks((squares[:prefix].sum(dim=0) / effective).sqrt(), density)
+        if prefix <= len(activations) and effective > 0 and share > 0:
+            masks[row] = topk_masks((squares[:prefix].sum(dim=0) / effective).sqrt(), share)
     return masks
+
+
+def mean_densities(masks: Bool[Tensor, "positions neurons"], prefixes: Sequence[int]) -> list[float]:
+    """The mean share of neurons in the masks of the first P positions, for each P: what a prefix keeps where masks
+    differ in size from token to token. Our definition [I]."""
+    sizes = masks.count_nonzero(dim=-1).double() / masks.shape[-1]
+    return [float(sizes[:prefix].mean()) if len(sizes[:prefix]) else 0.0 for prefix in prefixes]
 
 
 def prefix_overlaps(
     activations: Float[Tensor, "positions neurons"],
     masks: Bool[Tensor, "positions neurons"],
-    density: float,
+    density: float | None,
     *,
     prefixes: Sequence[int] = PREFIXES,
     max_delta: int = MAX_DELTA,
 ) -> Overlaps:
     """Overlaps of m_P with the mask of the token `delta` after it, [prefixes, max_delta], of one sequence and layer.
 
-    Column d is delta = d + 1, the first token after the prefix being delta = 1; NaN beyond the end of the sequence.
+    m_P keeps the share `density`, or (None) the mean share of the prefix's own masks. Column d is delta = d + 1, the
+    first token after the prefix being delta = 1; NaN beyond the end of the sequence.
     """
-    every = pairwise_overlaps(prefix_masks(activations, prefixes, density), masks)
+    shares = mean_densities(masks, prefixes) if density is None else density
+    every = pairwise_overlaps(prefix_masks(activations, prefixes, shares), masks)
     places = torch.tensor(prefixes)[:, None] + torch.arange(max_delta)
     inside = (places < len(masks)).to(masks.device)
     places = places.clamp(max=len(masks) - 1).to(masks.device)
@@ -161,21 +171,37 @@ def inertia_pairs(
     gap = order[None, :] - order[:, None]
     sums = torch.zeros(len(rates), 3, sequences, sequences, dtype=torch.float64)
     counts = torch.zeros_like(sums)
+    numbers = masks.float()
+    sizes = numbers.sum(dim=-1)
     for first in range(sequences):
-        for second in range(first, sequences):
-            every = pairwise_overlaps(masks[first], masks[second])
-            different = tokens[first][:, None] != tokens[second][None, :]
-            if first == second:
-                kinds = {0: every.only(different & (gap >= min_gap))}
-            else:
-                level = paired_overlaps(masks[first], masks[second])
-                kinds = {1: level.only(different.diagonal()), 2: every.only(different & (gap.abs() >= min_gap))}
-            for kind, overlaps in kinds.items():
-                for measure, rate in enumerate(rates):
-                    kappas = overlaps.kappa(rate)
-                    place = (measure, kind, [first, second], [second, first])
-                    sums[place] = float(kappas.nansum(dtype=torch.float64))
-                    counts[place] = float(kappas.isnan().logical_not().sum())
+        others = slice(first, sequences)
+        # [other sequences, positions, positions of the first]: one product, and few passes over it
+        shared = numbers[others] @ numbers[first].mT
+        left, right = sizes[others, :, None], sizes[first][None, None, :]
+        larger = torch.maximum(left, right)
+        missed = 1 - shared.div_(torch.minimum(left, right))
+        counted = (tokens[others, :, None] != tokens[first][None, None, :]) & ~missed.isnan()
+        far = counted & (gap.abs() >= min_gap)
+        far[0] &= gap >= min_gap
+        level = counted.diagonal(dim1=1, dim2=2)
+        for measure, rate in enumerate(rates):
+            # kappa = (o - E) / (1 - E) = 1 - (1 - o) / (1 - E)
+            room = 1 - larger * rate
+            kappas = 1 - missed / room
+            defined = room > MIN_ROOM
+            for kind, chosen, values in (
+                (2, far & defined, kappas),
+                (1, level & defined.diagonal(dim1=1, dim2=2), kappas.diagonal(dim1=1, dim2=2)),
+            ):
+                axes = tuple(range(1, values.dim()))
+                total = torch.where(chosen, values, 0.0).sum(dim=axes, dtype=torch.float64).cpu()
+                number = chosen.count_nonzero(dim=axes).double().cpu()
+                sums[measure, kind, first, others] = sums[measure, kind, others, first] = total
+                counts[measure, kind, first, others] = counts[measure, kind, others, first] = number
+    diagonal = torch.arange(sequences)
+    for found in (sums, counts):
+        found[:, 0, diagonal, diagonal] = found[:, 2, diagonal, diagonal]
+        found[:, 1:, diagonal, diagonal] = 0.0
     return tuple(
         InertiaPairs(
             within_sum=total[0].diagonal().clone(),
@@ -251,14 +277,17 @@ def semantics_ratio(
 
 
 def sentence_masks(
-    sentences: Sequence[Float[Tensor, "_ neurons"]], density: float
+    sentences: Sequence[Float[Tensor, "_ neurons"]], density: float | Sequence[float]
 ) -> Bool[Tensor, "sentences neurons"]:
     """One mask per sentence, the top of GRIFFIN's statistic over its tokens; empty where it has no usable token.
+
+    `density` is one for all, or one a sentence.
 
     `sentences` are its activations in one layer, without the first four tokens of every sentence, in both arms of the
     2x2 (each sentence fed alone, or all in one stream).
     """
-    return torch.cat([prefix_masks(rows, [len(rows)], density) for rows in sentences])
+    densities = [density] * len(sentences) if isinstance(density, (int, float)) else density
+    return torch.cat([prefix_masks(rows, [len(rows)], share) for rows, share in zip(sentences, densities, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

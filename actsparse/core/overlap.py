@@ -70,6 +70,18 @@ def popularity_rate(
     return weights.square().sum(dim=-1) / weights.sum(dim=-1).square()
 
 
+def mean_larger(masks: Bool[Tensor, "*batch neurons"]) -> float:
+    """The mean of max(|A|, |B|) over all pairs of these masks, which times a rate is their mean chance overlap.
+
+    The common size where all are equally large; NaN of fewer than two masks.
+    """
+    sizes = masks.count_nonzero(dim=-1).flatten().double().sort().values
+    pairs = len(sizes) * (len(sizes) - 1) / 2
+    # the i-th smallest is the larger one of i pairs
+    larger = sizes @ torch.arange(len(sizes), dtype=torch.float64, device=sizes.device)
+    return float(larger) / pairs if pairs else math.nan
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlaps:
     """Overlaps of pairs of masks: `overlap` = |A n B| / min(|A|, |B|) and `larger` = max(|A|, |B|), one per pair.

@@ -1,10 +1,12 @@
 """`profile`: record a model's activations on texts and write what was found."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from actsparse.core.mask_rules import CETT_TARGET, MaskKind, mask_kinds, mask_rules
 from actsparse.core.reservoir import capacity
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
@@ -16,6 +18,7 @@ from actsparse.pipelines.distributed import Team, local_device, team
 from actsparse.pipelines.dump import Dump, write_dump
 from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.probes.names import CHEAP, chosen, probe_names
+from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.probes.run import run_probes
 from actsparse.pipelines.probes.text import ProbeTexts, probe_texts
 from actsparse.pipelines.profile_files import Phase, write_measures, write_phase
@@ -63,7 +66,7 @@ class Job:
     def of(cls, spec: ProfileSpec, crew: Team, progress: Progress) -> "Job":
         """Load and read what `spec` names; raises ActsparseError where something does not fit."""
         asked_of = replace(spec.model, device=local_device(spec.model.device))
-        spec = replace(spec, model=asked_of, probes=probe_names(spec.probes))
+        spec = replace(spec, model=asked_of, probes=probe_names(spec.probes), masks=mask_kinds(spec.masks))
         loaded = load(spec.model, progress.note)
         progress.detail(describe(loaded.record, str(loaded.device)))
         reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
@@ -108,6 +111,13 @@ class Job:
             strict=spec.strict,
             feed=feed,
         )
+
+    @property
+    def cett_targets(self) -> tuple[float, ...]:
+        """The levels to solve: those asked for, and the one whose thresholds make the masks `cett` of the probes."""
+        needed = self.probed is not None and MaskKind.CETT in self.spec.masks
+        asked_for = self.spec.cett_targets
+        return tuple(sorted({*asked_for, CETT_TARGET})) if needed else asked_for
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -217,6 +227,12 @@ def _request(job: Job) -> RunRequest:
     )
 
 
+def _cett_thresholds(job: Job, phase: Phase) -> list[float]:
+    """eps of every recorded layer at the level of the masks `cett`; infinite (no mask) where it has no output."""
+    solved = [phase.cett[layer].targets if layer in phase.cett else {} for layer in job.layers]
+    return [targets[CETT_TARGET].eps if CETT_TARGET in targets else math.inf for targets in solved]
+
+
 def _record_and_write(job: Job, writer: RunWriter) -> None:
     spec, progress = job.spec, job.progress
     states = {phase: job.record(phase, writer.path / SHARDS) for phase in job.phases}
@@ -224,10 +240,11 @@ def _record_and_write(job: Job, writer: RunWriter) -> None:
         for text in not_finite(state):
             writer.warn(text if phase == PREFILL else f"{phase}: {text}")
             progress.warn(text)
-    phases = [Phase.solved(name, job.loaded, state, spec.cett_targets, progress) for name, state in states.items()]
+    phases = [Phase.solved(name, job.loaded, state, job.cett_targets, progress) for name, state in states.items()]
     measures = [row for phase in phases for row in phase.rows]
     if job.probed is not None:
-        measures += run_probes(spec.probes, job.loaded, job.layers, job.probed, writer, progress)
+        reader = NeuronReader(job.loaded, job.layers, mask_rules(spec.masks), _cett_thresholds(job, phases[0]))
+        measures += run_probes(spec.probes, reader, job.probed, writer, progress)
     if spec.dump is not None:
         write_dump(
             Dump.of(spec.dump, job.loaded, job.layers, job.sequences), job.loaded, job.sequences, writer, progress

@@ -442,7 +442,9 @@ def test_default_probes_give_way_where_the_text_is_short(folder: Path, tmp_path:
 
 def test_the_line_about_what_was_left_out() -> None:
     assert "--probes inertia,union,gradients" in left_out(["uncertainty"])
-    assert left_out(BY_DEFAULT).endswith("measure them with --gradients")
+    assert "HU4 and M2, from backward passes (--gradients)" in left_out(BY_DEFAULT)
+    assert "--masks" not in left_out(BY_DEFAULT, ["topk", "cett", "exact"])
+    assert "masks by cett, exact (--masks all)" in left_out(BY_DEFAULT, ["topk"])
     assert "--probes" not in left_out(PROBES)
     assert "HU3" in left_out(PROBES)
 
@@ -490,7 +492,7 @@ class TestCommand:
         argv = ["profile", "-m", str(folder), "--corpus", str(corpus), "-n", "4", "--block-length", "64"]
         assert main([*argv, "--probes", "union", "-o", str(tmp_path / "p")]) == 0
         said = capsys.readouterr()
-        assert "left out: the probes uncertainty" in said.err.replace("\n", " ")
+        assert "left out: HU1 with its controls" in said.err.replace("\n", " ")
         assert "left out" not in said.out
         assert rows_of(ProfileRun.open(tmp_path / "p"), "union")
 

@@ -5,10 +5,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.core.hu4 import ThetaUncertainty, hu4, theta_uncertainty, token_diversity
+from actsparse.core.mask_rules import MaskKind, MaskRule
 from actsparse.core.root_cause import root_cause, signed_gradient_sum
 from actsparse.pipelines.probes.setting import Found, Setting
 
 DENSITY = 0.2
+RULE = MaskRule(MaskKind.TOPK, DENSITY)
 
 # Sums and numbers [layers, blocks] of sign(a) * dL/da.
 SignedSums = tuple[Tensor, Tensor]
@@ -48,7 +50,7 @@ def _collect(setting: Setting) -> tuple[Float[Tensor, "layers blocks positions"]
             def on_layer(place: int, a: Tensor, gradient: Tensor, row: int = row) -> None:
                 a, gradient = a[0, counted], gradient[0, counted]
                 theta[place, row] = theta_uncertainty((a * gradient).abs())
-                for (sums, counts), masks in ((top, reader.masks(place, a, DENSITY)), (exact, a != 0)):
+                for (sums, counts), masks in ((top, reader.masks(place, a, RULE)), (exact, a != 0)):
                     total, number = signed_gradient_sum(a, gradient, masks)
                     sums[place, row], counts[place, row] = total, number
 

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, LayerIntervals
 from actsparse.core.hu1 import HistoryContexts, control_contexts, history_share, hu1, hu1_control
-from actsparse.pipelines.probes.reading import DENSITIES, batched
+from actsparse.core.mask_rules import MaskRule
+from actsparse.pipelines.probes.reading import batched
 from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 from actsparse.pipelines.progress import Advance
 
-# Masks of the last token of every context, by density.
-LastMasks = dict[float, Bool[Tensor, "layers contexts neurons"]]
+# Masks of the last token of every context, by rule.
+LastMasks = dict[MaskRule, Bool[Tensor, "layers contexts neurons"]]
 PAIRED_CONTROLS = ("identical", "shuffled", "random", "none")
 
 
@@ -19,15 +20,15 @@ def add_hu1(setting: Setting, found: Found) -> None:
     """Rows of `hu1`, its controls, the kappas of the history share and the share itself."""
     contexts = setting.texts.contexts
     masks, other_token = _collect(setting, contexts)
-    for density in DENSITIES:
-        natural = masks["natural"][density]
-        for pop, rates in setting.rates(density).items():
-            where = {"r": density, "pop": pop}
+    for rule in setting.rules:
+        natural = masks["natural"][rule]
+        for pop, rates in setting.rates(rule).items():
+            where = {**rule.where, "pop": pop}
             found.add_layers("hu1", hu1(natural, contexts.types, rates), **where)
             for name in PAIRED_CONTROLS:
-                control = hu1_control(natural, masks[name][density], contexts.types, rates)
+                control = hu1_control(natural, masks[name][rule], contexts.types, rates)
                 found.add_layers("hu1", control, **where, control=name)
-            share = history_share(natural, contexts, other_token[density], rates)
+            share = history_share(natural, contexts, other_token[rule], rates)
             found.add_layers("hu1", _one_minus(share.history), **where, control="other-token")
             kappa = "kappa_u" if pop is UNIFORM else "kappa_p"
             found.add_layers(kappa, share.history, **where, pairs="same-history")
@@ -54,18 +55,18 @@ def _collect(setting: Setting, contexts: HistoryContexts) -> tuple[dict[str, Las
     with setting.progress.task("probe uncertainty: histories", total, "tokens") as advance:
         masks = {name: _last_masks(setting, ids, advance) for name, ids in texts.items()}
         other = _last_masks(setting, after, advance)
-    return masks, {density: rows.unflatten(1, (types, histories)) for density, rows in other.items()}
+    return masks, {rule: rows.unflatten(1, (types, histories)) for rule, rows in other.items()}
 
 
 def _last_masks(setting: Setting, ids: Int[Tensor, "contexts fed"], advance: Advance) -> LastMasks:
     reader = setting.reader
     shape = (len(reader.layers), len(ids), reader.neurons)
-    masks = {density: torch.zeros(shape, dtype=torch.bool) for density in DENSITIES}
+    masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
     for rows, batch in batched(ids):
 
         def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
-            for density, kept in masks.items():
-                kept[place, rows] = reader.masks(place, a[:, -1], density).cpu()
+            for rule, kept in masks.items():
+                kept[place, rows] = reader.masks(place, a[:, -1], rule).cpu()
 
         reader.read(batch, on_layer)
         advance(batch.numel())

@@ -1,44 +1,44 @@
 """SI1 and SI3 on whole blocks: one pass, each layer reduced at once (methods.md section 6)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.core.bootstrap import layered_ratio
 from actsparse.core.inertia import MAX_DELTA, PREFIXES, PrefixCurve, prefix_overlaps, si1
+from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import paired_overlaps
 from actsparse.core.variance_shares import VarianceShares, VarianceSums, factor_levels, variance_shares, variance_sums
-from actsparse.pipelines.probes.reading import DENSITIES
 from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 
 RAW = "raw"
 DELTAS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-# kappa of every prefix and distance, [layers, sequences, prefixes, deltas], by density and chance level.
-PrefixKappas = dict[tuple[float, str | None], Float[Tensor, "layers sequences prefixes deltas"]]
+# kappa of every prefix and distance, [layers, sequences, prefixes, deltas], by rule and chance level.
+PrefixKappas = dict[tuple[MaskRule, str | None], Float[Tensor, "layers sequences prefixes deltas"]]
 
 
 def add_si1_and_si3(setting: Setting, found: Found) -> None:
     """Rows of `si1`, `si3`, and of overlaps by distance."""
     kappas, shares, distances = _read(setting)
     distances.add_rows(found)
-    for (density, pop), values in kappas.items():
+    for (rule, pop), values in kappas.items():
         curve = si1(values)
         for prefix, point in zip(curve.prefixes, curve.curve, strict=True):
-            found.add_layers("si1", point, r=density, pop=pop, p=prefix)
-        _add_p90(found, curve, values.shape[1], density, pop)
+            found.add_layers("si1", point, **rule.where, pop=pop, p=prefix)
+        _add_p90(found, curve, values.shape[1], rule, pop)
         for row, prefix in enumerate(PREFIXES):
             for delta in DELTAS:
                 at = values[:, :, row, delta - 1].double()
                 point = layered_ratio(at.nan_to_num(0.0), at.isnan().logical_not().double())
-                found.add_interval("si1", point.mean, layer=None, r=density, pop=pop, p=prefix, delta=delta)
+                found.add_interval("si1", point.mean, layer=None, **rule.where, pop=pop, p=prefix, delta=delta)
     for layer, one in zip(found.layers, shares, strict=True):
         _add_shares(found, one, layer)
 
 
-def _add_p90(found: Found, curve: PrefixCurve, n: int, density: float, pop: str | None) -> None:
+def _add_p90(found: Found, curve: PrefixCurve, n: int, rule: MaskRule, pop: str | None) -> None:
     for layer, prefix in zip((*found.layers, None), (*curve.p90, curve.p90_mean), strict=True):
-        found.add("si1_p90", None if prefix is None else float(prefix), n, layer=layer, r=density, pop=pop)
+        found.add("si1_p90", None if prefix is None else float(prefix), n, layer=layer, **rule.where, pop=pop)
 
 
 def _add_shares(found: Found, shares: VarianceShares, layer: int) -> None:
@@ -58,39 +58,44 @@ def _add_shares(found: Found, shares: VarianceShares, layer: int) -> None:
 class _Distances:
     """Overlaps of two tokens of a sequence that stand `d` positions apart and have different ids, by d."""
 
-    def __init__(self, layers: int, sequences: int, chance: dict[float, dict[str | None, Tensor]]) -> None:
-        names = [(density, pop) for density, rates in chance.items() for pop in (RAW, *rates)]
+    def __init__(self, layers: int, sequences: int, chance: dict[MaskRule, dict[str | None, Tensor]]) -> None:
+        names = [(rule, pop) for rule, rates in chance.items() for pop in (RAW, *rates)]
         shape = (len(DELTAS), layers, sequences)
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
         self.counts = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
 
     def add(
-        self, place: int, row: int, density: float, masks: Tensor, ids: Tensor, rates: dict[str | None, Tensor]
+        self,
+        place: int,
+        rule: MaskRule,
+        masks: Bool[Tensor, "sequences positions neurons"],
+        ids: Int[Tensor, "sequences positions"],
+        rates: dict[str | None, Tensor],
     ) -> None:
-        """Add one sequence of one layer: masks [positions, neurons] of the tokens `ids`."""
+        """Add the sequences of one layer."""
         for step, distance in enumerate(DELTAS):
-            if distance >= len(ids):
+            if distance >= ids.shape[1]:
                 continue
-            different = (ids[distance:] != ids[:-distance]).to(masks.device)
-            pairs = paired_overlaps(masks[distance:], masks[:-distance]).only(different)
+            different = (ids[:, distance:] != ids[:, :-distance]).to(masks.device)
+            pairs = paired_overlaps(masks[:, distance:], masks[:, :-distance]).only(different)
             for pop, rate in {RAW: 0.0, **{pop: float(of[place]) for pop, of in rates.items()}}.items():
                 kappas = pairs.kappa(rate)
-                self.sums[density, pop][step, place, row] = float(kappas.nansum(dtype=torch.float64))
-                self.counts[density, pop][step, place, row] = float(kappas.isnan().logical_not().sum())
+                self.sums[rule, pop][step, place] = kappas.nansum(dim=1, dtype=torch.float64).cpu()
+                self.counts[rule, pop][step, place] = kappas.isnan().logical_not().sum(dim=1).double().cpu()
 
     def add_rows(self, found: Found) -> None:
         """The mean over layers at every distance."""
-        for (density, pop), sums in self.sums.items():
+        for (rule, pop), sums in self.sums.items():
             for step, distance in enumerate(DELTAS):
-                counts = self.counts[density, pop][step]
+                counts = self.counts[rule, pop][step]
                 if not counts.any():
                     continue
                 mean = layered_ratio(sums[step], counts).mean
                 if pop == RAW:
-                    found.add_interval("overlap_distance", mean, layer=None, r=density, d=distance)
+                    found.add_interval("overlap_distance", mean, layer=None, **rule.where, d=distance)
                     continue
                 metric = "kappa_u" if pop is UNIFORM else "kappa_p"
-                found.add_interval(metric, mean, layer=None, r=density, pop=pop, pairs="distance", d=distance)
+                found.add_interval(metric, mean, layer=None, **rule.where, pop=pop, pairs="distance", d=distance)
 
 
 def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distances]:
@@ -98,21 +103,23 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
     ids = setting.texts.spread()
     levels = factor_levels(ids[:, sink:])
     length = ids.shape[1] - sink
-    chance = {density: setting.rates(density) for density in DENSITIES}
+    chance = {rule: setting.rates(rule) for rule in setting.rules}
     shape = (len(reader.layers), len(ids), len(PREFIXES), MAX_DELTA)
-    kappas = {(density, pop): torch.zeros(shape) for density in DENSITIES for pop in chance[density]}
+    kappas = {(rule, pop): torch.zeros(shape) for rule in setting.rules for pop in chance[rule]}
     shares: list[VarianceShares] = []
     distances = _Distances(len(reader.layers), len(ids), chance)
 
     def on_layer(place: int, a: Tensor) -> None:
-        sums: list[VarianceSums] = []
-        for row, sequence in enumerate(a[:, sink:]):
-            for density, rates in chance.items():
-                masks = reader.masks(place, sequence, density)
-                distances.add(place, row, density, masks, ids[row, sink:], rates)
-                overlaps = prefix_overlaps(sequence, masks, density)
+        counted = a[:, sink:]
+        for rule, rates in chance.items():
+            masks = reader.masks(place, counted, rule)
+            distances.add(place, rule, masks, ids[:, sink:], rates)
+            for row, sequence in enumerate(counted):
+                overlaps = prefix_overlaps(sequence, masks[row], rule.density)
                 for pop, rate in rates.items():
-                    kappas[density, pop][place, row] = overlaps.kappa(float(rate[place])).cpu()
+                    kappas[rule, pop][place, row] = overlaps.kappa(float(rate[place])).cpu()
+        sums: list[VarianceSums] = []
+        for row, sequence in enumerate(counted):
             sums.append(variance_sums(sequence, levels.rows(row * length, (row + 1) * length)))
         total = sums[0]
         for more in sums[1:]:

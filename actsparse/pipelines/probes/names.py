@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from actsparse.core.mask_rules import MaskKind
 from actsparse.errors import ActsparseError
 
 PROBES = {
@@ -17,7 +18,7 @@ GRADIENTS = "gradients"
 DEFAULT, CHEAP, ALL, NONE = "default", "cheap", "all", "none"
 BY_DEFAULT = ("uncertainty", "inertia", "union")
 CHEAP_PARAMETERS = 50_000_000
-NOT_HERE = "HU3 (trained routers), SI4 (evaluation)"
+NOT_HERE = "HU3, SI4 (actsparse evaluate --study moyu --only HU3,M5)"
 
 
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
@@ -46,11 +47,16 @@ def chosen(names: Iterable[str], parameters: int) -> tuple[str, ...]:
     return tuple(name for name in PROBES if name in asked)
 
 
-def left_out(chosen: Iterable[str]) -> str:
-    """One line: what a profile with the probes `chosen` did not measure, and what measures it."""
-    missing = {name: what for name, what in PROBES.items() if name not in set(chosen)}
-    if not missing:
-        return f"left out: {NOT_HERE}"
-    listed = "; ".join(f"{name} ({what})" for name, what in missing.items())
-    them = "--gradients" if set(missing) == {GRADIENTS} else f"--probes {','.join(missing)}"
-    return f"left out: the probes {listed}: measure them with {them}"
+def left_out(chosen: Iterable[str], masks: Iterable[str] = ()) -> str:
+    """One line: what a profile with the probes `chosen` on these `masks` did not measure, and what measures it."""
+    done, kinds = set(chosen), tuple(masks)
+    missing = {name: what for name, what in PROBES.items() if name not in done}
+    parts: list[str] = []
+    if set(missing) == {GRADIENTS}:
+        parts.append(f"{missing[GRADIENTS]} (--gradients)")
+    elif missing:
+        parts.append(f"{'; '.join(missing.values())} (--probes {','.join(missing)})")
+    others = [kind for kind in MaskKind if kind not in kinds]
+    if others and kinds and done - {GRADIENTS}:
+        parts.append(f"masks by {', '.join(others)} (--masks all)")
+    return "left out: " + "; ".join([*parts, NOT_HERE])

@@ -6,29 +6,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import firing_counts, popularity_rate
-from actsparse.pipelines.probes.reading import DENSITIES, NeuronReader, batched
+from actsparse.pipelines.probes.reading import NeuronReader, batched
 from actsparse.pipelines.progress import Progress
 
 
 @dataclass(frozen=True)
 class Popularity:
-    """Firing counts [layers, neurons] of top-k masks, by density."""
+    """Firing counts [layers, neurons] in the masks of every rule."""
 
-    counts: dict[float, Int[Tensor, "layers neurons"]]
+    counts: dict[MaskRule, Int[Tensor, "layers neurons"]]
 
-    def rates(self, density: float) -> Float[Tensor, " layers"]:
-        """The chance rate of every layer at a density."""
-        return popularity_rate(self.counts[density])
+    def rates(self, rule: MaskRule) -> Float[Tensor, " layers"]:
+        """The chance rate of every layer in the masks of a rule."""
+        return popularity_rate(self.counts[rule])
 
     def tensors(self) -> dict[str, Tensor]:
         """The counts by name, for a shard."""
-        return {f"r{density:g}": counts for density, counts in self.counts.items()}
+        return {rule.name: counts for rule, counts in self.counts.items()}
 
     @classmethod
-    def of_tensors(cls, named: dict[str, Tensor]) -> "Popularity":
+    def of_tensors(cls, named: dict[str, Tensor], rules: tuple[MaskRule, ...]) -> "Popularity":
         """The popularity whose `tensors()` these are."""
-        return cls({density: named[f"r{density:g}"] for density in DENSITIES})
+        return cls({rule: named[rule.name] for rule in rules})
 
 
 def measure_popularity(
@@ -36,11 +37,11 @@ def measure_popularity(
 ) -> Popularity:
     """The popularity over all positions of `blocks` after the sink tokens."""
     shape = (len(reader.layers), reader.neurons)
-    counts = {density: torch.zeros(shape, dtype=torch.int64) for density in DENSITIES}
+    counts = {rule: torch.zeros(shape, dtype=torch.int64) for rule in reader.rules}
 
     def on_layer(place: int, a: Tensor) -> None:
-        for density, total in counts.items():
-            total[place] += firing_counts(reader.masks(place, a[:, sink_tokens:], density)).cpu()
+        for rule, total in counts.items():
+            total[place] += firing_counts(reader.masks(place, a[:, sink_tokens:], rule)).cpu()
 
     with progress.task("probes: popularity of neurons", blocks.numel(), "tokens") as advance:
         for _, ids in batched(blocks):

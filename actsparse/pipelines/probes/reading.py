@@ -1,19 +1,18 @@
 """Reading the neurons of a model block by block: one layer at a time in a callback, nothing kept here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from actsparse.core.mask_rules import TOPK_RULES, MaskKind, MaskRule
 from actsparse.core.overlap import topk_masks
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines.batches import BATCH_TOKENS
 from actsparse.results import Site, SiteKind
-
-DENSITIES = (0.2, 0.5)
 
 # What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, neurons]).
 OnLayer = Callable[[int, Tensor], None]
@@ -36,11 +35,22 @@ def without_weight_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 class NeuronReader:
-    """Runs token ids through a model and hands out the neuron activations of the recorded layers."""
+    """Runs token ids through a model and hands out the neuron activations of the recorded layers.
 
-    def __init__(self, loaded: LoadedModel, layers: tuple[int, ...]) -> None:
+    `rules` say which masks are measured; `eps` [layers] are the CETT thresholds of the layers, for the masks `cett`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        layers: tuple[int, ...],
+        rules: tuple[MaskRule, ...] = TOPK_RULES,
+        eps: Sequence[float] = (),
+    ) -> None:
         self.loaded = loaded
         self.layers = layers
+        self.rules = rules
+        self._eps = tuple(eps)
         self.neurons = loaded.record.intermediate_size
         self._down_norms = [loaded.sites.layers[layer].down_norms(self.neurons) for layer in layers]
 
@@ -77,10 +87,14 @@ class NeuronReader:
         for place, (layer, gradient) in enumerate(zip(self.layers, found, strict=True)):
             on_layer(place, kept[layer].detach().float(), gradient.float())
 
-    def masks(self, place: int, a: Float[Tensor, "*batch neurons"], density: float) -> Bool[Tensor, "*batch neurons"]:
-        """Masks of the top |a| * ||w|| at a density; a neuron that is exactly 0 is not active (ReLU)."""
+    def masks(self, place: int, a: Float[Tensor, "*batch neurons"], rule: MaskRule) -> Bool[Tensor, "*batch neurons"]:
+        """Masks of one layer by a rule; a neuron that is exactly 0 is never active (ReLU)."""
+        if rule.kind is MaskKind.EXACT:
+            return a != 0
         scores = a.abs() * self._down_norms[place]
-        return topk_masks(scores, density) & (scores > 0)
+        if rule.density is None:
+            return (scores >= self._eps[place]) & (scores > 0)
+        return topk_masks(scores, rule.density) & (scores > 0)
 
 
 def batched(ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from actsparse.models.load import LoadedModel
+from actsparse.core.mask_rules import MaskKind
 from actsparse.pipelines.probes.gradients import gradients
 from actsparse.pipelines.probes.inertia import inertia
 from actsparse.pipelines.probes.names import GRADIENTS
@@ -32,22 +32,20 @@ TENSORS = "probes.safetensors"
 
 def run_probes(
     names: tuple[str, ...],
-    loaded: LoadedModel,
-    layers: tuple[int, ...],
+    reader: NeuronReader,
     texts: ProbeTexts,
     writer: RunWriter,
     progress: Progress,
 ) -> list[Measure]:
     """The rows of the probes `names`; their tensors are written beside the tables of the run."""
-    for text in texts.warnings(names):
+    for text in (*texts.warnings(names), *_mask_warnings(reader)):
         writer.warn(text)
         progress.warn(text)
-    reader = NeuronReader(loaded, layers)
     setting = Setting(reader, texts, _popularity(reader, texts, writer, progress), progress)
     rows: list[Measure] = []
     arrays: dict[str, Tensor] = {}
     for name in names:
-        found = _finished(name, layers, writer)
+        found = _finished(name, reader.layers, writer)
         if found is None:
             found = RUNNERS[name](setting)
             _finish(name, found, writer)
@@ -60,10 +58,17 @@ def run_probes(
     return rows
 
 
+def _mask_warnings(reader: NeuronReader) -> list[str]:
+    activation = reader.loaded.record.activation
+    if "relu" in activation.lower() or all(rule.kind is not MaskKind.EXACT for rule in reader.rules):
+        return []
+    return [f"exact masks keep every neuron that is not 0, and {activation} makes no zeros: their kappas are undefined"]
+
+
 def _popularity(reader: NeuronReader, texts: ProbeTexts, writer: RunWriter, progress: Progress) -> Popularity:
     shard = writer.shard("probes-popularity.safetensors")
     if shard.exists():
-        return Popularity.of_tensors(tensors.read(shard))
+        return Popularity.of_tensors(tensors.read(shard), reader.rules)
     found = measure_popularity(reader, texts.calibration, texts.sink_tokens, progress)
     tensors.write(shard, found.tensors())
     return found

@@ -9,8 +9,8 @@ from torch import Tensor
 from actsparse.core.bootstrap import LayerIntervals, layered_ratio
 from actsparse.core.inertia import Inertia, InertiaPairs, inertia_pairs, semantics_ratio, si2
 from actsparse.core.ladder import Rung, input_ladder
-from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate
-from actsparse.pipelines.probes.reading import DENSITIES
+from actsparse.core.mask_rules import MaskRule
+from actsparse.core.overlap import firing_counts, mean_larger, paired_overlaps, popularity_rate
 from actsparse.pipelines.probes.setting import NATURAL, OWN, UNIFORM, Found, Setting
 
 # A raw overlap is a kappa whose chance rate is 0.
@@ -20,7 +20,7 @@ MEASURES = (RAW, UNIFORM, NATURAL, OWN)
 
 @dataclass
 class RungPairs:
-    """What one rung shows at one density, layer after layer.
+    """What one rung shows in the masks of one rule, layer after layer.
 
     `pairs` and the neighbour sums go by the measure; `expected` are the chance overlaps of both popularities.
     """
@@ -41,7 +41,7 @@ class RungPairs:
             self.pairs[name].append(pairs)
         different = (tokens[:, 1:] != tokens[:, :-1]).to(masks.device)
         neighbours = paired_overlaps(masks[:, 1:], masks[:, :-1]).only(different)
-        size = float(masks.count_nonzero(dim=-1).double().mean())
+        size = mean_larger(masks.flatten(0, 1))
         for name, rate in rates.items():
             kappas = neighbours.kappa(rate)
             self.neighbour_sums[name].append(kappas.nansum(dim=1, dtype=torch.float64).cpu())
@@ -55,30 +55,30 @@ def add_si2(setting: Setting, found: Found) -> None:
     texts = setting.texts
     natural = texts.spread()[:, : texts.prompt_length]
     ladder = input_ladder(natural, texts.ends(natural), texts.ordinary, seed=texts.seed)
-    read: dict[Rung, dict[float, RungPairs]] = {}
+    read: dict[Rung, dict[MaskRule, RungPairs]] = {}
     with setting.progress.task("probe inertia: input ladder", natural.numel() * len(ladder), "tokens") as advance:
         for rung, ids in ladder.items():
             read[rung] = _read(setting, ids)
             advance(ids.numel())
-    for rung, by_density in read.items():
-        for density, seen in by_density.items():
-            _add_rung(found, rung, density, seen)
-    for density in DENSITIES:
+    for rung, by_rule in read.items():
+        for rule, seen in by_rule.items():
+            _add_rung(found, rung, rule, seen)
+    for rule in setting.rules:
         for pop in MEASURES[1:]:
-            random, real = (read[rung][density].pairs[pop] for rung in (Rung.UNIFORM_RANDOM, Rung.NATURAL))
-            found.add_interval("sir", semantics_ratio(random, real), layer=None, r=density, pop=pop)
+            random, real = (read[rung][rule].pairs[pop] for rung in (Rung.UNIFORM_RANDOM, Rung.NATURAL))
+            found.add_interval("sir", semantics_ratio(random, real), layer=None, **rule.where, pop=pop)
 
 
-def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[float, RungPairs]:
+def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[MaskRule, RungPairs]:
     """One pass over all sequences of a rung; every layer is reduced to sums over pairs at once."""
     reader, sink = setting.reader, setting.texts.sink_tokens
-    seen = {density: RungPairs() for density in DENSITIES}
-    chance = {density: setting.rates(density) for density in DENSITIES}
+    seen = {rule: RungPairs() for rule in setting.rules}
+    chance = {rule: setting.rates(rule) for rule in setting.rules}
 
     def on_layer(place: int, a: Float[Tensor, "sequences positions neurons"]) -> None:
-        for density, pairs in seen.items():
-            masks = reader.masks(place, a[:, sink:], density)
-            rates = {RAW: 0.0} | {pop: float(rates[place]) for pop, rates in chance[density].items()}
+        for rule, pairs in seen.items():
+            masks = reader.masks(place, a[:, sink:], rule)
+            rates = {RAW: 0.0} | {pop: float(rates[place]) for pop, rates in chance[rule].items()}
             rates[OWN] = float(popularity_rate(firing_counts(masks)))
             pairs.add(masks, ids[:, sink:], rates)
 
@@ -86,12 +86,12 @@ def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[flo
     return seen
 
 
-def _add_rung(found: Found, rung: Rung, density: float, seen: RungPairs) -> None:
+def _add_rung(found: Found, rung: Rung, rule: MaskRule, seen: RungPairs) -> None:
     for name in MEASURES:
         inertia = si2(seen.pairs[name])
         sums, counts = (torch.stack(parts[name]) for parts in (seen.neighbour_sums, seen.neighbour_counts))
         neighbour = layered_ratio(sums.double(), counts.double())
-        where = {"r": density, "rung": rung}
+        where = {**rule.where, "rung": rung}
         if name == RAW:
             found.add_layers("overlap_w", inertia.within, **where)
             found.add_layers("overlap_b", inertia.between, **where)

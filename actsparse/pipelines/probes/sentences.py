@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from actsparse.core.inertia import sentence_masks, sentence_matrices
+from actsparse.core.inertia import mean_densities, sentence_masks, sentence_matrices
 from actsparse.core.ladder import SINK_TOKENS, random_tokens
-from actsparse.pipelines.probes.reading import DENSITIES
+from actsparse.core.mask_rules import MaskRule
 from actsparse.pipelines.probes.setting import Found, Setting
 from actsparse.pipelines.probes.text import ProbeTexts
 
 BANDS = ("early", "middle", "late")
 
-# Per-sentence masks by density.
-SentenceMasks = dict[float, Bool[Tensor, "layers sentences neurons"]]
+# Per-sentence masks by rule.
+SentenceMasks = dict[MaskRule, Bool[Tensor, "layers sentences neurons"]]
 
 
 def add_2x2(setting: Setting, found: Found) -> None:
@@ -27,14 +27,14 @@ def add_2x2(setting: Setting, found: Found) -> None:
     for content, sentences in {"real": real, "random": _random_words(texts, real)}.items():
         for feed in ("parallel", "sequential"):
             masks = _masks(setting, sentences, feed)
-            for density in DENSITIES:
-                for pop, rates in setting.rates(density).items():
-                    matrices = sentence_matrices(masks[density], rates)
-                    where = {"r": density, "pop": pop, "text": content, "feed": feed}
+            for rule in setting.rules:
+                for pop, rates in setting.rates(rule).items():
+                    matrices = sentence_matrices(masks[rule], rates)
+                    where = {**rule.where, "pop": pop, "text": content, "feed": feed}
                     found.add_layers("matrix_2x2", matrices.similarity, **where)
                     for band, interval in zip(BANDS, matrices.bands, strict=True):
                         found.add_interval("matrix_2x2", interval, layer=None, **where, band=band)
-                    name = f"matrix_2x2.{content}.{feed}.r{density:g}" + ("" if pop is None else f".{pop}")
+                    name = f"matrix_2x2.{content}.{feed}.{rule.name}" + ("" if pop is None else f".{pop}")
                     bands = (matrices.early, matrices.middle, matrices.late)
                     found.tensors[name] = torch.stack(bands).float()
 
@@ -51,7 +51,7 @@ def _masks(setting: Setting, sentences: Sequence[Tensor], feed: str) -> Sentence
     reader = setting.reader
     front = torch.tensor([] if setting.texts.bos is None else [setting.texts.bos], dtype=torch.long)
     shape = (len(reader.layers), len(sentences), reader.neurons)
-    masks = {density: torch.zeros(shape, dtype=torch.bool) for density in DENSITIES}
+    masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
 
     def feed_together(first: int, part: Sequence[Tensor]) -> None:
         ids = torch.cat([front, *part])[None]
@@ -62,8 +62,9 @@ def _masks(setting: Setting, sentences: Sequence[Tensor], feed: str) -> Sentence
                 a[0, start + SINK_TOKENS : stop]
                 for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
             ]
-            for density, kept in masks.items():
-                kept[place, first : first + len(part)] = sentence_masks(rows, density).cpu()
+            for rule, kept in masks.items():
+                share = rule.density or [mean_densities(reader.masks(place, row, rule), [len(row)])[0] for row in rows]
+                kept[place, first : first + len(part)] = sentence_masks(rows, share).cpu()
 
         reader.read(ids, on_layer)
 

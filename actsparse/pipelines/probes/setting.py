@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, LayerIntervals
+from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import uniform_rate
 from actsparse.pipelines.probes.popularity import Popularity
 from actsparse.pipelines.probes.reading import NeuronReader
@@ -31,10 +32,14 @@ class Setting:
     def layers(self) -> tuple[int, ...]:
         return self.reader.layers
 
-    def rates(self, density: float) -> dict[str | None, Tensor]:
+    @property
+    def rules(self) -> tuple[MaskRule, ...]:
+        return self.reader.rules
+
+    def rates(self, rule: MaskRule) -> dict[str | None, Tensor]:
         """Chance rates [layers] by the `pop` that names them."""
         uniform = torch.full((len(self.layers),), uniform_rate(self.reader.neurons), dtype=torch.float64)
-        return {UNIFORM: uniform, NATURAL: self.popularity.rates(density)}
+        return {UNIFORM: uniform, NATURAL: self.popularity.rates(rule)}
 
 
 @dataclass

@@ -33,10 +33,12 @@ def measured(
 ) -> pl.DataFrame:
     """`layer` (null: the whole model), `value`, `low`, `high`, `n` and the named keys of `param`, for one metric.
 
-    `low` and `high` come from the rows `<metric>_low` and `<metric>_high`, null where there are none. Rows without a
-    value are left out: what was not measured is not drawn.
+    Masks are those of top-k: rows of other kinds (`masks=` in `param`) are left out. `low` and `high` come from the
+    rows `<metric>_low` and `<metric>_high`, null where there are none. Rows without a value are left out: what was not
+    measured is not drawn.
     """
-    frame = measures.filter((pl.col("metric") == metric) & pl.col("value").is_finite())
+    other_masks = pl.col("param").str.contains("masks=")
+    frame = measures.filter((pl.col("metric") == metric) & pl.col("value").is_finite() & ~other_masks)
     frame = frame.select("layer", "param", "value", "n")
     for end in ("low", "high"):
         found = measures.filter(pl.col("metric") == f"{metric}_{end}").select("layer", "param", value="value")
