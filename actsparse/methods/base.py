@@ -16,7 +16,7 @@ from actsparse.core.masks import kept_count
 from actsparse.core.quantiles import LogHistogram, share_below
 from actsparse.errors import PlanError
 from actsparse.methods.channel_replay import ChannelReplay
-from actsparse.methods.gates import ALL_MATRICES, LayerGates
+from actsparse.methods.gates import ALL_MATRICES, LayerGates, Statistic
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.methods.training import Training
 from actsparse.models.shape import HeadShape
@@ -99,6 +99,10 @@ class Calibration(Protocol):
 
     def magnitudes(self, kind: SiteKind, weights: Sequence[Float[Tensor, " neurons"]]) -> Sequence[LogHistogram]:
         """Histograms of |x_i| * weights_i at a site, one a layer, from one more pass over the calibration text."""
+        ...
+
+    def pooled(self, kind: SiteKind, statistics: Sequence[Statistic]) -> Sequence[Tensor]:
+        """The values of statistics, one an FFN, over every calibration token after the sink tokens at a site."""
         ...
 
     def channels(self) -> ChannelReplay:
@@ -209,6 +213,12 @@ class Method(ABC):
 
     def check_fit(self, fit: Fit, hidden: int) -> None:  # noqa: B027
         """Raise PlanError where what a fit found does not suit layers that read `hidden` channels."""
+
+    @property
+    def control(self) -> str | None:
+        """The short form, without its share, of one mask for all text by the statistic that this method takes of a
+        prompt; None where it takes none."""
+        return None
 
     @property
     def files(self) -> tuple[Path, ...]:

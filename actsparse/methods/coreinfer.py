@@ -13,6 +13,8 @@ from actsparse.errors import PlanError
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, counted_layers
 from actsparse.methods.gates import LayerGates, PrefillGate
 
+TOKEN_FRAC = 0.4
+
 
 class CoreShare:
     """In which share of the prompt's tokens a neuron is in the top set: the `token_frac` largest of |a|, zeros never.
@@ -39,11 +41,20 @@ class CoreShare:
         return self._counts.to(torch.float64) / self._tokens
 
 
+def check_token_frac(token_frac: float, method: str) -> None:
+    """Raise PlanError where the share of a token's top set is none."""
+    if not 0 < token_frac <= 1:
+        raise PlanError(
+            f"{method}: token_frac must be above 0 and at most 1, not {token_frac:g}",
+            "it is the share of neurons in a token's top set; the paper's is 0.4",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CoreInfer(Method):
     """The r*f neurons that are in the top set of most prompt tokens (ties: the lower index)."""
 
-    token_frac: float = 0.4
+    token_frac: float = TOKEN_FRAC
     refresh_every: int = 0
 
     name = "coreinfer"
@@ -53,15 +64,16 @@ class CoreInfer(Method):
     serves_experts = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.token_frac <= 1:
-            raise PlanError(
-                f"coreinfer: token_frac must be above 0 and at most 1, not {self.token_frac:g}",
-                "it is the share of neurons in a token's top set; the paper's is 0.4",
-            )
+        check_token_frac(self.token_frac, self.name)
         if self.refresh_every < 0:
             raise PlanError(
                 f"coreinfer: refresh_every must be at least 0, not {self.refresh_every}", "0 chooses once a sequence"
             )
+
+    @property
+    def control(self) -> str:
+        own = f",token_frac={self.token_frac:g}" if self.token_frac != TOKEN_FRAC else ""
+        return f"static:stat=coreinfer{own}"
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         return counted_fit(counted_layers(budget, self.name, calibration.widths))

@@ -2,7 +2,7 @@
 
 Rows of the gate projection (of the first one without a gate), L2-normalised, are clustered into balanced experts.
 `routing=token` chooses for every token (RIDA in MOYU's terms), `routing=sequence` once, from the mean score of the
-prompt (sRIDA).
+prompt (sRIDA), `routing=static` once for all text, from the mean score of the calibration text (the control of sRIDA).
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class MoEfication(TrainedMethod):
     """
 
     neurons: int = 32
-    routing: Literal["token", "sequence"] = "token"
+    routing: Literal["token", "sequence", "static"] = "token"
     router: Literal["centroid", "mlp", "oracle"] = "centroid"
     score: Literal["positive", "abs"] = "positive"
     refresh_every: int = 0
@@ -63,7 +63,7 @@ class MoEfication(TrainedMethod):
         super().__post_init__()
         if self.neurons < 1:
             raise PlanError(f"moefication: neurons must be at least 1, not {self.neurons}", "the default is 32")
-        if self.refresh_every < 0 or (self.refresh_every and self.routing == "token"):
+        if self.refresh_every < 0 or (self.refresh_every and self.routing != "sequence"):
             raise PlanError(
                 f"moefication: refresh_every={self.refresh_every} does not go with routing={self.routing}",
                 "it is for routing=sequence, and at least 0",
@@ -73,6 +73,13 @@ class MoEfication(TrainedMethod):
     def site(self) -> SiteKind:
         """Where the router reads."""
         return SiteKind.NEURON if self.router == "oracle" else SiteKind.MLP_IN
+
+    @property
+    def control(self) -> str | None:
+        if self.routing != "sequence":
+            return None
+        options = self.options | {"routing": "static"}
+        return "moefication:" + ",".join(f"{key}={value}" for key, value in options.items() if key != "refresh_every")
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:
         routed = chosen_layers(self.name, self.layers, len(calibration.widths))
@@ -89,14 +96,27 @@ class MoEfication(TrainedMethod):
         drops = tuple(1 - (plan.kept or 0) / plan.width for plan in plans.values())
         # with experts of one size every choice keeps the same number; a smaller last one makes it vary with the text
         exact = all(plan.width % self.neurons == 0 for plan in wanted)
-        return Fit(
+        fit = Fit(
             layers=tuple(plans.values()), predicted_drop=drops, realised_drop=drops if exact else (), tensors=tensors
         )
+        return replace(fit, tensors=tensors | self._fixed(calibration, fit)) if self.routing == "static" else fit
+
+    def _fixed(self, calibration: Calibration, fit: Fit) -> dict[str, Tensor]:
+        """With `routing=static`, the neurons of the experts with the best mean score on calibration text."""
+        rules = {plan.layer: self._rule(plan, fit) for plan in fit.layers if plan.kept != plan.width}
+        if not rules:
+            return {}
+        unread = CentroidScores(torch.zeros(1, 1))
+        scores = [MeanScores(rules[one.layer].scores if one.layer in rules else unread) for one in fit.layers]
+        means = calibration.pooled(self.site, scores)
+        return {f"layers.{layer}.mask": rule.neurons(means[layer]) for layer, rule in rules.items()}
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         plan = fit.layers[layer]
         if plan.kept == plan.width:
             return LayerGates(neurons=FixedGate(torch.ones(plan.width, dtype=torch.bool)))
+        if self.routing == "static":
+            return LayerGates(neurons=FixedGate(tensor_of(fit, f"layers.{layer}.mask")))
         rule = self._rule(plan, fit)
         if self.routing == "sequence":
             statistic = partial(MeanScores, rule.scores)

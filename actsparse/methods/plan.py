@@ -1,7 +1,7 @@
 """A fitted plan: a method, what its fit found, and how it is known. To and from records and tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,10 +13,8 @@ from actsparse.methods.error_target import fit_to_error
 from actsparse.methods.gates import LayerGates, TokenGate
 from actsparse.methods.neuron_allocation import by_layer
 from actsparse.methods.registry import method_class
-from actsparse.methods.short import NO_ADD_ONS, ShortForm
+from actsparse.methods.short import NO_ADD_ONS, ShortForm, build
 from actsparse.results import FfnPlace, ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
-
-ADD_ON_NAMES = frozenset(part.name for part in fields(AddOns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +121,12 @@ def check_model(record: ThresholdPlan, name: str, model: ModelRecord) -> None:
 
 def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) -> Plan:
     """The plan of a record and its tensors; raises PlanError where its options are not the method's."""
-    cls = method_class(record.method)
-    extra = {key: value for key, value in record.options.items() if key in ADD_ON_NAMES}
     try:
-        method = cls(**{key: value for key, value in record.options.items() if key not in extra})
-        add_ons = AddOns(compensate=bool(extra.get("compensate", False)), protect=float(extra.get("protect", 0.0)))
-    except TypeError as error:
-        raise PlanError(f"the plan {name} has options that {record.method} lacks: {error}", "fit it again") from None
+        method, add_ons = build(method_class(record.method), {key: str(value) for key, value in record.options.items()})
+    except PlanError as error:
+        raise PlanError(
+            f"the plan {name} has options that {record.method} lacks: {error.what}", "fit it again"
+        ) from None
     fit = Fit(
         layers=tuple(replace(one, dropped=None) for one in record.layers),
         predicted_drop=tuple(one.dropped or 0.0 for one in record.layers),

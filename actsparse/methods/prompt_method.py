@@ -38,15 +38,15 @@ class PromptMethod(Method, ABC):
 
     def check(self, gated: bool) -> None:
         super().check(gated)
-        if self.source == "up" and not gated:
-            raise PlanError(
-                f"{self.name}: source=up needs a gated FFN, and this model's has two matrices only",
-                "use source=a, n or gate",
-            )
+        self.reading.check(self.name, gated)
 
     @property
     def needs_replay(self) -> bool:
         return self.source == "n"
+
+    @property
+    def control(self) -> str:
+        return "static:stat=griffin" + (f",source={self.source}" if self.source != "a" else "")
 
     @property
     def reading(self) -> PromptReading:

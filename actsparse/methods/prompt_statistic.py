@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsparse.errors import PlanError
 from actsparse.results import SiteKind
 
 Source = Literal["a", "n", "gate", "up"]
@@ -59,6 +60,14 @@ class PromptReading:
 
     source: Source = "a"
     first: int = 0
+
+    def check(self, method: str, gated: bool) -> None:
+        """Raise PlanError where a model whose FFN is (not) gated lacks what is read."""
+        if self.source == "up" and not gated:
+            raise PlanError(
+                f"{method}: source=up needs a gated FFN, and this model's has two matrices only",
+                "use source=a, n or gate",
+            )
 
     @property
     def site(self) -> SiteKind:

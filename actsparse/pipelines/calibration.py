@@ -13,7 +13,7 @@ from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import relative_errors
 from actsparse.errors import PlanError
 from actsparse.methods.base import NeuronMeans
-from actsparse.methods.gates import LayerGates
+from actsparse.methods.gates import LayerGates, Statistic
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.models.load import LoadedModel
 from actsparse.models.shape import HeadShape, shape_of
@@ -169,6 +169,19 @@ class Replay:
         self._run("weighing calibration activations", kind, on_value, len(self.blocks.ids[0]))
         return found
 
+    def pooled(self, kind: SiteKind, statistics: Sequence[Statistic]) -> list[Tensor]:
+        """See `methods.base.Calibration`; experts see the tokens routed to them."""
+        sites = self.loaded.sites
+
+        def on_value(site: Site, x: Tensor) -> None:
+            rows = x[0, self._sink :]
+            if self._tap.routed is not None:
+                rows = rows[self._tap.routed[0, self._sink :]]
+            statistics[sites.ffn_index[site.layer, site.expert]].add(rows)
+
+        self._run("reading calibration text", kind, on_value, len(self.blocks.ids[0]))
+        return [one.value().cpu() for one in statistics]
+
     def _run(self, what: str, kind: SiteKind, on_value: Callable[[Site, Tensor], None], stop: int) -> None:
         """One dense pass over the first `stop` positions of every block."""
         ids = self.blocks.stack()[:, :stop]
@@ -285,6 +298,9 @@ class TextCalibration:
 
     def magnitudes(self, kind: SiteKind, weights: Sequence[Tensor]) -> list[LogHistogram]:
         return self._replay.magnitudes(kind, weights)
+
+    def pooled(self, kind: SiteKind, statistics: Sequence[Statistic]) -> list[Tensor]:
+        return self._replay.pooled(kind, statistics)
 
     def prompts(self) -> Replay:
         return self._replay

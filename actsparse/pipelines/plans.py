@@ -81,7 +81,9 @@ def build(
     groups = [_group(name, loaded, calibration, cost) for name in names]
     if controls:
         have = {group.name for group in groups}
-        wanted = dict.fromkeys(f"{control}@{share:.12g}" for share in _shares(groups) for control in CONTROLS)
+        wanted = dict.fromkeys(
+            f"{control}@{share:.12g}" for share, own in _shares(groups).items() for control in (*CONTROLS, *own)
+        )
         groups += [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
     return groups
 
@@ -132,13 +134,16 @@ def _fitted(
     return PlanGroup(short.text, tuple(plans), named=named)
 
 
-def _shares(groups: list[PlanGroup]) -> list[float]:
-    """The shares dropped by the named methods that are no controls; shares that a fit found, to a thousandth."""
-    shares: set[float] = set()
+def _shares(groups: list[PlanGroup]) -> dict[float, list[str]]:
+    """The shares dropped by the named methods that are no controls (those that a fit found, to a thousandth), in
+    order, each with the further controls that its methods ask for."""
+    shares: dict[float, list[str]] = {}
     for plan in (group.plan for group in groups if group.plan.method.name not in ("random", "static")):
         found = (plan.realised or plan.predicted).neuron_frac
         if found is None:
             # no neurons are dropped: a mask over neurons of that share would be no control
             continue
-        shares.add(round(found, 3) if plan.amount is None else plan.amount)
-    return sorted(share for share in shares if 0 < share < 1)
+        share = round(found, 3) if plan.amount is None else plan.amount
+        if 0 < share < 1:
+            shares.setdefault(share, []).extend([plan.method.control] if plan.method.control else [])
+    return dict(sorted(shares.items()))

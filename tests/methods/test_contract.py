@@ -16,8 +16,7 @@ from actsparse.data.sequences import Sequences, blocks_of
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.errors import PlanError
 from actsparse.methods import registry
-from actsparse.methods.base import Decides
-from actsparse.methods.gates import FixedGate
+from actsparse.methods.gates import FixedGate, PrefillGate
 from actsparse.methods.griffin import Griffin
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record, to_record
 from actsparse.methods.registry import all_methods, method_class
@@ -34,8 +33,23 @@ from actsparse.store.codec import decode, encode
 PROMPT, BLOCK, SINK = 16, 40, 4
 QUICK = {"dejavu": "dejavu:epochs=2,batch=32", "moefication": "moefication:neurons=2"}
 """Options under which a method suits a model of 48 neurons and a test of a second."""
+VARIANTS = (
+    "moefication:neurons=2,routing=sequence",
+    "moefication:neurons=2,routing=static",
+    "moefication:neurons=2,router=mlp,epochs=2,batch=32",
+    "dejavu:input=lookahead,epochs=2,batch=32",
+    "static:stat=coreinfer",
+    "tda:length_aware=true",
+    "teal:mode=topk",
+    "wina:mode=threshold",
+)
+"""Options under which a method decides in another way."""
 every_method = pytest.mark.parametrize(
-    "name", [QUICK.get(name, name) for name in all_methods() if name != "auto" and not name.startswith("heads-")]
+    "name",
+    [
+        *(QUICK.get(name, name) for name in all_methods() if name != "auto" and not name.startswith("heads-")),
+        *VARIANTS,
+    ],
 )
 """Methods over neurons or channels; those over heads have `test_heads.py`, the mix of several `test_auto.py`."""
 
@@ -93,8 +107,8 @@ def by_size(shares: dict[tuple[Unit, int], float], loaded: LoadedModel) -> float
 
 
 def counted_from(plan: Plan) -> int:
-    """Per-token methods are fitted on every position after the sink tokens."""
-    return SINK if plan.method.decides is Decides.TOKEN else PROMPT
+    """A mask of the prompt starts after it; the others are fitted on every position after the sink tokens."""
+    return PROMPT if any(isinstance(gates.neurons, PrefillGate) for gates in plan.gates()) else SINK
 
 
 @every_method
@@ -187,6 +201,18 @@ def test_a_plan_goes_through_its_record_and_tensors(
                 with masked(loaded.sites, MaskedPlan(one.gates(), prompt_length=PROMPT, sink_tokens=SINK)):
                     outputs.append(loaded.model(input_ids=ids, use_cache=False).logits)
         assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "text", ["griffin:compensate=true,protect=0.1@0.4", "cats:allocation=sensitivity@0.4", "teal:allocation=greedy@0.4"]
+)
+def test_a_record_keeps_options_and_add_ons_apart(
+    text: str, loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
+) -> None:
+    plan = fitted(text, loaded, calibration)[0]
+    record = decode(encode(to_record(plan, loaded.record, blocks.record)), ThresholdPlan, "plan.json")
+    again = from_record(record, plan.fit.tensors, "runs/p")
+    assert (again.method, again.add_ons) == (plan.method, plan.add_ons) == (parse(text).method, parse(text).add_ons)
 
 
 @every_method

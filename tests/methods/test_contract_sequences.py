@@ -6,7 +6,7 @@ In float64, where a marginal entry does not flip by rounding, sequences of a bat
 import pytest
 import torch
 from lengths import BLOCK, PROMPT, SINK
-from test_contract import QUICK
+from test_contract import QUICK, VARIANTS
 from tiny import make_model, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from actsparse.methods.short import parse
 from actsparse.models.sites import resolve
 
 NEW, PAD = 5, 3
-every_method = pytest.mark.parametrize("name", [QUICK.get(name, name) for name in all_methods()])
+every_method = pytest.mark.parametrize("name", [*(QUICK.get(name, name) for name in all_methods()), *VARIANTS])
 
 
 @pytest.fixture(scope="module")
