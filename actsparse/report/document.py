@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from actsparse.report.page import columns, finite
+from actsparse.report.payloads import columns, finite
 from actsparse.report.studies import StudyView
 from actsparse.report.view import FigureView, ReportView
 

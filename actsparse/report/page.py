@@ -1,39 +1,38 @@
 """The page: one HTML file with everything inside, under a Content-Security-Policy that allows nothing else.
 
 Scripts are allowed by hash. plotly.js is kept compressed and inflated in the browser into a `blob:` script, so that the
-file stays small; figures and their numbers are JSON in script elements that are data, not code.
+file stays small; figures and their numbers are compressed JSON in a script element that is data, not code.
 """
 
 import base64
 import hashlib
-import json
-import math
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from actsparse import __version__
+from actsparse.errors import ActsparseError
 from actsparse.report.bundle import VERSION as PLOTLY_VERSION
 from actsparse.report.bundle import compressed_plotly
-from actsparse.report.looks import DARK_TWIN, Looks
+from actsparse.report.economy import ECONOMIES, Economy
+from actsparse.report.looks import DARK_TWIN
+from actsparse.report.payloads import Drawing, drawing, embedded, packed, payload
 from actsparse.report.studies import ExperimentView, StudyView
 from actsparse.report.view import FigureView, ReportView, SectionView, figure_of
 from actsparse.report.wording import clean
 
-DIGITS = 6
+LARGEST = 6_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure ready for the page: its JSON, height, whether it takes the whole width, the choices of its menu."""
+    """A figure ready for the page: whether it takes the whole width, its height, the choices of its menu."""
 
     view: FigureView
     wide: bool
-    json: Markup
     height: int
     choice_name: str
     choices: tuple[str, ...]
@@ -59,12 +58,59 @@ class DrawnSection:
     figures: tuple[Drawn, ...]
 
 
-def render(view: ReportView) -> str:
-    """The whole report as HTML."""
-    sections = tuple(_section(section, view.looks) for section in view.sections)
-    studies = tuple(_study(study, view.looks) for study in view.studies)
-    payloads = [drawn for section in sections for drawn in section.figures]
-    payloads += [drawn for study in studies for experiment in study.experiments for drawn in experiment.figures]
+def render(view: ReportView, largest: int = LARGEST) -> str:
+    """The whole report as HTML of at most `largest` bytes; what had to be left out for that is among its warnings.
+
+    Raises ActsparseError where even the least of the runs does not fit.
+    """
+    return fitted(view, drawings_of(view), largest)
+
+
+def drawings_of(view: ReportView) -> dict[str, Drawing]:
+    """Every figure of the view drawn, by its id: most of the time that a page takes."""
+    return {figure.id: drawing(figure, view.looks) for figure in view.figures}
+
+
+def fitted(view: ReportView, drawings: dict[str, Drawing], largest: int) -> str:
+    """The page with as little left out as `largest` bytes allow."""
+    for economy in ECONOMIES:
+        page = _page(economy.reduced(view), drawings, economy)
+        if len(page.encode("utf-8", errors="replace")) <= largest:
+            return page
+    raise ActsparseError(
+        f"these {len(view.origins)} runs do not fit into a page of {largest / 1e6:g} MB",
+        "report on fewer runs at once",
+    )
+
+
+def render_figure(figure: FigureView, view: ReportView) -> str:
+    """One figure as a page that stands by itself, with its caption, help, numbers and plotly.js inside."""
+    drawn = drawing(figure, view.looks)
+    title = f"{figure.row.title}, {figure.panel}" if figure.panel else figure.row.title
+    return _filled(
+        "figure.html.jinja",
+        view,
+        title=title,
+        figure=replace(_drawn(figure, drawn), wide=True),
+        figures_packed=packed([payload(figure, drawn, Economy())]),
+    )
+
+
+def _page(view: ReportView, drawings: dict[str, Drawing], economy: Economy) -> str:
+    sections = tuple(_section(section, drawings) for section in view.sections)
+    return _filled(
+        "page.html.jinja",
+        view,
+        sections=sections,
+        studies=tuple(_study(study, drawings) for study in view.studies),
+        contents=_contents(view, sections),
+        no_verdict=_no_verdict(view),
+        figures_packed=packed([payload(figure, drawings[figure.id], economy) for figure in view.figures]),
+    )
+
+
+def _filled(template: str, view: ReportView, **values: Any) -> str:
+    """The template with what every page holds: policy, style, scripts, plotly.js."""
     early, script = _asset("theme.js"), _asset("report.js")
     environment = Environment(
         loader=PackageLoader("actsparse.report", "."),
@@ -74,13 +120,8 @@ def render(view: ReportView) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template(template).render(
         view=view,
-        sections=sections,
-        studies=studies,
-        payloads=payloads,
-        contents=_contents(view, sections),
-        no_verdict=_no_verdict(view),
         policy=policy(early, script),
         style=Markup(_asset("report.css")),
         early_script=Markup(early),
@@ -90,6 +131,7 @@ def render(view: ReportView) -> str:
         plotly=Markup(compressed_plotly()),
         plotly_version=PLOTLY_VERSION,
         version=__version__,
+        **values,
     )
 
 
@@ -104,26 +146,16 @@ def policy(*scripts: str) -> str:
     )
 
 
-def embedded(value: Any) -> Markup:
-    """JSON that can stand in a script element: no `<`, no line separators, no NaN."""
-    text = json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def columns(frame: pl.DataFrame) -> dict[str, list[Any]]:
-    """A frame's columns as lists, numbers rounded, text cleaned: the CSV of a figure."""
-    return {name: [_rounded(value) for value in frame[name].to_list()] for name in frame.columns}
-
-
-def _section(section: SectionView, looks: Looks) -> DrawnSection:
-    rows = [[_drawn(figure, looks) for figure in row] for row in section.figures]
+def _section(section: SectionView, drawings: dict[str, Drawing]) -> DrawnSection:
+    rows = [[_drawn(figure, drawings[figure.id]) for figure in row] for row in section.figures]
     return DrawnSection(view=section, figures=tuple(_placed(rows)))
 
 
-def _study(study: StudyView, looks: Looks) -> DrawnStudy:
+def _study(study: StudyView, drawings: dict[str, Drawing]) -> DrawnStudy:
     experiments = []
     for experiment in study.experiments:
-        figures = [_drawn(figure_of(panel, study), looks) for panel in experiment.panels if panel.row is not None]
+        views = [figure_of(panel, study) for panel in experiment.panels if panel.row is not None]
+        figures = [_drawn(view, drawings[view.id]) for view in views]
         experiments.append(DrawnExperiment(view=experiment, figures=tuple(_placed([[one] for one in figures]))))
     return DrawnStudy(view=study, experiments=tuple(experiments))
 
@@ -146,30 +178,16 @@ def _placed(rows: list[list[Drawn]]) -> list[Drawn]:
     return placed
 
 
-def _drawn(figure: FigureView, looks: Looks) -> Drawn:
-    drawn = figure.row.draw(figure.frame, looks).to_plotly_json()
-    layout = json.loads(_plotly_json(drawn["layout"]))
+def _drawn(figure: FigureView, drawn: Drawing) -> Drawn:
+    layout = drawn["layout"]
     variants = (layout.get("meta") or {}).get("variants") or {"name": "", "choices": []}
-    payload = {
-        "name": figure.id,
-        "data": json.loads(_plotly_json(drawn["data"])),
-        "layout": layout,
-        "columns": columns(figure.frame),
-    }
     return Drawn(
         view=figure,
         wide=figure.row.wide,
-        json=embedded(payload),
         height=int(layout.get("height", 340)),
         choice_name=variants["name"],
         choices=tuple(choice["label"] for choice in variants["choices"]),
     )
-
-
-def _plotly_json(value: Any) -> str:
-    from plotly.io.json import to_json_plotly
-
-    return str(to_json_plotly(value, engine="json"))
 
 
 def _cleaned(value: Any) -> Any:
@@ -198,18 +216,3 @@ def _no_verdict(view: ReportView) -> str:
 
 def _asset(name: str) -> str:
     return files("actsparse.report").joinpath(name).read_text(encoding="utf-8").strip()
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return clean(value) if isinstance(value, str) else value
-
-
-def finite(value: Any) -> Any:
-    """The value with NaN and infinities as null, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value

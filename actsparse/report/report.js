@@ -1,6 +1,6 @@
 (() => {
   "use strict";
-  const NARROW = 560, PRINTED = 660, MOST_ROWS = 500;
+  const NARROW = 560, PRINTED = 660, MOST_ROWS = 500, CHUNK = 50;
   const root = document.documentElement;
   const twin = JSON.parse(document.getElementById("twin").textContent);
   const plots = [...document.querySelectorAll("[data-figure]")];
@@ -30,7 +30,8 @@
 
   // Figures
 
-  const payload = (id) => JSON.parse(document.getElementById(`data-${id}`).textContent);
+  let texts = new Map();
+  const payload = (id) => JSON.parse(texts.get(id));
 
   /** Swap every light colour under a key that holds colours. */
   function inDark(value, key) {
@@ -131,14 +132,15 @@
       }
     };
     plots.forEach((plot) => watcher.observe(plot));
-    const idle = window.requestIdleCallback || ((task) => setTimeout(task, 30));
     const next = () => {
-      const [plot] = waiting;
-      if (!plot) return;
-      once(plot);
-      idle(next);
+      const end = performance.now() + CHUNK; // Then the page may scroll and answer before more are drawn.
+      for (const plot of waiting) {
+        once(plot);
+        if (performance.now() > end) break;
+      }
+      if (waiting.size) setTimeout(next);
     };
-    setTimeout(() => idle(next), 400);
+    requestAnimationFrame(() => setTimeout(next)); // What is in sight comes first: the watcher reports within a frame.
     addEventListener("beforeprint", () => {
       printing = true;
       plots.forEach((plot) => { waiting.delete(plot); draw(plot); });
@@ -167,12 +169,21 @@
     return bytes;
   }
 
+  function inflated(id) {
+    const stream = new Blob([bytesOf(document.getElementById(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream);
+  }
+
+  /** The figures lie compressed in the page: a line of names, then one line of JSON each. */
+  async function readFigures() {
+    const [names, ...lines] = (await inflated("figures").text()).split("\n");
+    texts = new Map(JSON.parse(names).map((name, place) => [name, lines[place]]));
+  }
+
   /** plotly.js lies compressed in the page; it becomes a script of its own. */
-  async function inflate() {
-    const stream = new Blob([bytesOf(document.getElementById("plotly").textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const inflated = await new Response(stream).arrayBuffer();
+  async function loadPlotly() {
+    const code = new Blob([await inflated("plotly").arrayBuffer()], { type: "text/javascript" });
     performance.mark("inflated");
-    const code = new Blob([inflated], { type: "text/javascript" });
     const url = URL.createObjectURL(code);
     await new Promise((resolve, reject) => {
       const script = document.createElement("script");
@@ -184,10 +195,12 @@
     URL.revokeObjectURL(url);
   }
 
+  const read = readFigures();
+
   async function start() {
     try {
       performance.mark("start");
-      await inflate();
+      await Promise.all([read, loadPlotly()]);
       performance.mark("plotly ready");
       drawLazily();
       watchWidth();
@@ -217,17 +230,18 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   }
 
-  function rowsOf(id) {
-    const { columns } = payload(id);
+  async function rowsOf(id) {
+    await read;
+    const { columns, rows: all } = payload(id);
     const names = Object.keys(columns);
     const count = names.length ? columns[names[0]].length : 0;
-    return { names, rows: Array.from({ length: count }, (_, place) => names.map((name) => columns[name][place])) };
+    return { names, all, rows: Array.from({ length: count }, (_, place) => names.map((name) => columns[name][place])) };
   }
 
-  function fillNumbers(details) {
+  async function fillNumbers(details) {
     const box = details.querySelector(".scroll");
     if (!details.open || box.firstChild) return;
-    const { names, rows } = rowsOf(details.dataset.numbers);
+    const { names, all, rows } = await rowsOf(details.dataset.numbers);
     const table = document.createElement("table");
     const head = table.createTHead().insertRow();
     for (const name of names) {
@@ -242,9 +256,12 @@
       for (const value of row) line.insertCell().textContent = value === null ? "\u2013" : String(value);
     }
     box.append(table);
-    if (rows.length > MOST_ROWS) {
+    const notes = [];
+    if (rows.length > MOST_ROWS) notes.push(`The first ${MOST_ROWS} of ${rows.length} rows; the CSV has all.`);
+    if (rows.length < all) notes.push(`${rows.length} of ${all} rows, evenly; this page had to leave out the others.`);
+    for (const text of notes) {
       const note = document.createElement("p");
-      note.textContent = `The first ${MOST_ROWS} of ${rows.length} rows; the CSV has all.`;
+      note.textContent = text;
       box.append(note);
     }
   }
@@ -299,8 +316,8 @@
     const heading = at(".grid thead th"), figure = at("[data-csv-figure]"), table = at("[data-csv-table]"), copy = at(".copy");
     if (heading && at("button")) sortBy(heading);
     if (figure) {
-      const { names, rows } = rowsOf(figure.dataset.csvFigure);
-      download(figure.dataset.csvFigure, csv([names, ...rows]));
+      const name = figure.dataset.csvFigure;
+      rowsOf(name).then(({ names, rows }) => download(name, csv([names, ...rows])));
     }
     const picture = at("[data-svg-figure]");
     if (picture && window.Plotly) {

@@ -12,6 +12,8 @@ import pytest
 from chromium import Page, browser, find_chromium
 
 from actsparse.report.build import report
+from actsparse.report.export import export_figures
+from actsparse.report.view import build_view
 from actsparse.specs import ReportSpec
 
 pytestmark = pytest.mark.browser
@@ -164,6 +166,7 @@ def test_numbers_come_as_a_table_and_as_csv(page: Page, html: Path) -> None:
         "(async () => { const made = [], old = URL.createObjectURL;"
         " URL.createObjectURL = b => (made.push(b), old(b));"
         " document.querySelector('[data-csv-figure=kl-0]').click();"
+        " while (!made.length) await new Promise(done => setTimeout(done, 10));"
         " URL.createObjectURL = old; return made[0].text(); })()"
     )
     assert caught.splitlines()[0] == "plan,metric,value,stderr,n"
@@ -179,6 +182,18 @@ def test_help_opens_by_keyboard_and_closes_on_escape(page: Page, html: Path) -> 
     for kind in ("keyDown", "keyUp"):
         page.send("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
     assert page.evaluate("document.querySelector('#figure-kl-0 .help').open") is False
+
+
+def test_a_single_figure_opens_by_itself(page: Page, hostile: tuple[Path, ...], tmp_path: Path) -> None:
+    export_figures(build_view(ReportSpec(runs=hostile)), tmp_path / "figures")
+    alone = tmp_path / "alone" / "frontier-0.html"
+    alone.parent.mkdir()
+    (tmp_path / "figures" / "frontier-0.html").rename(alone)
+    page.open(alone, width=390, dark=True)
+    assert drawn(page) == {"figures": 1, "drawn": 3, "empty": [], "overflow": 0}
+    assert page.evaluate("document.querySelector('#plot-frontier-0').textContent.includes('</script>')") is True
+    assert page.problems == []
+    assert [url for url in page.requests if not url.startswith(("blob:", "data:"))] == [alone.resolve().as_uri()]
 
 
 def test_hostile_text_is_inert(page: Page, hostile_html: Path, shots: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,9 +68,12 @@ def test_figures_are_written_one_by_one(view: ReportView, tmp_path: Path) -> Non
     assert all(path.exists() for path in paths)
     csv = pl.read_csv(tmp_path / "figures" / "kl-0.csv")
     assert csv["plan"][0] == "griffin@0.25"
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".html", ".csv"}
     page = (tmp_path / "figures" / "kl-0.html").read_text()
-    assert '<script src="plotly.min.js">' in page
-    assert "http" not in page.split("</head>")[0]
+    assert "src=" not in re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page, flags=re.DOTALL)
+    assert "default-src &#39;none&#39;" in page
+    assert page.count('data-figure="') == 1
+    assert "How to read this: The mean KL divergence" in page
     with pytest.raises(ActsparseError, match="exists"):
         export_figures(view, tmp_path / "figures")
     export_figures(view, tmp_path / "figures", force=True)

@@ -24,6 +24,7 @@ _AXIS = {
     "ticks": "outside",
     "ticklen": 4,
     "automargin": True,
+    "ticklabeloverflow": "allow",
     "title": {"standoff": 10, "font": {"size": 13}},
 }
 _TEMPLATE = go.layout.Template(
