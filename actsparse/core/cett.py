@@ -6,17 +6,23 @@ arXiv 2402.03804).
     sparsity     = |D| / f
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.core.quantiles import rank
+from actsparse.core.tail_norms import Tail, chunks
 
-CHUNK_ENTRIES = 1 << 23
 SOLVE_STEPS = 30
+# A threshold is known when its bracket is narrower than this share of it.
+TOLERANCE = 1e-5
+# How far beside a first guess, as a share of it, the solution is looked for.
+MARGIN = 0.06
 CURVE_TOKENS = 1024
 CURVE_SHARES = (0.01, *(round(0.03 * i, 2) for i in range(1, 31)), 0.95, 0.98)
 
@@ -37,42 +43,47 @@ class CettPoint:
 class CettLayer:
     """The neuron activations of one layer, ready for CETT at any threshold.
 
-    a: [tokens, neurons]; down: [hidden, neurons]. Tokens whose output is zero or not finite are left out.
+    Tokens whose output is zero or not finite are left out; `output_norms` [tokens] are those of the others.
     """
 
-    a: Float[Tensor, "tokens neurons"]
-    down: Float[Tensor, "hidden neurons"]
-    norms: Float[Tensor, " neurons"]
+    tail: Tail
     output_norms: Float[Tensor, " tokens"]
 
     @classmethod
     def of(cls, a: Float[Tensor, "tokens neurons"], down: Float[Tensor, "hidden neurons"]) -> "CettLayer":
         """Prepare activations; in float32."""
-        a, down = a.float(), down.float()
-        outputs = torch.cat([(part @ down.T).norm(dim=1) for part in _chunks(a)]) if len(a) else a.new_zeros(0)
+        a, rows = a.float(), down.float().t().contiguous()
+        outputs = torch.cat([(part @ rows).norm(dim=1) for part in chunks(a)]) if len(a) else a.new_zeros(0)
         used = (outputs > 0) & outputs.isfinite() & a.isfinite().all(dim=1)
-        return cls(a[used], down, down.norm(dim=0), outputs[used])
+        if not used.all():
+            a, outputs = a[used], outputs[used]
+        return cls(Tail(a.contiguous(), rows, rows.norm(dim=1)), outputs)
 
     @property
     def tokens(self) -> int:
-        return len(self.a)
+        return len(self.tail.a)
 
     def head(self, tokens: int) -> "CettLayer":
         """The first `tokens` tokens only."""
-        return CettLayer(self.a[:tokens], self.down, self.norms, self.output_norms[:tokens])
+        return CettLayer(self.tail.head(tokens), self.output_norms[:tokens])
 
     def largest_score(self) -> float:
         """The largest |a|*||w||."""
-        return float((self.a.abs().amax(dim=0) * self.norms).max()) if self.tokens else 0.0
+        return float((self.tail.a.abs().amax(dim=0) * self.tail.norms).max()) if self.tokens else 0.0
 
     def at(self, eps: float) -> CettPoint:
         """CETT and sparsity at one threshold."""
-        ratios, dropped = [], []
-        for part, outputs in zip(_chunks(self.a), _chunks(self.output_norms, self.a.shape[1]), strict=True):
-            small = part.abs() * self.norms < eps
-            ratios.append((torch.where(small, part, 0.0) @ self.down.T).norm(dim=1) / outputs)
-            dropped.append(small.float().mean(dim=1))
-        ratio, share = torch.cat(ratios).double(), torch.cat(dropped).double()
+        return self.points((eps,))[0]
+
+    def points(self, thresholds: Iterable[float]) -> list[CettPoint]:
+        """CETT and sparsity at ascending thresholds."""
+        asked = tuple(thresholds)
+        found = self.tail.dropped(asked)
+        return [self.point(*one) for one in zip(asked, found.norms, found.shares, strict=True)]
+
+    def point(self, eps: float, norms: Float[Tensor, " tokens"], shares: Float[Tensor, " tokens"]) -> CettPoint:
+        """The means over tokens, from norm and share of what `eps` drops."""
+        ratio, share = (norms / self.output_norms).double(), shares.double()
         root = max(1, len(ratio)) ** 0.5
         spread = (float(ratio.std()) / root, float(share.std()) / root) if len(ratio) > 1 else (0.0, 0.0)
         return CettPoint(
@@ -86,56 +97,92 @@ class CettLayer:
 
     def rho(self) -> float:
         """Mean over tokens of sum_i ||n_i||^2 / ||W_d a||^2: over 1 where neurons cancel, under 1 where they add up."""
-        squares = torch.cat([(part * self.norms).square().sum(dim=1) for part in _chunks(self.a)])
+        squares = torch.cat([part.square() @ self.tail.norms.square() for part in chunks(self.tail.a)])
         return float((squares.double() / self.output_norms.double().square()).mean())
 
     def sweep(self, shares: tuple[float, ...]) -> list[CettPoint]:
         """CETT at the thresholds that drop the given shares of all entries."""
-        flat = (self.a.abs() * self.norms).flatten().sort().values
-        return [self.at(float(flat[min(len(flat) - 1, rank(share, len(flat)))])) for share in shares]
+        flat = (self.tail.a.abs() * self.tail.norms).flatten()
+        places = [min(len(flat) - 1, rank(share, len(flat))) for share in shares]
+        if flat.device.type == "cpu":
+            ordered = np.partition(flat.numpy(), places)[places]
+            return self.points(float(eps) for eps in ordered)
+        return self.points(flat.sort().values[places].tolist())
 
     def solve(self, target: float, bracket: tuple[float, float] | None = None) -> CettPoint:
         """The largest threshold found whose mean CETT is at most `target`.
 
-        Bisection as in the definition, from [0, largest score] or a `bracket` that holds the solution, sped up by
-        the secant through its ends (Illinois); it ends when the bracket is narrower than 1e-5 of its value.
+        The root that bisection finds from [0, largest score], or from a `bracket`, which is moved until it holds it.
+        It is narrowed around the secant through its ends until it is narrower than `TOLERANCE` of its value.
         """
-        low, high = bracket or (0.0, self.largest_score())
-        below, above = self.at(low), self.at(high)
-        while below.cett > target and low > 0:
-            low, above = low / 2, below
-            high = above.eps
-            below = self.at(low)
-        while above.cett <= target and high < self.largest_score():
-            low, below = high, above
-            high = min(2 * high, self.largest_score())
-            above = self.at(high)
-        return below if above.cett > target and below.eps == above.eps else self._narrow(below, above, target)
+        if bracket is None and self.tokens > CURVE_TOKENS:
+            guess = self.head(CURVE_TOKENS).solve(target).eps
+            bracket = _around(guess)
+        search = _Search(self, target, bracket)
+        search.narrow()
+        return search.point
 
-    def _narrow(self, below: CettPoint, above: CettPoint, target: float) -> CettPoint:
-        if above.cett <= target:
-            return above
-        low_error, high_error, side = below.cett - target, above.cett - target, 0
+
+class _Search:
+    """A bracket of the threshold at which a layer's mean CETT reaches a target: `low` is at most the target, `high`
+    over it (or the largest score). `point` is that of `low`."""
+
+    def __init__(self, layer: CettLayer, target: float, bracket: tuple[float, float] | None) -> None:
+        self._layer = layer
+        self._target = target
+        self._top = layer.largest_score()
+        low, high = bracket or (0.0, self._top)
+        self._open(low, min(high, self._top))
+        while self._below > target and low > 0:
+            low, high = (low / 2 if low > 1e-6 * self._top else 0.0), low
+            self._open(low, high)
+        while self._above <= target and high < self._top:
+            low, high = high, min(2 * high, self._top)
+            self._open(low, high)
+
+    def _open(self, low: float, high: float) -> None:
+        """Start from this bracket, whether or not it holds the root."""
+        self._start = (low, self._layer.tail.below(low))
+        self.low, self.high = low, high
+        self.point, above = self._points((low, high))
+        self._below, self._above = self.point.cett, above.cett
+
+    def narrow(self) -> None:
+        """Narrow the bracket; where the target lies above all CETT the threshold is the largest score."""
+        if self._above <= self._target:
+            self.point = self._points((self.high,))[0]
+            return
         for step in range(SOLVE_STEPS):
-            if above.eps - below.eps <= 1e-5 * above.eps:
-                break
-            weight = high_error / (high_error - low_error) if low_error and step % 3 < 2 else 0.5
-            middle = self.at(above.eps + weight * (below.eps - above.eps))
-            if middle.cett <= target:
-                below, low_error = middle, middle.cett - target
-                high_error = high_error / 2 if side == -1 else high_error
-                side = -1
-            else:
-                above, high_error = middle, middle.cett - target
-                low_error = low_error / 2 if side == 1 else low_error
-                side = 1
-        return below
+            if self.high - self.low <= TOLERANCE * self.high:
+                return
+            for point in self._points(self._inside(step)):
+                if point.cett > self._target:
+                    self.high, self._above = point.eps, point.cett
+                    break
+                self.point, self.low, self._below = point, point.eps, point.cett
+
+    def _inside(self, step: int) -> tuple[float, ...]:
+        """Ascending thresholds within the bracket, close around the secant's root: many where they cost little."""
+        width = self.high - self.low
+        weight = (self._target - self._below) / (self._above - self._below)
+        root, least = self.low + weight * width, 0.45 * TOLERANCE * self.high
+        if self._layer.tail.walked:
+            offsets = tuple(least * 10**power for power in range(4))
+            middle = ((self.low + root) / 2, (root + self.high) / 2)
+        else:
+            offsets = (max(least, width**2 / (4 * self.high)),)
+            middle = ((self.low + self.high) / 2,) if step % 3 == 2 else ()
+        near = {root + side * offset for offset in offsets for side in (-1, 1)}
+        inside = sorted(eps for eps in (*near, *middle) if self.low < eps < self.high)
+        return tuple(inside) or ((self.low + self.high) / 2,)
+
+    def _points(self, thresholds: tuple[float, ...]) -> list[CettPoint]:
+        found = self._layer.tail.dropped(thresholds, self._start)
+        return [self._layer.point(*one) for one in zip(thresholds, found.norms, found.shares, strict=True)]
 
 
-def _chunks(x: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
-    """Rows in pieces of at most CHUNK_ENTRIES entries of a [rows, width] tensor."""
-    rows = max(1, CHUNK_ENTRIES // (width or x.shape[-1]))
-    return x.split(rows) if len(x) else ()
+def _around(guess: float) -> tuple[float, float]:
+    return guess * (1 - MARGIN), guess * (1 + MARGIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,13 +200,14 @@ class CettSolution:
         if layer.tokens == 0:
             return cls(targets={}, curve=(), rho=None, tokens=0)
         curve = layer.head(CURVE_TOKENS).sweep(CURVE_SHARES)
-        solved = {target: layer.solve(target, _bracket(curve, target)) for target in targets}
+        solved = {target: layer.solve(target, _guess(curve, target)) for target in targets}
         return cls(targets=solved, curve=tuple(curve), rho=layer.rho(), tokens=layer.tokens)
 
 
-def _bracket(curve: list[CettPoint], target: float) -> tuple[float, float] | None:
-    """Neighbouring thresholds of the curve with the target between them."""
+def _guess(curve: list[CettPoint], target: float) -> tuple[float, float] | None:
+    """A bracket around where the curve crosses the target; None where it does not."""
     for below, above in pairwise(curve):
         if below.cett <= target < above.cett:
-            return below.eps, above.eps
+            weight = (target - below.cett) / (above.cett - below.cett)
+            return _around(below.eps + weight * (above.eps - below.eps))
     return None

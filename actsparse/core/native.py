@@ -6,16 +6,23 @@ Where it cannot be had (no compiler), callers use torch instead: the same number
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast")
 KERNELS = Path(__file__).parent / "kernels"
+# Fewer operations than this are not worth another thread.
+WORK_PER_THREAD = 1 << 16
+T = TypeVar("T")
 
 
 @functools.cache
@@ -69,6 +76,22 @@ def gpu_library(source: str, device: torch.device) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(build / f"{name}.so"))
     except (RuntimeError, OSError):
         return None
+
+
+def in_parts(count: int, work: int, part: Callable[[slice], T]) -> list[T]:
+    """`part` of consecutive spans of 0 .. count-1, one a thread of torch's, in their order.
+
+    `work`: about how many operations one place takes; small tasks get fewer threads.
+    """
+    wanted = max(1, min(torch.get_num_threads(), count * work // WORK_PER_THREAD, count))
+    bounds = [count * place // wanted for place in range(wanted + 1)]
+    spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+    return [part(spans[0])] if wanted == 1 else list(_pool(torch.get_num_threads()).map(part, spans))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="actsparse")
 
 
 def _processor() -> str:

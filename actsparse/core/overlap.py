@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from actsparse.core.masks import kept_count, row_threshold
+from actsparse.core.masks import kept_count, natively, row_threshold, top_mask
 
 # Below this distance from 1 a chance level leaves nothing to correct, and float32 rounding would decide the sign.
 MIN_ROOM = 1e-6
@@ -38,10 +38,11 @@ def topk_masks(scores: Float[Tensor, "*batch neurons"], density: float) -> Bool[
     width = scores.shape[-1]
     count = kept_count(density, width)
     ranked = scores.detach().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if natively(ranked):
+        return top_mask(ranked, count)
     threshold = row_threshold(ranked.reshape(-1, width), count).reshape(*scores.shape[:-1], 1)
     above = ranked > threshold
     tied = ranked == threshold
-    # count_nonzero is many times faster than the sum of a bool tensor, here and below.
     missing = count - above.count_nonzero(dim=-1)
     if torch.equal(tied.count_nonzero(dim=-1), missing):
         return above | tied

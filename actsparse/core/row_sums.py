@@ -7,29 +7,23 @@ float64.
 """
 
 import ctypes
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from actsparse.core.masks import row_threshold
-from actsparse.core.native import gpu_library, library
+from actsparse.core.native import gpu_library, in_parts, library
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-T = TypeVar("T")
 
 HALVES = (torch.bfloat16, torch.float16)
 # Rows that one block of a GPU's column kernel sums.
 GPU_CHUNK = 256
-# Fewer entries than this are not worth another thread.
-ENTRIES_PER_THREAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ def add_entries(rows: Rows, into: EntrySums, first: int) -> None:
             bad = call(*_arguments(rows, span), c_int32(first), c_int32(bins), *map(_address, found))
             return bad, found
 
-        for bad, (counts, apart, sums) in _in_parts(rows, part):
+        for bad, (counts, apart, sums) in in_parts(len(rows), rows.width, part):
             into.seen[1] += bad
             into.counts.add_(counts)
             into.apart.add_(apart)
@@ -196,7 +190,7 @@ def add_columns(
             call(*_arguments(rows, span), _address(norms), c_int64(k), *map(_address, outputs))
             return found
 
-        for found in _in_parts(rows, part):
+        for found in in_parts(len(rows), rows.width, part):
             _add_columns(found, into)
         return squares, zeros
     if (gpu := _gpu(rows)) is not None:
@@ -239,7 +233,7 @@ def add_squares(rows: Rows, into: Float[Tensor, " width"]) -> None:
             call(*_arguments(rows, span), _address(found))
             return found
 
-        for found in _in_parts(rows, part):
+        for found in in_parts(len(rows), rows.width, part):
             into.add_(found)
         return
     if (gpu := _gpu(rows)) is not None:
@@ -318,17 +312,3 @@ class _Held(ctypes.c_void_p):
 
 def _address(tensor: Tensor) -> c_void_p:
     return c_void_p(tensor.data_ptr())
-
-
-def _in_parts(rows: Rows, part: Callable[[slice], T]) -> list[T]:
-    """`part` of consecutive spans of the rows, one a thread, in their order."""
-    count = len(rows)
-    wanted = min(torch.get_num_threads(), max(1, count * rows.width // ENTRIES_PER_THREAD), count)
-    bounds = [count * place // wanted for place in range(wanted + 1)]
-    spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    return [part(spans[0])] if wanted == 1 else list(_pool(torch.get_num_threads()).map(part, spans))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="row-sums")

@@ -36,7 +36,8 @@ def token_sparsity(
     a: Float[Tensor, "tokens neurons"], norms: Float[Tensor, " neurons"], eps: float
 ) -> Float[Tensor, " tokens"]:
     """The share of neurons with |a|*||w|| < eps at every token, in float64 on the CPU."""
-    return (a.abs().float() * norms.to(a.device) < eps).double().mean(dim=1).cpu()
+    small = a.abs().float() * norms.to(a.device) < eps
+    return small.count_nonzero(dim=1).double().cpu() / a.shape[1]
 
 
 def spread_over_tokens(

@@ -6,9 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actsparse.core.cett import CURVE_SHARES, CettLayer, CettSolution
+from actsparse.core.cett import CURVE_SHARES, CURVE_TOKENS, CettLayer, CettSolution
+from actsparse.core.native import library
+from actsparse.core.tail_norms import Tail
 
 HIDDEN, NEURONS, TOKENS = 24, 160, 200
+
+
+@pytest.fixture(autouse=True, params=["walked", "products"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to get the norms: the compiled walk over the neurons, and torch's products alone."""
+    if request.param == "products":
+        monkeypatch.setattr(Tail, "walked", property(lambda _tail: False))
+    elif library("tail_norms.cpp") is None:
+        pytest.skip("no compiler")
+    return request.param
 
 
 def layer_of(seed: int, tail: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +90,8 @@ def test_a_bracket_changes_the_work_and_not_the_result():
     a, down = layer_of(3)
     layer = CettLayer.of(a, down)
     expected = layer.solve(0.2)
-    for bracket in ((0.9 * expected.eps, 1.1 * expected.eps), (1.5 * expected.eps, 2 * expected.eps),
+    for bracket in ((0.0, 1e-3 * expected.eps),
+                    (0.9 * expected.eps, 1.1 * expected.eps), (1.5 * expected.eps, 2 * expected.eps),
                     (0.1 * expected.eps, 0.2 * expected.eps)):  # fmt: skip
         found = layer.solve(0.2, bracket)
         assert found.eps == pytest.approx(expected.eps, rel=1e-3)
@@ -197,7 +210,7 @@ def test_pieces_of_a_long_sample_are_put_together_in_order(monkeypatch):
     a, down = layer_of(14)
     whole = CettLayer.of(a, down)
     expected = whole.at(1.0), whole.rho()
-    monkeypatch.setattr("actsparse.core.cett.CHUNK_ENTRIES", 7 * NEURONS)
+    monkeypatch.setattr("actsparse.core.tail_norms.CHUNK_ENTRIES", 7 * NEURONS)
     pieces = CettLayer.of(a, down)
     assert torch.allclose(pieces.output_norms, whole.output_norms, rtol=1e-5)
     assert pieces.at(1.0).cett == pytest.approx(expected[0].cett, rel=1e-5)
@@ -208,3 +221,30 @@ def test_half_precision_activations_are_computed_in_float32():
     a, down = layer_of(15)
     a = a.bfloat16()
     assert CettLayer.of(a, down).at(1.0) == CettLayer.of(a.float(), down).at(1.0)
+
+
+def test_a_long_sample_is_solved_from_its_first_tokens_and_over_all(monkeypatch):
+    a, down = layer_of(16)
+    a[TOKENS // 2 :] *= 3
+    expected = CettLayer.of(a, down).solve(0.2)
+    monkeypatch.setattr("actsparse.core.cett.CURVE_TOKENS", 40)
+    assert TOKENS < CURVE_TOKENS
+    found = CettLayer.of(a, down).solve(0.2)
+    assert found.tokens == TOKENS
+    assert found.eps == pytest.approx(expected.eps, rel=3e-5)
+    # the first tokens alone would give another threshold
+    assert CettLayer.of(a, down).head(40).solve(0.2).eps < 0.8 * expected.eps
+
+
+@pytest.mark.parametrize("low", [0.0, 0.5])
+def test_norms_over_many_thresholds_are_those_of_each_alone(low, monkeypatch):
+    monkeypatch.setattr("actsparse.core.native.WORK_PER_THREAD", 1)
+    a, down = layer_of(17)
+    tail = CettLayer.of(a, down).tail
+    thresholds = (0.5, 0.5, 0.9, 2.0, 2.0001, 40.0)
+    found = tail.dropped(thresholds, (low, tail.below(low)))
+    for eps, norms, shares in zip(thresholds, found.norms, found.shares, strict=True):
+        small = a.abs().double() * down.double().norm(dim=0) < eps
+        expected = (torch.where(small, a.double(), 0.0) @ down.double().T).norm(dim=1)
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shares.double(), small.double().mean(dim=1), rtol=1e-6, atol=0.0)

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actsparse.core import masks as masks_module
 from actsparse.core.masks import kept_count, row_threshold, top_mask
+from actsparse.core.overlap import topk_masks
 
 ROWS = st.lists(st.lists(st.integers(-3, 3), min_size=8, max_size=8), min_size=1, max_size=5)
 
@@ -62,3 +64,21 @@ def test_ties_go_to_the_lower_index_in_wide_rows_too():
     for row, mask in zip(scores, top_mask(scores, 2000), strict=True):
         ranked = sorted(range(5000), key=lambda place: (-float(row[place]), place))
         assert mask.nonzero().flatten().tolist() == sorted(ranked[:2000])
+
+
+@pytest.mark.parametrize("k", [1, 7, 63, 64])
+def test_the_compiled_search_finds_what_torch_finds(k, monkeypatch):
+    scores = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+    scores[0], scores[1, ::2], scores[2, 5], scores[3, 9] = 0.0, -0.0, math.inf, -math.inf
+    scores[4] = scores[4].sign()
+    compiled = top_mask(scores, k), row_threshold(scores, k), topk_masks(scores, k / 64)
+    monkeypatch.setattr(masks_module, "natively", lambda _scores: False)
+    monkeypatch.setattr("actsparse.core.overlap.natively", lambda _scores: False)
+    plain = top_mask(scores, k), row_threshold(scores, k), topk_masks(scores, k / 64)
+    for found, expected in zip(compiled, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_numbers_that_are_none_rank_last_in_masks():
+    scores = torch.tensor([[1.0, math.nan, -math.inf, 3.0, -5.0]])
+    assert topk_masks(scores, 0.6).tolist() == [[True, False, False, True, True]]

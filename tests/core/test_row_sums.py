@@ -154,7 +154,7 @@ def test_threads_share_the_rows_and_change_nothing(monkeypatch: pytest.MonkeyPat
     if library("row_sums.cpp") is None:
         pytest.skip("no C++ compiler here")
     a = activations(200)
-    monkeypatch.setattr(row_sums, "ENTRIES_PER_THREAD", 1)
+    monkeypatch.setattr("actsparse.core.native.WORK_PER_THREAD", 1)
     found = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
