@@ -22,6 +22,7 @@ from actsparse.engine.cpu.ops import (
     Rows,
     Top,
     bfloat,
+    chunks_of,
 )
 from actsparse.engine.cpu.program import Program
 
@@ -173,10 +174,10 @@ def test_rows_of_dropped_neurons_are_not_read() -> None:
 
 def columns(matrix: Tensor, x: Tensor, **changes: Any) -> Columns:
     inputs, outputs = matrix.shape
-    batch = len(x)
+    batch, chunks = len(x), chunks_of(len(matrix))
     plain = Columns(
         weight=matrix, x=x, threshold=torch.tensor([0.5]),
-        out=poisoned(batch, outputs), scratch=poisoned(batch * (inputs + outputs)),
+        out=poisoned(batch, outputs), scratch=poisoned(batch * (inputs + chunks * outputs)), chunks=chunks,
         list=torch.full((inputs,), -(2**30), dtype=torch.int32), read=counter(), bfloat=bfloat(matrix), batch=batch,
         inputs=inputs, outputs=outputs, stride=matrix.stride(0), out_stride=outputs,
     )  # fmt: skip

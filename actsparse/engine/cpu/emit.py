@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actsparse.engine.cpu.ops import ACTIVATIONS, Columns, Gated, Norm, Op, Rows, bfloat
+from actsparse.engine.cpu.ops import ACTIVATIONS, Columns, Gated, Norm, Op, Rows, bfloat, chunks_of
 from actsparse.engine.step import sliced
 from actsparse.engine.step.shape import Shape
 from actsparse.engine.step.state import DecodeState
@@ -35,7 +35,8 @@ class Emitter:
         self.ops: list[Op] = []
         self.counters: list[Counter] = []
         widest = max(sliced.capacity_for(shape.neurons), shape.width, shape.query_width)
-        self._scratch = torch.zeros(self.batch * (2 * widest + max(widest, shape.qkv_width, 2 * shape.neurons)))
+        widest_out = max(widest, shape.qkv_width)
+        self._scratch = torch.zeros(self.batch * (widest + chunks_of(widest) * widest_out))
         self._list = torch.zeros(widest, dtype=torch.int32)
         self._neurons = torch.zeros(self.batch * widest)
 
@@ -143,6 +144,7 @@ class Emitter:
                 inputs=inputs,
                 outputs=outputs,
                 stride=weight.stride(0),
+                chunks=chunks_of(inputs),
                 keep=keep,
                 top=top,
                 out_stride=out.stride(0),

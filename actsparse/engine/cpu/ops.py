@@ -11,6 +11,8 @@ from torch import Tensor
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "gelu": 3, "identity": 4}
 MAX_BATCH = 8
+MAX_CHUNKS = 32
+CHUNK_INPUTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,9 +113,10 @@ class Columns:
 
     Kept: x_i != 0 (`keep`), else the `top` largest of |x_i| * score_i per sequence (0: those at or over threshold [1]).
     index [inputs] int32, count [1] int32: x is compact and input i is row index_i. A row is read when any sequence
-    keeps it. out [batch, .], rows `out_stride` apart; scratch: batch * (inputs + outputs) floats; list [inputs] int32;
-    read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept; fill [inputs] is taken off the
-    inputs that are kept.
+    keeps it. out [batch, .], rows `out_stride` apart; chunks: pieces of the inputs that are summed apart, so that the
+    result does not depend on the number of threads; scratch: batch * (inputs + chunks * outputs) floats; list [inputs]
+    int32; read [1] int64 gains the rows read; dropped [batch, inputs] gets what was not kept; fill [inputs] is taken
+    off the inputs that are kept.
     """
 
     weight: Tensor
@@ -134,6 +137,7 @@ class Columns:
     inputs: int
     outputs: int
     stride: int
+    chunks: int
     keep: int = 0
     top: int = 0
     out_stride: int
@@ -245,6 +249,11 @@ class Multiply:
 
 Op = Norm | Rows | Gated | NeuronSparse | Columns | Top | Attend | Embed | Next | Multiply
 KINDS: tuple[type, ...] = (Norm, Rows, Gated, NeuronSparse, Columns, Top, Attend, Embed, Next, Multiply)
+
+
+def chunks_of(inputs: int) -> int:
+    """Pieces into which a product that skips inputs is cut: a power of two, each of some 64 inputs or more."""
+    return min(MAX_CHUNKS, 1 << max(0, (inputs // CHUNK_INPUTS).bit_length() - 1))
 
 
 def bfloat(weight: Tensor) -> int:

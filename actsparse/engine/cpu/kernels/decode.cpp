@@ -1,8 +1,10 @@
 // The operators of a decode step on the CPU, and the loop that runs a list of them.
 //
-// A step is bound by the bytes of its weights, so every product streams whole rows; each thread owns a slice of the
-// output, hence no atomics and the same result with any number of threads. The structures mirror the dataclasses of
-// ops.py field by field: pointers, int64 and double, eight bytes each.
+// A step is bound by the bytes of its weights, so every product streams whole rows, several in flight, and asks for the
+// rows that follow while it works on these: a row is too short for the processor to see where the next one starts.
+// Each thread owns a slice of the output, or of the inputs in pieces that do not depend on their number, hence no
+// atomics and the same result with any number of threads. The structures mirror the dataclasses of ops.py field by
+// field: pointers, int64 and double, eight bytes each.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -14,9 +16,10 @@
 
 namespace {
 
-constexpr int ROWS = 4;          // rows of a product in flight
-constexpr int DEEP = 8;          // input rows added at once
-constexpr i64 CHUNK = 64;        // neurons that are decided before the second matrix is read
+constexpr int DEEP = 8;          // rows in flight
+constexpr i64 AHEAD = 4096;      // bytes of each that are asked for before they are needed
+constexpr i64 WIDE = 4096;       // sums that stay in the first cache while rows are added to them
+constexpr i64 CHUNK = 256;       // neurons that are decided before the second matrix is read
 constexpr i64 GRAIN = 1 << 15;   // bytes of weights below which a second thread does not pay
 constexpr i64 MAX_HEAD = 512;
 constexpr int MAX_BATCH = 8;
@@ -67,7 +70,7 @@ struct Columns {
   float *out, *dropped, *scratch;
   int32_t* list;
   i64* read;
-  i64 bfloat, batch, inputs, outputs, stride, keep, top, out_stride, add;
+  i64 bfloat, batch, inputs, outputs, stride, chunks, keep, top, out_stride, add;
   double scale;
 };
 
@@ -116,28 +119,39 @@ struct Next {
   i64 batch, vocab, length;
 };
 
+constexpr int rows_in_flight(int batch) { return batch <= 2 ? DEEP : batch <= 4 ? DEEP / 2 : DEEP / 4; }
+
+// Ask for the line of `p`, into the second cache: eight rows of a group would push each other out of the first.
+template <class T>
+inline void ask(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// The products of R rows with every sequence; `next` are the rows that follow. One sum a lane for any R, so a row's
+// result does not depend on the group that it falls into.
 template <class T, int R, int B>
-inline void dots(const T* const* rows, const float* x, i64 step, i64 n, float (*out)[B]) {
-  constexpr int U = R * B <= 4 ? 2 : 1;  // independent sums per result, so that additions overlap
-  V acc[U][R][B] = {};
+inline void dots(const T* const* rows, const T* const* next, const float* x, i64 step, i64 n, float (*out)[B]) {
+  V acc[R][B] = {};
   i64 i = 0;
-  for (; i + U * LANES <= n; i += U * LANES)
-    for (int u = 0; u < U; ++u) {
+  auto stretch = [&](i64 end, const T* const* later, i64 shift) {
+    for (; i + LANES <= end; i += LANES) {
       V w[R];
-      for (int r = 0; r < R; ++r) w[r] = load(rows[r] + i + u * LANES);
+      for (int r = 0; r < R; ++r) {
+        ask(later[r] + i + shift);
+        w[r] = load(rows[r] + i);
+      }
       for (int b = 0; b < B; ++b) {
-        V xv = load(x + b * step + i + u * LANES);
-        for (int r = 0; r < R; ++r) acc[u][r][b] += w[r] * xv;
+        V xv = load(x + b * step + i);
+        for (int r = 0; r < R; ++r) acc[r][b] += w[r] * xv;
       }
     }
-  for (; i + LANES <= n; i += LANES)
-    for (int b = 0; b < B; ++b)
-      for (int r = 0; r < R; ++r) acc[0][r][b] += load(rows[r] + i) * load(x + b * step + i);
+  };
+  i64 lead = std::min<i64>(n, AHEAD / sizeof(T));
+  stretch(n - lead, rows, lead);
+  stretch(n, next, lead - n);
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) {
-      V total = acc[0][r][b];
-      for (int u = 1; u < U; ++u) total += acc[u][r][b];
-      float rest = sum(total);
+      float rest = sum(acc[r][b]);
       for (i64 j = i; j < n; ++j) rest += one(rows[r][j]) * x[b * step + j];
       out[r][b] = rest;
     }
@@ -146,22 +160,23 @@ inline void dots(const T* const* rows, const float* x, i64 step, i64 n, float (*
 template <class T, int B, class Row, class Use>
 inline void products(i64 begin, i64 end, const float* x, i64 width, Row row, Use use) {
   // `row(i)` is the address of row i, `use(i, values)` takes its products with every sequence
-  float out[ROWS][B];
-  const T* rows[ROWS];
+  constexpr int R = rows_in_flight(B);
+  float out[R][B];
+  const T *rows[R], *next[R];
   i64 i = begin;
-  for (; i + ROWS <= end; i += ROWS) {
-    for (int r = 0; r < ROWS; ++r) rows[r] = row(i + r);
-    dots<T, ROWS, B>(rows, x, width, width, out);
-    for (int r = 0; r < ROWS; ++r) use(i + r, out[r]);
+  for (; i + R <= end; i += R) {
+    for (int r = 0; r < R; ++r) rows[r] = row(i + r), next[r] = row(std::min(i + R + r, end - 1));
+    dots<T, R, B>(rows, next, x, width, width, out);
+    for (int r = 0; r < R; ++r) use(i + r, out[r]);
   }
   for (; i < end; ++i) {
-    rows[0] = row(i);
-    dots<T, 1, B>(rows, x, width, width, out);
+    rows[0] = row(i), next[0] = row(std::min(i + 1, end - 1));
+    dots<T, 1, B>(rows, next, x, width, width, out);
     use(i, out[0]);
   }
 }
 
-i64 grain(i64 row_bytes) { return std::max<i64>(ROWS, GRAIN / std::max<i64>(1, row_bytes)); }
+i64 grain(i64 row_bytes) { return std::max<i64>(1, GRAIN / std::max<i64>(1, row_bytes)); }
 
 template <class F>
 void over(i64 count, i64 row_bytes, const F& body) {
@@ -209,19 +224,18 @@ void run(const Gated& a) {
   const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
   i64 count = a.index ? *a.count : a.rows;
   over(count, 2 * a.width * sizeof(T), [&](i64 begin, i64 end) {
-    float out[ROWS][B];
-    const T* rows[ROWS];
-    for (i64 i = begin; i < end; i += 2) {  // two neurons: four rows in flight
-      int pairs = int(std::min<i64>(2, end - i));
-      for (int p = 0; p < pairs; ++p) {
-        i64 at = (a.index ? a.index[i + p] : i + p) * a.stride;
-        rows[2 * p] = gate + at;
-        rows[2 * p + 1] = up + at;
-      }
-      if (pairs == 2)
-        dots<T, 4, B>(rows, a.x, a.width, a.width, out);
+    constexpr int R = rows_in_flight(B), PAIRS = R / 2;  // rows of gate and up take turns
+    float out[R][B];
+    const T *rows[R], *next[R];
+    auto at = [&](i64 i) { return (a.index ? i64(a.index[i]) : i) * a.stride; };
+    auto pair = [&](const T** place, int p, i64 i) { place[2 * p] = gate + at(i), place[2 * p + 1] = up + at(i); };
+    for (i64 i = begin; i < end;) {
+      int pairs = end - i < PAIRS ? 1 : PAIRS;
+      for (int p = 0; p < pairs; ++p) pair(rows, p, i + p), pair(next, p, std::min(i + p + pairs, end - 1));
+      if (pairs == PAIRS)
+        dots<T, R, B>(rows, next, a.x, a.width, a.width, out);
       else
-        dots<T, 2, B>(rows, a.x, a.width, a.width, out);
+        dots<T, 2, B>(rows, next, a.x, a.width, a.width, out);
       for (int p = 0; p < pairs; ++p) {
         i64 neuron = a.index ? a.index[i + p] : i + p;
         for (int b = 0; b < B; ++b) {
@@ -233,6 +247,7 @@ void run(const Gated& a) {
           a.out[b * a.rows + i + p] = value;
         }
       }
+      i += pairs;
     }
   });
 }
@@ -277,55 +292,72 @@ void run(const NeuronSparse& a) {
   *a.read += total;
 }
 
-// The inputs of a product that are kept, in order, with a coefficient per sequence; sequences that drop one get 0.
+// What decides on an input of each sequence, known before any thread looks: sizes under `least` are dropped, and of
+// those equal to it the ones behind `last`.
 template <int B>
-i64 compact(const Columns& a) {
-  const float* value = a.x;
-  float* coefficient = a.scratch;  // [kept, batch]
-  i64 count = a.index ? *a.count : a.inputs;
+struct Cut {
   float least[B];
-  i64 ties[B];
+  i64 last[B];
+};
+
+inline float size_of(const Columns& a, i64 b, i64 i) {
+  return std::fabs(a.x[b * a.inputs + i]) * (a.score ? a.score[i] : 1.0f);
+}
+
+template <int B>
+Cut<B> cut_of(const Columns& a, i64 count) {
+  Cut<B> cut;
+  std::vector<float> sizes;
   for (int b = 0; b < B; ++b) {
-    least[b] = a.threshold && a.top <= 0 ? *a.threshold : 0.0f;
-    ties[b] = std::numeric_limits<i64>::max();
-    if (a.top > 0 && a.top < count) {
-      std::vector<float> sizes(count);
-      for (i64 i = 0; i < count; ++i)
-        sizes[i] = std::fabs(value[b * a.inputs + i]) * (a.score ? a.score[i] : 1.0f);
-      std::nth_element(sizes.begin(), sizes.begin() + (a.top - 1), sizes.end(), std::greater<float>());
-      least[b] = sizes[a.top - 1];
-      ties[b] = a.top - std::count_if(sizes.begin(), sizes.begin() + a.top,
-                                      [&](float size) { return size > least[b]; });
-    }
+    cut.least[b] = a.threshold && a.top <= 0 ? *a.threshold : 0.0f;
+    cut.last[b] = count;
+    if (a.top <= 0 || a.top >= count) continue;
+    sizes.resize(count);
+    for (i64 i = 0; i < count; ++i) sizes[i] = size_of(a, b, i);
+    std::nth_element(sizes.begin(), sizes.begin() + (a.top - 1), sizes.end(), std::greater<float>());
+    float least = cut.least[b] = sizes[a.top - 1];
+    i64 ties = a.top - std::count_if(sizes.begin(), sizes.begin() + a.top, [&](float size) { return size > least; });
+    for (i64 i = 0; i < count && ties > 0; ++i)
+      if (size_of(a, b, i) == least) --ties, cut.last[b] = i;
   }
+  return cut;
+}
+
+// The inputs [begin, end) that are kept, in order, with a coefficient per sequence; sequences that drop one get 0.
+template <int B>
+i64 compact(const Columns& a, const Cut<B>& cut, i64 begin, i64 end, float* coefficient, int32_t* list) {
   i64 kept = 0;
-  for (i64 i = 0; i < count; ++i) {
+  for (i64 i = begin; i < end; ++i) {
     bool any = false;
+    i64 row = a.index ? a.index[i] : i;
     for (int b = 0; b < B; ++b) {
-      float x = value[b * a.inputs + i];
-      float size = std::fabs(x) * (a.score ? a.score[i] : 1.0f);
-      bool keep = a.keep ? x != 0.0f : !(size < least[b]);  // NaN is kept, and seen
-      if (keep && a.top > 0 && size == least[b]) keep = ties[b]-- > 0;
-      float fill = a.fill ? a.fill[a.index ? a.index[i] : i] : 0.0f;
-      coefficient[kept * B + b] = keep ? x - fill : 0.0f;
+      float x = a.x[b * a.inputs + i], size = size_of(a, b, i);
+      bool keep = a.keep ? x != 0.0f : !(size < cut.least[b]);  // NaN is kept, and seen
+      if (!a.keep && size == cut.least[b]) keep = i <= cut.last[b];
+      coefficient[kept * B + b] = keep ? x - (a.fill ? a.fill[row] : 0.0f) : 0.0f;
       if (a.dropped) a.dropped[b * a.inputs + i] = keep ? 0.0f : x;
       any |= keep;
     }
-    a.list[kept] = a.index ? a.index[i] : int32_t(i);
+    list[kept] = int32_t(row);
     kept += any;
   }
   return kept;
 }
 
+// out [batch, .] += coefficient [D, batch] x rows, over columns [begin, end); `next` are the rows that follow.
 template <class T, int B, int D>
-inline void add_rows(const T* const* rows, const float* coefficient, i64 begin, i64 end, float* out, i64 step) {
+inline void add_rows(const T* const* rows, const T* const* next, const float* coefficient, i64 begin, i64 end,
+                     float* out, i64 step) {
   V c[B][D];
   for (int b = 0; b < B; ++b)
     for (int d = 0; d < D; ++d) c[b][d] = spread(coefficient[d * B + b]);
   i64 j = begin;
   for (; j + LANES <= end; j += LANES) {
     V w[D];
-    for (int d = 0; d < D; ++d) w[d] = load(rows[d] + j);
+    for (int d = 0; d < D; ++d) {
+      ask(next[d] + j);
+      w[d] = load(rows[d] + j);
+    }
     for (int b = 0; b < B; ++b) {
       V even = load(out + b * step + j), odd = {};
       for (int d = 0; d < D; d += 2) {
@@ -343,36 +375,64 @@ inline void add_rows(const T* const* rows, const float* coefficient, i64 begin, 
     }
 }
 
+template <class T, int B, int D, class Row>
+inline i64 add_groups(i64 i, i64 count, const float* coefficient, i64 begin, i64 end, float* out, i64 step, Row row) {
+  const T *rows[D], *next[D];
+  for (; i + D <= count; i += D) {
+    for (int d = 0; d < D; ++d) rows[d] = row(i + d), next[d] = row(std::min(i + D + d, count - 1));
+    add_rows<T, B, D>(rows, next, coefficient + i * B, begin, end, out, step);
+  }
+  return i;
+}
+
+// out [batch, width] += coefficient [count, batch] x rows 0 .. count, `row(i)` being the address of row i.
+template <class T, int B, class Row>
+inline void add_all(i64 count, const float* coefficient, i64 width, float* out, Row row) {
+  for (i64 begin = 0; begin < width; begin += WIDE / B) {
+    i64 end = std::min(width, begin + WIDE / B);
+    i64 i = add_groups<T, B, DEEP>(0, count, coefficient, begin, end, out, width, row);
+    i = add_groups<T, B, DEEP / 2>(i, count, coefficient, begin, end, out, width, row);
+    add_groups<T, B, 1>(i, count, coefficient, begin, end, out, width, row);
+  }
+}
+
+// out = scale * (the sum of `chunks` sums [batch, width] + base), or out += that.
+void gather(float* sums, i64 chunks, i64 batch, i64 width, const float* base, float scale, i64 add, float* out,
+            i64 out_stride) {
+  const i64 total = batch * width;
+  over(total, chunks * sizeof(float), [&](i64 begin, i64 end) {
+    for (i64 c = 1; c < chunks; ++c)
+      for (i64 i = begin; i < end; ++i) sums[i] += sums[c * total + i];
+    for (i64 i = begin; i < end; ++i) {
+      i64 b = i / width, j = i - b * width;
+      float value = scale * (sums[i] + (base ? base[j] : 0.0f));
+      float& place = out[b * out_stride + j];
+      place = add ? place + value : value;
+    }
+  });
+}
+
 template <class T, int B>
 void run(const Columns& a) {
   const T* weight = static_cast<const T*>(a.weight);
-  i64 kept = compact<B>(a);
-  *a.read += kept;
-  const float* coefficient = a.scratch;
-  float* sums = a.scratch + B * a.inputs;  // [batch, outputs]
-  float scale = float(a.scale);
-  i64 tiles = (a.outputs + CHUNK - 1) / CHUNK;
-  i64 tile_bytes = std::max<i64>(1, kept) * CHUNK * sizeof(T);
-  at::parallel_for(0, tiles, std::max<i64>(1, GRAIN / tile_bytes), [&](i64 from, i64 to) {
-    i64 begin = from * CHUNK, end = std::min(a.outputs, to * CHUNK);
-    for (int b = 0; b < B; ++b) std::fill(sums + b * a.outputs + begin, sums + b * a.outputs + end, 0.0f);
-    const T* rows[DEEP];
-    i64 i = 0;
-    for (; i + DEEP <= kept; i += DEEP) {
-      for (int d = 0; d < DEEP; ++d) rows[d] = weight + a.list[i + d] * a.stride;
-      add_rows<T, B, DEEP>(rows, coefficient + i * B, begin, end, sums, a.outputs);
+  const i64 count = a.index ? *a.count : a.inputs;
+  const Cut<B> cut = cut_of<B>(a, count);
+  float* sums = a.scratch + B * a.inputs;  // [chunks, batch, outputs], behind the coefficients
+  std::atomic<i64> total{0};
+  over(a.chunks, (count / a.chunks + 1) * a.outputs * sizeof(T), [&](i64 from, i64 to) {
+    for (i64 c = from; c < to; ++c) {
+      i64 begin = count * c / a.chunks, end = count * (c + 1) / a.chunks;
+      float* coefficient = a.scratch + begin * B;
+      int32_t* list = a.list + begin;
+      i64 kept = compact<B>(a, cut, begin, end, coefficient, list);
+      float* out = sums + c * B * a.outputs;
+      std::fill(out, out + B * a.outputs, 0.0f);
+      add_all<T, B>(kept, coefficient, a.outputs, out, [&](i64 i) { return weight + list[i] * a.stride; });
+      total += kept;
     }
-    for (; i < kept; ++i) {
-      rows[0] = weight + a.list[i] * a.stride;
-      add_rows<T, B, 1>(rows, coefficient + i * B, begin, end, sums, a.outputs);
-    }
-    for (int b = 0; b < B; ++b)
-      for (i64 j = begin; j < end; ++j) {
-        float value = scale * (sums[b * a.outputs + j] + (a.base ? a.base[j] : 0.0f));
-        float& out = a.out[b * a.out_stride + j];
-        out = a.add ? out + value : value;
-      }
   });
+  gather(sums, a.chunks, B, a.outputs, a.base, float(a.scale), a.add, a.out, a.out_stride);
+  *a.read += total;
 }
 
 void run(const Multiply& a) {
@@ -440,16 +500,7 @@ inline void turn(const float* x, const float* norm, const Attend& a, i64 positio
 template <class T>
 inline void weigh(const T* value, const float* share, i64 first, i64 last, i64 head_dim, float* out) {
   std::fill(out, out + head_dim, 0.0f);
-  i64 t = first;
-  const T* rows[4];
-  for (; t + 4 <= last; t += 4) {
-    for (int d = 0; d < 4; ++d) rows[d] = value + (t + d) * head_dim;
-    add_rows<T, 1, 4>(rows, share + t, 0, head_dim, out, head_dim);
-  }
-  for (; t < last; ++t) {
-    rows[0] = value + t * head_dim;
-    add_rows<T, 1, 1>(rows, share + t, 0, head_dim, out, head_dim);
-  }
+  add_all<T, 1>(last - first, share + first, head_dim, out, [&](i64 t) { return value + (first + t) * head_dim; });
 }
 
 template <class T>
