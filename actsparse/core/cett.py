@@ -21,6 +21,8 @@ from actsparse.core.tail_norms import Tail, chunks
 SOLVE_STEPS = 30
 # A threshold is known when its bracket is narrower than this share of it.
 TOLERANCE = 1e-5
+# A threshold stands so far under the bracket, as a share of it, that no rounding puts the next neuron below it.
+ROUNDING = 1e-6
 # How far beside a first guess, as a share of it, the solution is looked for.
 MARGIN = 0.06
 CURVE_TOKENS = 1024
@@ -120,12 +122,12 @@ class CettLayer:
             bracket = _around(guess)
         search = _Search(self, target, bracket)
         search.narrow()
-        return search.point
+        return search.solution()
 
 
 class _Search:
     """A bracket of the threshold at which a layer's mean CETT reaches a target: `low` is at most the target, `high`
-    over it (or the largest score). `point` is that of `low`."""
+    over it (or the largest score)."""
 
     def __init__(self, layer: CettLayer, target: float, bracket: tuple[float, float] | None) -> None:
         self._layer = layer
@@ -142,16 +144,15 @@ class _Search:
 
     def _open(self, low: float, high: float) -> None:
         """Start from this bracket, whether or not it holds the root."""
-        self._start = (low, self._layer.tail.below(low))
+        below = low * (1 - ROUNDING)
+        self._start = (below, self._layer.tail.below(below))
         self.low, self.high = low, high
-        self.point, above = self._points((low, high))
-        self._below, self._above = self.point.cett, above.cett
+        self._below, self._above = (point.cett for point in self._points((low, high)))
 
     def narrow(self) -> None:
         """Narrow the bracket; where the target lies above all CETT the threshold is the largest score."""
         if self._above <= self._target:
-            self.point = self._points((self.high,))[0]
-            return
+            self.low = self.high
         for step in range(SOLVE_STEPS):
             if self.high - self.low <= TOLERANCE * self.high:
                 return
@@ -159,7 +160,11 @@ class _Search:
                 if point.cett > self._target:
                     self.high, self._above = point.eps, point.cett
                     break
-                self.point, self.low, self._below = point, point.eps, point.cett
+                self.low, self._below = point.eps, point.cett
+
+    def solution(self) -> CettPoint:
+        """CETT and sparsity just under the bracket."""
+        return self._points((self.low * (1 - ROUNDING),))[0]
 
     def _inside(self, step: int) -> tuple[float, ...]:
         """Ascending thresholds within the bracket, close around the secant's root: many where they cost little."""
