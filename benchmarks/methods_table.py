@@ -122,7 +122,8 @@ def heading(asked: argparse.Namespace) -> str:
         f" 512 tokens, prompts of 256 tokens dense, calibration on the next {asked.n} blocks. Trained routers"
         f" (`dejavu`, `moefication`, `heads-router`) learn from {asked.router_tokens} tokens of the next"
         f" {asked.router_blocks} blocks in at most {asked.router_epochs} epochs at a rate of"
-        f" {asked.router_rate:g}; the rank of `dejavu` is {rank}. Perplexity with its 95 % interval over blocks; *local error* is the mean relative error of a"
+        f" {asked.router_rate:g}; rank of `dejavu`: {rank}. Perplexity with its 95 %"
+        f" interval over blocks; *local error* is the mean relative error of a"
         " projection's (or the MLP's) output on dense inputs, comparable among methods over the same units alone."
         " `random` is the mean of three seeds. A *ruler* needs what it saves."
     )
