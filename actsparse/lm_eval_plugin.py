@@ -1,19 +1,15 @@
 """Makes `lm_eval --model actsparse` work: lm-eval has no way to find models of other packages by itself.
 
-The wheel carries `actsparse-lm-eval.pth`, one line that Python runs at its start: it waits, at no cost, for lm-eval to
-import its models, and then calls `register`. Where such files are not read, `python -m actsparse.lm_eval_plugin` is
-lm-eval's own command with the model added.
+The wheel carries `actsparse-lm-eval.pth` and the module that it imports, `actsparse_lm_eval`: a finder that waits for
+lm-eval to import its models and then calls `register`. Where such files are not read (`PYTHONPATH`, an editable
+installation), `python -m actsparse.lm_eval_plugin` is lm-eval's own command with the model added.
 """
-
-import sys
 
 TARGET = "actsparse.pipelines.harness:ActsparseLM"
 
 
-def register(finder: type | None = None) -> None:
-    """Add the model `actsparse` to lm-eval's registry, imported when it is asked for; the waiting `finder` goes."""
-    if finder in sys.meta_path:
-        sys.meta_path.remove(finder)  # pyright: ignore[reportArgumentType]
+def register() -> None:
+    """Add the model `actsparse` to lm-eval's registry; it is imported when it is asked for."""
     from lm_eval.api.registry import model_registry
 
     if "actsparse" not in model_registry:

@@ -139,20 +139,38 @@ def test_the_command_names_the_nearest_tasks(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "e").exists()
 
 
-def test_lm_eval_finds_the_model_by_its_name() -> None:
-    code = (
-        "import site, sys\n"
+def at_start(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python that started with what the wheel carries."""
+    start = (
+        "import site, sys, json\n"
         "there = any('Actsparse' in getattr(one, '__name__', '') for one in sys.meta_path)\n"
         f"there or site.addsitedir({str(ROOT / 'packaging')!r})\n"
-        "import lm_eval.models, sys, json\n"
-        "from lm_eval.api.registry import model_registry\n"
-        "names = [type(one).__name__ for one in sys.meta_path if 'Actsparse' in getattr(one, '__name__', '')]\n"
-        "print(json.dumps(['actsparse' in model_registry, names, 'torch' in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_lm_eval_finds_the_model_by_its_name() -> None:
+    done = at_start(
+        "early = [name for name in sys.modules if name == 'actsparse' or name.startswith(('actsparse.', 'lm_eval'))]\n"
+        "import lm_eval.models\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "names = [one.__name__ for one in sys.meta_path if 'Actsparse' in getattr(one, '__name__', '')]\n"
+        "print(json.dumps([early, 'actsparse' in model_registry, names, 'torch' in sys.modules]))"
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [True, [], False]
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], True, [], False]
     from lm_eval.api.registry import get_model
 
     assert get_model("actsparse") is ActsparseLM
     assert issubclass(ActsparseLM, PlanLM)
+
+
+def test_a_broken_installation_leaves_lm_eval_alone() -> None:
+    done = at_start(
+        "sys.modules['actsparse.lm_eval_plugin'] = None\n"
+        "import lm_eval.models\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "print('actsparse' in model_registry, 'hf' in model_registry)"
+    )
+    assert done.stdout.split()[-2:] == ["False", "True"], done.stderr
+    assert "its model was not added to lm-eval" in done.stderr
