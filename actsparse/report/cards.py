@@ -118,16 +118,21 @@ def _bytes(outcome: Outcome) -> Card | None:
     )
 
 
+def _repaid(outcome: Outcome) -> str:
+    if outcome.break_even is None:
+        return "never repaid"
+    return f"repaid after {number(outcome.break_even, 2)} tokens" if outcome.break_even > 0 else "nothing to repay"
+
+
 def _first_token(outcome: Outcome) -> Card | None:
     if outcome.ttft_ms is None:
         return None
-    even = outcome.break_even
     return Card(
         title="Time to first token",
         subject=one_line(outcome.label),
         before=milliseconds(outcome.dense_ttft_ms) if outcome.dense_ttft_ms is not None else "",
         value=milliseconds(outcome.ttft_ms),
-        change=f"repaid after {number(even, 2)} tokens" if even is not None else "never repaid",
+        change=_repaid(outcome),
         note="selection and slicing included",
     )
 

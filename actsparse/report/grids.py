@@ -101,7 +101,9 @@ def _repaid(outcome: Outcome) -> str:
     """After how many decoded tokens selection and slicing are won back."""
     if outcome.ttft_ms is None or outcome.name.role is Role.DENSE:
         return ""
-    return f"repaid after {number(outcome.break_even, 2)}" if outcome.break_even is not None else "never repaid"
+    if outcome.break_even is None:
+        return "never repaid"
+    return f"repaid after {number(outcome.break_even, 2)}" if outcome.break_even > 0 else "nothing to repay"
 
 
 def _ttft(outcome: Outcome) -> float | None:
@@ -145,6 +147,7 @@ def compare_grid(profiles: tuple[ProfilePanel, ...], evals: tuple[EvalPanel, ...
     """Headline numbers of the runs beside each other, with the change to the first; None for a single run of a kind."""
     if len(profiles) < 2 and len(evals) < 2:
         return None
+    profiles, evals = profiles if len(profiles) > 1 else (), evals if len(evals) > 1 else ()
     labels = list(dict.fromkeys([panel.label for panel in (*profiles, *evals)]))
     rows = [*_profile_rows(profiles, labels), *_eval_rows(evals, labels)]
     columns = (Column(name="measured", numeric=False), *(Column(name=one_line(label)) for label in labels))

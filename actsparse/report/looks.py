@@ -11,8 +11,8 @@ from actsparse.report.plans import PlanName, Role
 
 INK, MUTED, RULE, ACCENT, PAPER = "#1a1d21", "#5b6470", "#e2e5e8", "#0b5a8f", "#fdfdfc"
 GOOD, BAD = "#00694f", "#a3243b"
-PLAN_COLOURS = ("#0b62a8", "#c04a12", "#007a5e", "#8e3f8a", "#8f6b00", "#1f8fb3", "#a3243c", "#4a4fb0")
-RANDOM_GREY, STATIC_GREYS, ORACLE_BROWN = "#8a9099", ("#4d555f", "#737b86", "#9aa1aa"), "#7a5f3f"
+PLAN_COLOURS = ("#0b62a8", "#c04a12", "#007a5e", "#8e3f8a", "#8f6b00", "#147694", "#a3243c", "#4a4fb0")
+RANDOM_GREY, STATIC_GREYS, ORACLE_BROWN = "#8a9099", ("#4d555f", "#6b737e", "#868d97"), "#7a5f3f"
 SHARE_SCALE = ("#f1f4f7", "#cfdeea", "#9fc1da", "#649dc4", "#2f74a6", "#0a4a7c")
 DEPTH = ("#1b5a9c", "#5f86ad", "#8c8c8c", "#bd8a58", "#b4500f")
 
@@ -64,7 +64,7 @@ def looks_of(names: list[PlanName]) -> Looks:
 
     A series (a plan without its amount) is there under its own name too, as its first plan looks.
     """
-    colours = _series_colours(names)
+    colours, laps = _series_colours(names)
     ranks: dict[str, int] = {}
     looks: Looks = {}
     for name in names:
@@ -74,8 +74,8 @@ def looks_of(names: list[PlanName]) -> Looks:
         ranks[name.series] = rank + 1
         looks[name.short] = PlanLook(
             colour=colours[name.series],
-            dash=_dash(name.role, rank),
-            symbol=_SYMBOLS[rank % len(_SYMBOLS)],
+            dash=_dash(name.role, rank + 2 * laps[name.series]),
+            symbol=_SYMBOLS[(rank + 4 * laps[name.series]) % len(_SYMBOLS)],
             baseline=name.role is not Role.METHOD,
         )
         looks.setdefault(name.series, looks[name.short])
@@ -87,12 +87,15 @@ def _dash(role: Role, rank: int) -> str:
     return fixed.get(role, _DASHES[rank % len(_DASHES)])
 
 
-def _series_colours(names: list[PlanName]) -> dict[str, str]:
+def _series_colours(names: list[PlanName]) -> tuple[dict[str, str], dict[str, int]]:
+    """The colour of each series, and how often all colours were used up before it (other dashes and symbols then)."""
     colours: dict[str, str] = {}
+    laps: dict[str, int] = {}
     methods = statics = 0
     for name in names:
         if name.series in colours:
             continue
+        laps[name.series] = methods // len(PLAN_COLOURS) if name.role is Role.METHOD else 0
         match name.role:
             case Role.DENSE:
                 colour = INK
@@ -105,4 +108,4 @@ def _series_colours(names: list[PlanName]) -> dict[str, str]:
             case Role.METHOD:
                 colour, methods = PLAN_COLOURS[methods % len(PLAN_COLOURS)], methods + 1
         colours[name.series] = colour
-    return colours
+    return colours, laps

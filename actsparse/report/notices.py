@@ -1,5 +1,6 @@
 """The banner: what the reader must know before the numbers, from the runs and from comparing them."""
 
+import re
 from dataclasses import dataclass
 
 from actsparse.report.outcomes import Outcome
@@ -9,6 +10,7 @@ from actsparse.report.wording import clean, listed, one_line, percent
 from actsparse.results import RunKind, TextRecord
 
 PATH_TOLERANCE = 1e-3
+_PLACE = re.compile(r"(?P<plan>[^\s{}]+) at batch (?P<batch>\d+), prompt (?P<prompt>\d+): (?P<rest>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,28 @@ def notices(sources: tuple[Source, ...], evals: tuple[EvalPanel, ...]) -> tuple[
         *_path_checks(evals),
         *_comparisons(sources, evals),
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(_merged(found)))
+
+
+def _merged(found: list[Notice]) -> list[Notice]:
+    """The notices with those that say the same of several batch sizes and prompt lengths as one, where the first is."""
+    places: dict[Notice, tuple[list[str], list[str]]] = {}
+    for notice in found:
+        if match := _PLACE.match(notice.text):
+            alike = Notice(letter=notice.letter, text=f"{match['plan']} at {{}}: {match['rest']}")
+            batches, prompts = places.setdefault(alike, ([], []))
+            batches.append(match["batch"])
+            prompts.append(match["prompt"])
+        else:
+            places.setdefault(notice, ([], []))
+    merged = []
+    for notice, (batches, prompts) in places.items():
+        if not batches:
+            merged.append(notice)
+            continue
+        where = f"batch {listed(list(dict.fromkeys(batches)))}, prompt {listed(list(dict.fromkeys(prompts)))}"
+        merged.append(Notice(letter=notice.letter, text=notice.text.replace("{}", where, 1)))
+    return merged
 
 
 def _incomplete(sources: tuple[Source, ...]) -> list[Notice]:

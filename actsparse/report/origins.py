@@ -30,7 +30,7 @@ def origin(source: Source) -> Origin:
     facts = [
         ("model", _model(manifest.model) if manifest.model else "none"),
         *((f"text, {text.role}", _text(text)) for text in manifest.texts),
-        ("device", f"{made.device}, {made.threads} threads, {made.processor}"),
+        ("device", f"{made.device}, {made.threads} thread{'s' * (made.threads != 1)}, {made.processor}"),
         ("made", f"{made.started}{seconds}"),
         ("software", f"actsparse {made.actsparse}, Python {made.python}, {packages}"),
         ("platform", made.platform),

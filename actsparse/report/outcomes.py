@@ -94,6 +94,8 @@ class Lookup:
         """A metric with the interval that `<metric>_low` and `<metric>_high` hold."""
         middle = self.get(plan, metric, param)
         low, high = (self.get(plan, f"{metric}_{end}", param).value for end in ("low", "high"))
+        if low == high:  # A bootstrap over one block or lap knows no spread.
+            low = high = None
         return Estimate(value=middle.value, low=low, high=high, stderr=middle.stderr, n=middle.n)
 
 

@@ -85,6 +85,8 @@ class PlanName:
         """What a share of this plan counts."""
         if self.method in CHANNEL_METHODS:
             return "input channels"
+        if self.method == "auto":
+            return "the model's bytes"
         return "KV groups" if self.method.startswith("heads") else "neurons"
 
     def _qualifier(self) -> str:

@@ -5,7 +5,7 @@
   const twin = JSON.parse(document.getElementById("twin").textContent);
   const plots = [...document.querySelectorAll("[data-figure]")];
   const drawn = new Map();
-  let printing = false;
+  let printing = false, folded = [];
 
   // Theme
 
@@ -55,6 +55,19 @@
     return figure;
   }
 
+  /** Break the title of the vertical axis in two where it is longer than the axis. */
+  function wrapUpright({ data, layout }, width) {
+    const listed = layout.showlegend === false ? 0 : data.filter((trace) => trace.showlegend !== false).length;
+    const legend = listed > 1 ? 19 * Math.ceil((listed * 165) / width) : 0;
+    const title = layout.yaxis.title, text = title && title.text;
+    if (!text || text.includes("<br>") || text.length * 6.7 < layout.height - 66 - legend) return;
+    const words = text.split(" ");
+    let best = 1;
+    const uneven = (place) => Math.abs(words.slice(0, place).join(" ").length - text.length / 2);
+    for (let place = 2; place < words.length; place++) if (uneven(place) < uneven(best)) best = place;
+    if (words.length > 1) title.text = `${words.slice(0, best).join(" ")}<br>${words.slice(best).join(" ")}`;
+  }
+
   /** Break an axis title into lines that fit beside the names of a category axis. */
   function wrapTitle(figure, width) {
     const { data, layout } = figure;
@@ -91,6 +104,7 @@
   function prepared(id, width) {
     let figure = withVariant(payload(id), id);
     if (width < NARROW) figure = forNarrow(figure, width);
+    wrapUpright(figure, width);
     if (dark() && !printing) figure = inDark(figure, "");
     Object.assign(figure.layout, { width, autosize: false });
     if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;
@@ -143,10 +157,13 @@
     requestAnimationFrame(() => setTimeout(next)); // What is in sight comes first: the watcher reports within a frame.
     addEventListener("beforeprint", () => {
       printing = true;
+      folded = [...document.querySelectorAll("main details:not(.numbers, .help):not([open])")];
+      for (const details of folded) details.open = true;
       plots.forEach((plot) => { waiting.delete(plot); draw(plot); });
     });
     addEventListener("afterprint", () => {
       printing = false;
+      for (const details of folded) details.open = false;
       setTimeout(redraw, 50); // The page still has the width of paper while the event runs.
     });
     if (!plots.length) root.dataset.drawn = "0";

@@ -170,7 +170,8 @@ def _table(name: str, panel: StudyPanel, frame: pl.DataFrame) -> Grid:
 
 def _table_note(panel: StudyPanel, frame: pl.DataFrame) -> str:
     known = frame["value"].is_finite().sum()
-    parts = [f"{one_line(panel.y_title)}." if panel.y_title else "", f"{known} of {frame.height} cells measured."]
+    what = one_line(panel.y_title)
+    parts = [f"{what}." if what and what != "value" else "", f"{known} of {frame.height} cells measured."]
     return " ".join(part for part in parts if part) + " Intervals are 95 %."
 
 
@@ -181,7 +182,7 @@ def _cell(row: dict[str, object] | None) -> Cell:
     low, high = row["low"], row["high"]
     share = row["unit"] == "share"
     text = percent(value) if share else exact(value)
-    unit = "" if share or row["unit"] in ("1", "") else f" {one_line(str(row['unit']))}"
+    unit = "" if share or row["unit"] in ("1", "", "count") else f" {one_line(str(row['unit']))}"
     detail = ""
     if isinstance(low, float) and isinstance(high, float):
         detail = f"{percent(low)} to {percent(high)}" if share else span(low, high)

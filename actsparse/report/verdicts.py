@@ -150,19 +150,21 @@ def _against_static(outcome: Outcome, compared: list[Outcome]) -> str:
             return f" The static mask {name} does better: choosing by prompt buys nothing here."
         case False:
             return f" It beats the static mask {name}."
+        case _ if outcome.ppl.low is None or rival.ppl.low is None:
+            return f" Without an interval nothing tells it apart from the static mask {name}."
         case _:
             return f" Its interval does not tell it apart from the static mask {name}."
 
 
 def _beaten(outcome: Outcome, rival: Outcome) -> bool | None:
-    """Whether the rival is better for sure (by the paired difference where there is one); None where it is open."""
+    """Whether the rival is better for sure (by the paired difference where there is one); None where nobody knows."""
     paired = outcome.paired.get(rival.name.plan)
     if paired is not None and paired.low is not None and paired.high is not None:
         return None if paired.low <= 0 <= paired.high else paired.low > 0
     ours, theirs = outcome.ppl, rival.ppl
     if ours.low is not None and ours.high is not None and theirs.low is not None and theirs.high is not None:
         return None if ours.low <= theirs.high and theirs.low <= ours.high else theirs.high < ours.low
-    return (theirs.value or math.inf) < (ours.value or math.inf)
+    return None
 
 
 def _is_rival(rival: Outcome, outcome: Outcome) -> bool:

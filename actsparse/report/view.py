@@ -116,6 +116,17 @@ class ReportView:
         ]
 
     @property
+    def runs_said(self) -> list[tuple[str, str]]:
+        """What the runs are, those of one kind and model together: `A, C` and `eval runs of demo`."""
+        found: dict[tuple[str, str, bool], list[str]] = {}
+        for made in self.origins:
+            found.setdefault((made.kind, made.model, made.complete), []).append(made.letter)
+        return [
+            (", ".join(letters), f"{kind} run{'s' * (len(letters) > 1)} of {model}" + " (incomplete)" * (not complete))
+            for (kind, model, complete), letters in found.items()
+        ]
+
+    @property
     def unmeasured(self) -> tuple[Missing, ...]:
         """What no run holds, over all sections."""
         found = [row for section in self.sections for row in section.missing]

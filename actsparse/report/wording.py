@@ -58,6 +58,11 @@ def exact(value: float | None) -> str:
     return f"{value:.0f}" if value is not None and abs(value) < 1e5 and value == round(value) else number(value)
 
 
+def short(value: float) -> str:
+    """A value on an axis as it is read off there: `0.9`, `128`, `89.8`."""
+    return f"{value:.4g}".replace("-", MINUS)
+
+
 def percent(share: float | None, decimals: int = 1, *, signed: bool = False) -> str:
     """A share as per cent, `0.4931` as `49.3 %`; large changes without decimals."""
     if share is None or math.isnan(share):
@@ -65,6 +70,8 @@ def percent(share: float | None, decimals: int = 1, *, signed: bool = False) -> 
     if math.isinf(share):
         return f"{'+' if signed and share > 0 else ''}{number(share)}{NARROW}%"
     value = 100 * share
+    if round(value, decimals) == 0:
+        return f"{'±' if signed and value else ''}{0:.{decimals}f}{NARROW}%"
     if abs(value) >= 1e5:
         return f"{'+' if signed and value > 0 else ''}{number(value)}{NARROW}%"
     text = f"{value:{'+' if signed else ''},.{0 if abs(value) >= 100 else decimals}f}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actsparse.report.looks import DARK_TWIN, PAPER, PLAN_COLOURS, looks_of
+from actsparse.report.looks import PLAN_COLOURS, looks_of
 from actsparse.report.plans import Role, parse_plan
 
 
@@ -16,6 +16,7 @@ from actsparse.report.plans import Role, parse_plan
          "Static mask by GRIFFIN's statistic at 50\u202f% of neurons"),
         ("random@0.25", "random", Role.RANDOM, 0.25, "Random mask at 25\u202f% of neurons"),
         ("teal@0.4", "teal", Role.METHOD, 0.4, "TEAL at 40\u202f% of input channels"),
+        ("auto@0.25", "auto", Role.METHOD, 0.25, "auto at 25\u202f% of the model's bytes"),
         ("oracle-a@0.5", "oracle-a", Role.ORACLE, 0.5, "Oracle by |a| at 50\u202f% of neurons"),
     ],
 )  # fmt: skip
@@ -45,19 +46,7 @@ def test_looks_tell_plans_apart_and_keep_a_series_together() -> None:
     assert [looks[plan].baseline for plan in plans] == [False, False, False, True, True]
 
 
-def luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
-
-
-@pytest.mark.parametrize("colour", PLAN_COLOURS)
-def test_plan_colours_stand_out_in_light_and_dark(colour: str) -> None:
-    """WCAG: graphics need 3:1 against the page."""
-    assert contrast(colour, PAPER) >= 3
-    assert contrast(DARK_TWIN[colour], DARK_TWIN[PAPER]) >= 3
+def test_series_beyond_the_colours_differ_by_dash_and_symbol() -> None:
+    names = [f"method{place}@0.5" for place in range(2 * len(PLAN_COLOURS))]
+    looks = looks_of([parse_plan(name) for name in names])
+    assert len({(looks[name].colour, looks[name].dash, looks[name].symbol) for name in names}) == len(names)

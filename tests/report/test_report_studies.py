@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import example_runs as example
 import example_studies as studies
+import polars as pl
 import pytest
 
 from actsparse.report.document import document
-from actsparse.report.figures.study import looks_in
+from actsparse.report.figures.study import caption, draw, looks_in
 from actsparse.report.looks import PLAN_COLOURS
 from actsparse.report.page import render
 from actsparse.report.view import FigureView, ReportView, build_view
-from actsparse.results import ClaimVerdict
+from actsparse.results import ClaimVerdict, PanelKind, StudyPanel
 from actsparse.specs import ReportSpec
 
 
@@ -81,6 +83,48 @@ def test_one_method_of_two_models_shares_a_colour_and_differs_by_dash(view: Repo
     ), view.looks)  # fmt: skip
     assert {look.colour for look in both.values()} == {view.looks["griffin@0.5"].colour}
     assert len({look.dash for look in both.values()}) == 2
+
+
+def line_panel(**changes: Any) -> StudyPanel:
+    wanted = {"name": "p", "title": "P", "kind": PanelKind.LINE, "x_title": "prompt tokens", "y_title": "milliseconds"}
+    return StudyPanel(**(wanted | changes))
+
+
+def rows_of(*rows: tuple[str, float, float, str]) -> pl.DataFrame:
+    schema = {"series": pl.String, "x": pl.Float64, "value": pl.Float64, "unit": pl.String}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return frame.with_columns(
+        label=pl.lit(""), low=pl.lit(None, pl.Float64), high=pl.lit(None, pl.Float64), n=pl.lit(4)
+    )
+
+
+def test_lines_of_one_place_are_rows_with_the_colour_of_their_plan(view: ReportView) -> None:
+    names = ("griffin@0.5: prefill", "griffin@0.5: decode", "cats@0.5: prefill")
+    frame = rows_of(*((name, 64.0, 3.0 + place, "ms") for place, name in enumerate(names)))
+    figure = draw(frame, view.looks, line_panel())
+    assert [list(trace.y) for trace in figure.data] == [[name] for name in names]
+    assert figure.layout.yaxis.title.text == "prompt tokens: 64"
+    colours = [trace.marker.color for trace in figure.data]
+    assert colours[0] == colours[1] == view.looks["griffin@0.5"].colour != colours[2]
+    assert figure.data[0].marker.symbol != figure.data[1].marker.symbol
+
+
+def test_two_units_are_never_drawn_on_one_axis(view: ReportView) -> None:
+    frame = rows_of(("perplexity", 1.0, 30.0, "1"), ("perplexity", 2.0, 40.0, "1"), ("loss", 2.0, 0.3, "nats"))
+    figure = draw(frame, view.looks, line_panel())
+    assert [trace.name for trace in figure.data] == ["perplexity"]
+    said = caption(frame, line_panel())
+    assert "perplexity goes from 30 at 1 to 40 at 2" in said
+    assert said.endswith("In the numbers too: loss.")
+
+
+def test_long_axis_titles_stay_whole_and_log_axes_have_readable_ticks(view: ReportView) -> None:
+    title = "distinct over all token ids so far, lower end of the bin"
+    frame = rows_of(("a", 16.0, 90.0, "1"), ("a", 256.0, 2000.0, "1"))
+    layout = draw(frame, view.looks, line_panel(x_title=title, log_x=True, log_y=True)).layout
+    assert layout.xaxis.title.text == title
+    assert {"100", "1000"} <= set(layout.yaxis.ticktext)
+    assert {"20", "200"} <= set(layout.xaxis.ticktext)
 
 
 def test_the_tally_counts_verdicts(view: ReportView) -> None:

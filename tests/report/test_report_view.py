@@ -208,3 +208,26 @@ def test_path_differences_are_warned_about_once(tmp_path: Path) -> None:
     for run in (silent, warned):
         notices = build_view(ReportSpec(runs=(run,))).notices
         assert sum("engine and masked path differ" in notice.text for notice in notices) == 1
+
+
+def test_what_holds_at_several_batch_sizes_is_one_warning(tmp_path: Path) -> None:
+    why = "no throughput (no engine runs this plan)"
+    said = [f"oracle-n@0.5 at batch {batch}, prompt {prompt}: {why}" for batch in (1, 2, 4) for prompt in (128, 512)]
+    run = example.eval_run(tmp_path / "e", plans=example.PLANS[:1], warnings=("first", *said, "last"))
+    texts = [notice.text for notice in build_view(ReportSpec(runs=(run,))).notices]
+    assert texts == ["first", f"oracle-n@0.5 at batch 1, 2 and 4, prompt 128 and 512: {why}", "last"]
+
+
+def test_runs_of_one_kind_are_named_together(pair: tuple[Path, ...], tmp_path: Path) -> None:
+    other = example.eval_run(tmp_path / "e", plans=example.PLANS[:1])
+    said = build_view(ReportSpec(runs=(*pair, other))).runs_said
+    assert ("C, E", "eval runs of SmolLM2-135M-Instruct") in said
+    assert ("B", "profile run of relu") in said
+
+
+def test_one_profile_beside_one_evaluation_is_no_comparison(runs: tuple[Path, ...], pair: tuple[Path, ...]) -> None:
+    assert build_view(ReportSpec(runs=(runs[0], runs[2]))).compare is None
+    mixed = build_view(ReportSpec(runs=(pair[2], pair[0], pair[1]))).compare
+    assert mixed is not None
+    assert all(column.name for column in mixed.columns)
+    assert all(cell.text != "\u2013" for row in mixed.rows for cell in row)

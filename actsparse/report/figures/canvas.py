@@ -13,7 +13,7 @@ from actsparse.report.plans import parse_plan
 from actsparse.report.wording import one_line
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-LONGEST = 40
+LONGEST, LONGEST_TITLE = 40, 120
 BASELINES = 4
 _AXIS = {
     "gridcolor": RULE,
@@ -63,6 +63,15 @@ def plain(text: object) -> str:
     line = one_line(str(text))
     if len(line) > LONGEST:
         line = f"{line[:14]}…{line[15 - LONGEST :]}"
+    return _escaped(line)
+
+
+def titled(text: str) -> str:
+    """An axis title from outside, whole; the page breaks it into lines."""
+    return _escaped(one_line(text)[:LONGEST_TITLE])
+
+
+def _escaped(line: str) -> str:
     escaped = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return escaped.replace("%{", "%\u200b{").replace("$", "\uff04")
 

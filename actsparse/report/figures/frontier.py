@@ -129,7 +129,7 @@ def _point(figure: go.Figure, row: dict[str, Any], place: str, top: float, looks
         name=plain(plan),
         text=[plain(plan) + (f" ({number(ppl, 2)})" if beyond else "")],
         textposition=place,
-        textfont={"size": 12, "color": look.colour},
+        textfont={"size": 12, "color": MUTED if look.baseline else look.colour},
         marker={
             "size": 10 if named else 7,
             "color": look.colour,

@@ -39,7 +39,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     figure = canvas(
         x="layer",
         y=name,
-        height=min(520, 120 + 22 * len(units)),
+        height=min(520, max(240, 120 + 22 * len(units))),
         x_axis={"showgrid": False, **layer_axis(frame)},
         y_axis={"showgrid": False, "dtick": max(1, len(units) // 12)},
     )

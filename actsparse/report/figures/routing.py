@@ -29,7 +29,7 @@ def draw_loads(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     figure = canvas(
         x="layer",
         y="expert",
-        height=min(560, 130 + 18 * len(experts)),
+        height=min(560, max(210, 130 + 18 * len(experts))),
         x_axis={"showgrid": False, **layer_axis(frame)},
         y_axis={"showgrid": False, "dtick": max(1, len(experts) // 12)},
     )
@@ -42,7 +42,7 @@ def draw_loads(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         xgap=1,
         ygap=1,
         colorscale=shares_scale(),
-        colorbar=colour_bar("tokens sent to the expert (share)", tickformat=".0%"),
+        colorbar=colour_bar("share of tokens", tickformat=".0%"),
         hovertemplate="layer %{x}, expert %{y}<br>%{z:.1%} of the tokens<extra></extra>",
     )
     return figure
