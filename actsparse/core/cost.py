@@ -1,7 +1,7 @@
 """The byte model of batch-1 decode (methods.md, section 0, facts 1 and 2)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actsparse.results import Sparsity, StepBytes, Unit
 
@@ -38,6 +38,12 @@ class LayerDrops:
         rows = max((one for one in units if one is not None), default=0.0)
         columns = max((share for unit, share in self.channels.items() if matrix in parts_of(unit)), default=0.0)
         return max(rows, columns) if matrix in ("down", "o") else 1 - (1 - rows) * (1 - columns)
+
+    def along_one_axis(self) -> "LayerDrops":
+        """What an engine leaves unread of it: a matrix stored by rows or by columns skips those alone, so one that
+        drops channels is read for every neuron."""
+        by_columns = {matrix for unit in self.channels for matrix in parts_of(unit)}
+        return replace(self, neuron_saves=self.neuron_saves - by_columns)
 
 
 def parts_of(unit: Unit) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ class Auto(Method):
     decides = Decides.TOKEN
     needs = (SiteKind.ATTN_IN, SiteKind.ATTN_OUT, SiteKind.MLP_IN, SiteKind.GATE, SiteKind.NEURON)
     saves = ALL_PROJECTIONS
-    has_engine = False
     needs_statistics = True
 
     def __post_init__(self) -> None:

@@ -190,7 +190,8 @@ def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | N
     if not found.useful_kept:
         return None
     dropped = {(one.unit, one.layer): 1 - one.share for one in found.useful_kept}
-    return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp))
+    drops = drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp)
+    return saved(cost, [one.along_one_axis() for one in drops])
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:

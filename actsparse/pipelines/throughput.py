@@ -153,7 +153,8 @@ def _unread(session: Session, group: PlanGroup | None, run: Run) -> float:
         return (group.plan.realised or group.plan.predicted).model_bytes_frac
     dropped = {place: 1 - share for place, share in kept.items()}
     cost = session.cost
-    return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp)).model_bytes_frac
+    drops = drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp)
+    return saved(cost, [one.along_one_axis() for one in drops]).model_bytes_frac
 
 
 def _cache_bytes(session: Session, batch: int, position: float) -> float:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,3 +131,12 @@ def test_heads_save_rows_of_q_and_columns_of_o_and_what_rules_read_is_charged():
     routed = saved_by_layer(step, [LayerDrops(neurons=0.5, mlp_extra_bytes=20)])
     assert routed.mlp_bytes_frac == pytest.approx((100 - 20) / 200)
     assert routed.model_bytes_frac == pytest.approx(80 / 400)
+
+
+def test_an_engine_skips_a_matrix_along_one_axis() -> None:
+    mixed = LayerDrops(neurons=0.5, neuron_saves=frozenset({"up", "down"}), channels={Unit.UP: 0.3})
+    assert mixed.unread("up") == pytest.approx(1 - 0.5 * 0.7)
+    read = mixed.along_one_axis()
+    assert (read.unread("up"), read.unread("down"), read.unread("gate")) == (pytest.approx(0.3), 0.5, 0.0)
+    fused = replace(mixed, channels={Unit.GATE_UP: 0.3}).along_one_axis()
+    assert fused.unread("up") == pytest.approx(0.3)

@@ -13,6 +13,7 @@ from actsparse.engine.cpu.ops import (
     ACTIVATIONS,
     Attend,
     Columns,
+    Decide,
     Embed,
     Gated,
     Multiply,
@@ -331,6 +332,34 @@ def test_multiply(batch: int, neurons: int) -> None:
                 halves=halves, out=poisoned(batch, neurons), batch=batch, neurons=neurons, activation=a
             )
         )
+    mask = (drawn(batch, neurons, seed=1) > 0).to(torch.uint8)
+    halves[:, neurons:][mask == 0] = torch.nan  # the second half of a dropped neuron is not computed
+    ours, _ = agree(
+        lambda: Multiply(
+            halves=halves, mask=mask, fill=drawn(neurons, seed=2), out=poisoned(batch, neurons), batch=batch,
+            neurons=neurons, activation=0,
+        )
+    )  # fmt: skip
+    assert ours.out.isfinite().all()
+
+
+@batches
+@pytest.mark.parametrize("threshold", [torch.tensor([0.3]), torch.linspace(0, 1, 50)], ids=["one", "each"])
+def test_decide(batch: int, threshold: Tensor) -> None:
+    def make() -> Decide:
+        return Decide(
+            value=drawn(batch, 100)[:, 50:], threshold=threshold, index=torch.full((50,), -1, dtype=torch.int32),
+            count=counter().int(), mask=torch.full((batch, 50), 9, dtype=torch.uint8), read=counter(), batch=batch,
+            neurons=50, stride=100, step=int(threshold.numel() > 1), activation=0,
+        )  # fmt: skip
+
+    ours, theirs = make(), make()
+    Program([ours], build.library()).run()
+    Program([theirs], None).run()
+    kept = int(ours.count)
+    assert 0 < kept < 50 * batch
+    assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("mask", "count", "read"))
+    assert torch.equal(ours.index[:kept], theirs.index[:kept])
 
 
 @dtypes

@@ -19,7 +19,7 @@ from actsparse.engine.step.plans import DensePlan
 from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.translate import NoStepError
 from actsparse.errors import PlanError
-from actsparse.methods.gates import LayerGates
+from actsparse.methods.gates import ChannelGate, ChannelRule, LayerGates, Threshold, TokenGate, TopK
 from actsparse.methods.plan import Plan, fit_plan
 from actsparse.methods.registry import all_methods
 from actsparse.methods.short import parse
@@ -27,6 +27,7 @@ from actsparse.models.load import LoadedModel
 from actsparse.models.sites import resolve
 from actsparse.pipelines.calibration import TextCalibration, of_blocks
 from actsparse.pipelines.progress import Silent
+from actsparse.results import SiteKind, Unit
 
 PROMPT, BLOCK, SINK, ROOM = 16, 40, 4, 64
 QUICK = {
@@ -103,6 +104,42 @@ def test_the_engine_is_the_masked_path(
         return
     expected = in_the_masked_path(loaded, plan.gates(), ids, tokens)
     torch.testing.assert_close(in_the_engine(engines, plan.gates(), ids, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+TWO_IN_ONE_MLP = {
+    "gate by channels": (SiteKind.GATE, (Unit.GATE,)),
+    "up by channels": (SiteKind.GATE, (Unit.UP,)),
+    "both by channels": (SiteKind.GATE, (Unit.GATE, Unit.UP)),
+    "up decides, gate by channels": (SiteKind.UP, (Unit.GATE,)),
+    "up decides by channels": (SiteKind.UP, (Unit.UP,)),
+    "the neuron decides": (SiteKind.NEURON, (Unit.GATE, Unit.UP)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("fill", [None, 0.02])
+@pytest.mark.parametrize("name", TWO_IN_ONE_MLP)
+def test_neurons_and_channels_of_one_mlp(
+    name: str, fill: float | None, batch: int, loaded: LoadedModel, engines: Engines
+) -> None:
+    site, units = TWO_IN_ONE_MLP[name]
+    filled = None if fill is None else torch.full((loaded.sites.layers[0].mlp_weights().up.shape[0],), fill)
+    cut = {SiteKind.GATE: 0.02, SiteKind.UP: 0.1, SiteKind.NEURON: 0.005}[site]
+    neurons = TokenGate(site=site, rule=Threshold(cut), fill=filled)
+    rules = {unit: ChannelRule(TopK(20) if unit is Unit.UP else Threshold(0.5)) for unit in units}
+    gates = [LayerGates(neurons=neurons, channels=ChannelGate(rules))] * 2
+    ids, tokens = token_ids(batch, PROMPT, seed=5), token_ids(batch, 8, seed=6)
+    expected = in_the_masked_path(loaded, gates, ids, tokens)
+    dense = in_the_masked_path(loaded, [LayerGates()] * 2, ids, tokens)
+    assert not torch.allclose(expected, dense, atol=1e-3)
+    torch.testing.assert_close(in_the_engine(engines, gates, ids, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_of_down_beside_neurons_are_refused(loaded: LoadedModel, engines: Engines) -> None:
+    neurons = TokenGate(site=SiteKind.GATE, rule=Threshold(0.1))
+    gates = [LayerGates(neurons=neurons, channels=ChannelGate({Unit.DOWN: ChannelRule(Threshold(0.1))}))] * 2
+    with pytest.raises(PlanError, match="down projection"):
+        in_the_engine(engines, gates, token_ids(1, PROMPT), token_ids(1, 4))
 
 
 @pytest.mark.parametrize(

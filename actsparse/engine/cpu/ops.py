@@ -238,17 +238,42 @@ class Next:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Multiply:
-    """out = act(gate) * up: halves [batch, 2 * neurons], gate first; out [batch, neurons]."""
+    """out = act(gate) * up [- fill], 0 where mask is 0: halves [batch, 2 * neurons], gate first; out [batch, neurons].
+
+    mask [batch, neurons] uint8; fill [neurons] float32.
+    """
 
     halves: Tensor
+    mask: Tensor | None = None
+    fill: Tensor | None = None
     out: Tensor
     batch: int
     neurons: int
     activation: int
 
 
-Op = Norm | Rows | Gated | NeuronSparse | Columns | Top | Attend | Embed | Next | Multiply
-KINDS: tuple[type, ...] = (Norm, Rows, Gated, NeuronSparse, Columns, Top, Attend, Embed, Next, Multiply)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decide:
+    """The neurons whose |act(value)| reaches its threshold, as a list and as masks.
+
+    value [batch, .], rows `stride` apart; threshold, step, read as in `NeuronSparse`; index, count, mask as in `Top`.
+    """
+
+    value: Tensor
+    threshold: Tensor
+    index: Tensor
+    count: Tensor
+    mask: Tensor
+    read: Tensor
+    batch: int
+    neurons: int
+    stride: int
+    step: int
+    activation: int
+
+
+Op = Norm | Rows | Gated | NeuronSparse | Columns | Top | Attend | Embed | Next | Multiply | Decide
+KINDS: tuple[type, ...] = (Norm, Rows, Gated, NeuronSparse, Columns, Top, Attend, Embed, Next, Multiply, Decide)
 
 
 def chunks_of(inputs: int) -> int:

@@ -8,6 +8,7 @@ from actsparse.engine.cpu.ops import (
     ACTIVATIONS,
     Attend,
     Columns,
+    Decide,
     Embed,
     Gated,
     Multiply,
@@ -64,8 +65,9 @@ def run(op: Op) -> None:
         case Next():
             _next(op)
         case Multiply():
-            gate, up = op.halves.chunk(2, dim=1)
-            op.out.copy_(activate(gate, op.activation) * up)
+            _multiply(op)
+        case Decide():
+            _decide(op)
 
 
 def _put(out: Tensor, value: Tensor, add: int) -> None:
@@ -132,6 +134,25 @@ def _columns(op: Columns) -> None:
         op.dropped[:, :count] = torch.where(keep, 0.0, value)
 
 
+def _multiply(op: Multiply) -> None:
+    gate, up = op.halves.chunk(2, dim=1)
+    a = activate(gate, op.activation) * up
+    a = a if op.fill is None else a - op.fill
+    op.out.copy_(a if op.mask is None else torch.where(op.mask > 0, a, 0.0))
+
+
+def _decide(op: Decide) -> None:
+    op.mask.copy_(activate(op.value[:, : op.neurons], op.activation).abs() >= op.threshold)
+    _list_union(op)
+
+
+def _list_union(op: Top | Decide) -> None:
+    union = op.mask.any(dim=0).nonzero().squeeze(1)
+    op.index[: len(union)] = union.int()
+    op.count.fill_(len(union))
+    op.read.add_(len(union))
+
+
 def _top(op: Top) -> None:
     order = op.score.sort(dim=1, descending=True, stable=True).indices
     op.mask.copy_(torch.zeros_like(op.mask) if op.always is None else op.always.expand_as(op.mask))
@@ -143,10 +164,7 @@ def _top(op: Top) -> None:
             best = units[sizes.cumsum(0) - sizes < op.top]
         row = best if op.members is None else op.members[best].long().flatten()
         mask[row[row >= 0]] = 1
-    union = op.mask.any(dim=0).nonzero().squeeze(1)
-    op.index[: len(union)] = union.int()
-    op.count.fill_(len(union))
-    op.read.add_(len(union))
+    _list_union(op)
 
 
 def _turned(x: Tensor, norm: Tensor | None, op: Attend, place: Tensor) -> Tensor:

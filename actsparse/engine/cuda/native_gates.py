@@ -320,6 +320,8 @@ def refusal(plan: GatePlan, weights: Weights) -> str | None:
             apart = work.mlp.up.data_ptr() - work.mlp.gate.data_ptr()
             if work.mlp.mask is not None or apart != rows * work.mlp.gate.stride(0) * itemsize:
                 return "its lists of neurons are not over one matrix of gate and up"
+        if work.mlp is not None and work.channels.keys() & {"gate", "up"}:
+            return "a layer drops both neurons and channels of its MLP"
         for rule in work.channels.values():
             odd = rule.correction is not None and len(rule.correction[1]) % 8
             if odd or (rule.basis is not None and rule.basis.shape[1] % 8):

@@ -61,26 +61,23 @@ class GateStep:
         one, work, shape = self._layers[layer], self._plan.layers[layer], self._weights.shape
         x = reference.rms_norm(hidden, one.mlp_norm, shape.norm_epsilon)
         seen[SiteKind.MLP_IN, layer] = x
-        branch = self._whole(layer, one, work, x) if work.mlp is None else self._sparse(layer, one, work.mlp, seen)
+        mlp = work.mlp
+        branch = self._whole(layer, one, work, x) if mlp is None else self._sparse(layer, one, work, mlp, seen)
         return add_branch(hidden, branch if one.down_bias is None else branch + one.down_bias, one.post_mlp_norm, shape)
 
     def _whole(self, layer: int, one: LayerWeights, work: LayerWork, x: Tensor) -> Tensor:
-        weights = zip(("gate", "up"), one.gate_up.chunk(2), strict=True)
-        both = torch.cat([project(work, name, weight, x) for name, weight in weights], dim=-1)
-        gate, up = (both if one.gate_up_bias is None else both + one.gate_up_bias).chunk(2, dim=-1)
+        gate, up = _halves(one, work, x)
         a = reference.activate(gate, self._weights.shape.activation) * up
         if self._plan.neurons is not None:
             self._plan.neurons[layer].copy_(a)
         return project(work, "down", one.down, a)
 
-    def _sparse(self, layer: int, one: LayerWeights, mlp: Mlp, seen: Seen) -> Tensor:
+    def _sparse(self, layer: int, one: LayerWeights, work: LayerWork, mlp: Mlp, seen: Seen) -> Tensor:
         x = seen[SiteKind.MLP_IN, layer]
-        gate_up, bias = one.gate_up, one.gate_up_bias
         if isinstance(mlp, Listed):
-            gate_up = torch.cat([mlp.gate, mlp.up])
-            one_bias, other = mlp.gate_bias, mlp.up_bias
-            bias = None if one_bias is None or other is None else torch.cat([one_bias, other])
-        gate, up = reference.project(gate_up, x, bias).chunk(2, dim=-1)
+            gate, up = reference.project(mlp.gate, x, mlp.gate_bias), reference.project(mlp.up, x, mlp.up_bias)
+        else:
+            gate, up = _halves(one, work, x)
         gate = reference.activate(gate, self._weights.shape.activation)
         a = gate * up
         match mlp:
@@ -94,6 +91,14 @@ class GateStep:
                 keep = chosen(mlp.router, layer, seen, a.shape[1])
         y = reference.project_rows(mlp.down_rows, torch.where(keep, a if mlp.fill is None else a - mlp.fill, 0.0))
         return y if mlp.base is None else y + mlp.base
+
+
+def _halves(one: LayerWeights, work: LayerWork, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up [batch, neurons] of x [batch, width], each under its channel rule if it has one."""
+    weights = zip(("gate", "up"), one.gate_up.chunk(2), strict=True)
+    both = torch.cat([project(work, name, weight, x) for name, weight in weights], dim=-1)
+    gate, up = (both if one.gate_up_bias is None else both + one.gate_up_bias).chunk(2, dim=-1)
+    return gate, up
 
 
 def project(work: LayerWork, name: str, weight: Tensor, x: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ from actsparse.results import KvPolicy, SiteKind, Unit
 EVERYTHING = torch.finfo(torch.float32).max
 FUSED: Mapping[Unit, tuple[Unit, ...]] = {Unit.QKV: (Unit.Q, Unit.K, Unit.V), Unit.GATE_UP: (Unit.GATE, Unit.UP)}
 
+OF_MLP = frozenset({"gate", "up", "down"})
+
 
 class NoStepError(PlanError):
     """A decode step cannot run these gates; the message says why."""
@@ -93,12 +95,16 @@ class Translator:
             for unit, rule in gates.rules.items()
             for one in FUSED.get(unit, (unit,))
         }
-        if gates.neurons is not None and channels.keys() & {"gate", "up", "down"}:
-            raise NoStepError("a layer that drops both neurons and channels of its MLP has no step")
         if gates.heads is not None and channels.keys() & {"q", "k", "v", "o"}:
             raise NoStepError("a layer that drops both heads and channels of its attention has no step")
+        mlp = None if gates.neurons is None else self._mlp(index, gates.neurons, batch, lists)
+        if mlp is not None and channels.keys() & OF_MLP:
+            if "down" in channels:
+                raise NoStepError("a layer that drops both neurons and channels of its down projection has no step")
+            if isinstance(mlp, Listed | Routed):
+                raise NoStepError("neurons that are chosen before the MLP beside channels of it have no step")
         return LayerWork(
-            mlp=None if gates.neurons is None else self._mlp(index, gates.neurons, batch, lists),
+            mlp=mlp,
             channels=channels,
             heads=None if gates.heads is None else self._heads(index, gates.heads),
         )

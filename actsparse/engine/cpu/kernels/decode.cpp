@@ -76,8 +76,19 @@ struct Columns {
 
 struct Multiply {
   const float* halves;
+  const uint8_t* mask;
+  const float* fill;
   float* out;
   i64 batch, neurons, activation;
+};
+
+struct Decide {
+  const float *value, *threshold;
+  int32_t* index;
+  int32_t* count;
+  uint8_t* mask;
+  i64* read;
+  i64 batch, neurons, stride, step, activation;
 };
 
 struct Top {
@@ -439,9 +450,35 @@ void run(const Multiply& a) {
   at::parallel_for(0, a.batch * a.neurons, 1024, [&](i64 begin, i64 end) {
     for (i64 i = begin; i < end; ++i) {
       const float* gate = a.halves + (i / a.neurons) * 2 * a.neurons + i % a.neurons;
-      a.out[i] = activate(*gate, a.activation) * gate[a.neurons];
+      if (a.mask && !a.mask[i]) {
+        a.out[i] = 0.0f;  // its other half may not have been computed
+        continue;
+      }
+      a.out[i] = activate(*gate, a.activation) * gate[a.neurons] - (a.fill ? a.fill[i % a.neurons] : 0.0f);
     }
   });
+}
+
+// The neurons of a mask's union over the sequences, in order.
+i64 list_union(const uint8_t* mask, i64 batch, i64 neurons, int32_t* index) {
+  i64 kept = 0;
+  for (i64 i = 0; i < neurons; ++i) {
+    uint8_t any = 0;
+    for (i64 b = 0; b < batch; ++b) any |= mask[b * neurons + i];
+    index[kept] = int32_t(i);
+    kept += any;
+  }
+  return kept;
+}
+
+void run(const Decide& a) {
+  for (i64 b = 0; b < a.batch; ++b)
+    for (i64 i = 0; i < a.neurons; ++i)
+      a.mask[b * a.neurons + i] =
+          std::fabs(activate(a.value[b * a.stride + i], a.activation)) >= a.threshold[i * a.step];
+  i64 kept = list_union(a.mask, a.batch, a.neurons, a.index);
+  *a.count = int32_t(kept);
+  *a.read += kept;
 }
 
 void run(const Top& a) {
@@ -467,13 +504,7 @@ void run(const Top& a) {
         if (neuron >= 0) mask[neuron] = 1;
       }
   }
-  i64 kept = 0;
-  for (i64 i = 0; i < a.neurons; ++i) {
-    uint8_t any = 0;
-    for (i64 b = 0; b < a.batch; ++b) any |= a.mask[b * a.neurons + i];
-    a.index[kept] = int32_t(i);
-    kept += any;
-  }
+  i64 kept = list_union(a.mask, a.batch, a.neurons, a.index);
   *a.count = int32_t(kept);
   *a.read += kept;
 }
@@ -622,6 +653,7 @@ void run(const Step& step) {
     }
     case 8: return run(*static_cast<const Next*>(a));
     case 9: return run(*static_cast<const Multiply*>(a));
+    case 10: return run(*static_cast<const Decide*>(a));
   }
 }
 
