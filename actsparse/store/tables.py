@@ -3,7 +3,7 @@
 import io
 import types
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -41,17 +41,39 @@ def write(path: Path, table: pl.DataFrame) -> None:
 
 
 def read(path: Path, record: type) -> pl.DataFrame:
-    """The table at `path`; raises RunError where it is absent, damaged or of another schema."""
+    """The table at `path` with the columns of `record`; raises RunError where it is absent, damaged or of another form.
+
+    A column that is younger than the run is null (or its default) where the record allows that, and one that this
+    version does not know is left out: columns may be added under one schema number, never changed.
+    """
     if not path.exists():
         raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
     try:
         table = pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
-    expected = schema_of(record)
-    if dict(table.schema) != expected:
+    expected, known = schema_of(record), dict(table.schema)
+    optional = _optional(record)
+    changed = {name for name, kind in expected.items() if name in known and known[name] not in (kind, pl.Null)}
+    lacking = [name for name in expected if name not in known and name not in optional]
+    if changed or lacking:
         raise RunError(
-            f"{path} has columns {list(table.columns)}, expected {list(expected)}",
+            f"{path} has columns {known}, which lack or change {sorted(changed | set(lacking))}",
             "it was written by another version; repeat the command that made the run with --force",
         )
-    return table
+    return table.select(
+        pl.col(name).cast(kind) if name in known else pl.lit(optional[name], kind).alias(name)
+        for name, kind in expected.items()
+    )
+
+
+def _optional(record: type) -> dict[str, Any]:
+    """The columns that may be missing, with what stands there then: the field's default, or null."""
+    hints = get_type_hints(record)
+    found = {}
+    for field in fields(record):
+        if field.default is not MISSING:
+            found[field.name] = field.default
+        elif type(None) in get_args(hints[field.name]):
+            found[field.name] = None
+    return found

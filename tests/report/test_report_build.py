@@ -1,10 +1,12 @@
 """`report`: what it writes, and what it refuses with a hint and nothing half-written."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import example_runs as example
+import polars as pl
 import pytest
 
 from actsparse.errors import ActsparseError, RunError
@@ -57,6 +59,18 @@ def test_a_run_of_another_schema(tmp_path: Path) -> None:
     error = refused(ReportSpec(runs=(run,), output=tmp_path / "r.html"))
     assert "schema 99" in error.what
     assert "--force" in error.hint
+
+
+def test_a_run_older_than_a_column_is_still_drawn(tmp_path: Path) -> None:
+    run = example.profile_run(tmp_path / "p", leave_out=("measures", "heads", "histograms", "probes", "coactivation"))
+    table = run / "neurons.parquet"
+    pl.read_parquet(table).drop("expert", "tokens").write_parquet(table)
+    manifest = json.loads((run / "manifest.json").read_text())
+    entry = next(file for file in manifest["files"] if file["path"] == table.name)
+    entry |= {"bytes": table.stat().st_size, "sha256": hashlib.sha256(table.read_bytes()).hexdigest()}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    output = report(ReportSpec(runs=(run,), output=tmp_path / "r.html"))
+    assert 'id="figure-firing-rates-0"' in output.read_text()
 
 
 def test_a_damaged_table_of_a_complete_run(tmp_path: Path) -> None:

@@ -116,18 +116,48 @@ def test_a_table_without_rows_has_its_columns(tmp_path, record):
     assert dict(tables.read(tmp_path / "t.parquet", record).schema) == tables.schema_of(record)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "retyped"])
+@pytest.mark.parametrize("change", ["missing", "renamed", "retyped"])
 def test_a_table_of_another_schema_is_refused(tmp_path, change):
     table = tables.frame([example(HeadRow)], HeadRow)
     changed = {
         "missing": lambda: table.drop("share"),
-        "extra": lambda: table.with_columns(pl.lit(1).alias("more")),
         "renamed": lambda: table.rename({"share": "part"}),
         "retyped": lambda: table.with_columns(pl.col("index").cast(pl.Float64)),
     }
     tables.write(tmp_path / "t.parquet", changed[change]())
     with pytest.raises(RunError, match=r"t\.parquet has columns") as refused:
         tables.read(tmp_path / "t.parquet", HeadRow)
+    assert "--force" in refused.value.hint
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_run_older_than_a_column_is_read_with_nulls(tmp_path, rows):
+    whole = tables.frame([example(NeuronRow)] * rows, NeuronRow)
+    tables.write(tmp_path / "t.parquet", whole.drop("expert", "tokens", "mean_square_up"))
+    found = tables.read(tmp_path / "t.parquet", NeuronRow)
+    assert found.schema == whole.schema
+    assert found["expert"].to_list() == [None] * rows
+    assert found["neuron"].to_list() == [3] * rows
+
+
+def test_a_column_with_a_default_takes_it_and_one_of_a_newer_version_is_left_out(tmp_path):
+    rows = [Measure(metric="rms", layer=0, kind="up", param="s=1", value=1.0, unit="1", n=2)]
+    whole = tables.frame(rows, Measure)
+    tables.write(tmp_path / "t.parquet", whole.drop("param", "stderr").with_columns(newer=pl.lit(1)))
+    found = tables.read(tmp_path / "t.parquet", Measure)
+    assert found.schema == whole.schema
+    assert found.row(0, named=True) == whole.with_columns(param=pl.lit("")).row(0, named=True)
+
+
+@pytest.mark.parametrize("change", ["lacks", "changes"])
+def test_a_column_that_must_be_there_is_named_with_the_way_out(tmp_path, change):
+    whole = tables.frame([example(NeuronRow)], NeuronRow)
+    broken = (
+        whole.drop("active_frac") if change == "lacks" else whole.with_columns(pl.col("active_frac").cast(pl.String))
+    )
+    tables.write(tmp_path / "t.parquet", broken)
+    with pytest.raises(RunError, match=r"\['active_frac'\]") as refused:
+        tables.read(tmp_path / "t.parquet", NeuronRow)
     assert "--force" in refused.value.hint
 
 
