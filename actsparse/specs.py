@@ -17,6 +17,7 @@ class ModelSpec:
 
     `family`: a TOML file with the row of its family, for a model type that the table lacks. `device_map`: how a model
     larger than one device is spread (`auto`, `balanced`, `sequential`), for profiling and masked evaluation.
+    `allow_pickle`: read weights that are kept as pickles only (tensors alone; no code).
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelSpec:
     offline: bool = field(default=False, metadata=RUNTIME)
     dequantize: bool = False
     family: str | None = None
+    allow_pickle: bool = field(default=False, metadata=RUNTIME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from actsparse.errors import ActsparseError
 from actsparse.store.provenance import again
 
 INTERRUPTED = 130
+LARGEST_CONFIG = 1 << 20
 COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods", "models")
 
 app = typer.Typer(
@@ -73,10 +74,15 @@ def read_config(path: Path, parameters: dict[str, dict[str, str]]) -> dict[str, 
     Raises ActsparseError where the file cannot be read, or names a command or option that does not exist.
     """
     try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ActsparseError(
+                f"{path} holds {path.stat().st_size:,} bytes, more than options need",
+                "check the path given with --config",
+            )
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ActsparseError(f"{path} cannot be read: {error}", "check the path given with --config") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ActsparseError(
             f"{path} is not TOML: {error}", "write a table such as [profile], and under it limit = 8"
         ) from None
@@ -104,15 +110,32 @@ def main(argv: list[str]) -> int:
         return int(result or 0)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except ActsparseError as error:
-        if debug:
-            output.err.print_exception()
-        output.error(error)
-        return error.exit_code
     except BrokenPipeError:
         # the reader has left (`| head`): keep the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if debug:
+            output.traceback()
+        known = error if isinstance(error, ActsparseError) else _unforeseen(error)
+        output.error(known)
+        return known.exit_code
+
+
+def _unforeseen(error: Exception) -> ActsparseError:
+    """The message for an exception that no part of the project turned into one."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ActsparseError(
+            "out of memory; what was written so far is kept",
+            "give a smaller --batch-size or --limit, or --dtype bfloat16, and start the same command again",
+        )
+    if isinstance(error, OSError):
+        return ActsparseError(f"the system refused: {error}", "check the path and the disk; --debug shows where")
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    return ActsparseError(
+        f"a fault of actsparse itself: {type(error).__name__}: {reason}",
+        "start it again with --debug, and report what it prints; what was written so far is kept",
+    )
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -124,7 +147,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             line = again(["actsparse", *sys.argv[1:]])
-            Output().err.print(f"\ninterrupted; what was written so far is kept. Resume with:\n  {line}", markup=False)
+            Output().interrupted(f"interrupted; what was written so far is kept. Resume with:\n  {line}")
             raise typer.Exit(INTERRUPTED) from None
 
     return guarded

@@ -41,6 +41,10 @@ class ModelOptions:
     trust_remote_code: Annotated[
         bool, option("--trust-remote-code", help="Run code that comes with the model. Off by default.", panel=MODEL)
     ] = False
+    allow_pickle: Annotated[
+        bool,
+        option("--allow-pickle", help="Read pickled weights where there are no others; tensors alone.", panel=MODEL),
+    ] = False
     offline: Annotated[bool, option("--offline", help="Use no network.", panel=MODEL)] = False
     family: Annotated[
         Path | None, option("--family", help="TOML file with the row of a family that the table lacks.", panel=MODEL)
@@ -55,6 +59,7 @@ class ModelOptions:
             device_map=self.device_map,
             dequantize=self.dequantize,
             trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
             offline=self.offline,
             family=None if self.family is None else str(self.family.expanduser().resolve()),
         )

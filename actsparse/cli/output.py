@@ -1,7 +1,10 @@
 """The one place that prints. stdout is the answer; progress, notes, warnings and errors go to stderr."""
 
+import json
+import re
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,10 +32,24 @@ QUIET_SECONDS = 2.0
 PLAIN_INTERVAL = 10.0
 PLAIN_WIDTH = 160
 
+# What may drive a terminal, or turn the order of what it shows: controls, marks of direction, other unprintables.
+_UNPRINTABLE = re.compile(r"[^\n\x20-\x7e]")
+
 
 def printable(text: str) -> str:
     """Text from outside with control characters made visible, so that it cannot drive a terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c in "\n\t" or c.isprintable() else _visible(c) for c in text)
+
+
+def _visible(character: str) -> str:
+    """The escape of a character as Python writes it."""
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    """A character of a JSON text as its escape; only strings can hold one that is not printable."""
+    character = found.group()
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def _console(file: TextIO) -> Console:
@@ -71,9 +88,17 @@ class Output:
         if error.hint:
             self.err.print(f"[cyan]hint:[/] {escape(printable(error.hint))}")
 
+    def interrupted(self, text: str) -> None:
+        """What a person who stopped a command should know; shown also when quiet."""
+        self.err.print("\n" + escape(printable(text)))
+
+    def traceback(self) -> None:
+        """The stack trace of the exception at work, for `--debug`."""
+        self.err.print(escape(printable(traceback.format_exc())))
+
     def document(self, text: str) -> None:
-        """The one JSON document of a command."""
-        self.out.file.write(text.rstrip("\n") + "\n")
+        """The one JSON document of a command; characters that drive a terminal are written as escapes."""
+        self.out.file.write(_UNPRINTABLE.sub(_json_escape, text.rstrip("\n")) + "\n")
 
     def line(self, text: str) -> None:
         """A line of the answer."""
@@ -99,10 +124,10 @@ class Output:
             yield lambda _units: None
         elif self.err.is_terminal:
             with self._bars() as bars:
-                task = bars.add_task(escape(what), total=total, unit=unit)
+                task = bars.add_task(escape(printable(what)), total=total, unit=unit)
                 yield lambda units: bars.advance(task, units)
         else:
-            yield _PlainProgress(self.err, what, total, unit).advance
+            yield _PlainProgress(self.err, escape(printable(what)), total, unit).advance
         self.detail(f"{what}: {total} {unit} in {time.monotonic() - began:.1f} s")
 
     def _bars(self) -> Bars:

@@ -14,6 +14,7 @@ from actsparse.methods.gates import LayerGates, TokenGate
 from actsparse.methods.neuron_allocation import by_layer
 from actsparse.methods.registry import method_class
 from actsparse.methods.short import NO_ADD_ONS, ShortForm, build
+from actsparse.methods.trial import MISFITS, check_entries, try_gates
 from actsparse.results import FfnPlace, ModelRecord, Sparsity, StepBytes, TextRecord, ThresholdPlan, Unit
 
 
@@ -132,6 +133,7 @@ def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) ->
         predicted_drop=tuple(one.dropped or 0.0 for one in record.layers),
         tensors=tensors,
     )
+    check_entries(fit, name)
     return Plan(
         name=name,
         method=method,
@@ -145,7 +147,7 @@ def from_record(record: ThresholdPlan, tensors: dict[str, Tensor], name: str) ->
 
 
 def check_layers(plan: Plan, layers: int, widths: Mapping[Unit, int]) -> None:
-    """Raise PlanError where a plan's layers are not the model's; `widths` by unit, the same in every layer.
+    """Raise PlanError where a plan's layers or tensors do not fit the model; `widths` by unit, the same in every layer.
 
     A plan over the neurons of experts has an entry for every FFN instead.
     """
@@ -160,7 +162,13 @@ def check_layers(plan: Plan, layers: int, widths: Mapping[Unit, int]) -> None:
                 f" the model has {layers} of {width}",
                 "fit the plan to this model",
             )
-    plan.method.check_fit(plan.fit, next(widths[unit] for unit in (Unit.UP, Unit.GATE_UP) if unit in widths))
+    try:
+        plan.method.check_fit(plan.fit, next(widths[unit] for unit in (Unit.UP, Unit.GATE_UP) if unit in widths))
+        gates = plan.gates()
+    except MISFITS as error:
+        raise PlanError(f"the plan {plan.name} cannot be used: {error!r}", "fit it again") from error
+    neurons = [place.width for place in plan.ffns] if len(gates) == len(plan.ffns) else [widths[Unit.NEURON]] * layers
+    try_gates(plan.name, gates, widths, neurons)
 
 
 def by_unit(fit: Fit, drops: Sequence[float], ffns: Sequence[FfnPlace] = ()) -> dict[tuple[Unit, int], float]:

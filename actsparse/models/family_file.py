@@ -73,7 +73,7 @@ def _table(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"the family's row {path} cannot be read: {error.strerror}", "check the path given with --family"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is not TOML: {error}", "start from `actsparse models llama > row.toml`") from None
 
 

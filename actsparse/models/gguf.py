@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.errors import ModelError
+from actsparse.models.gguf_header import read_header
 from actsparse.models.home import file_sha256, home, make_folder
 
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
@@ -29,6 +30,7 @@ def converted(path: Path, notify: Callable[[str], None]) -> Path:
     directory = home() / "models" / f"{path.stem}-{file_sha256(path)[:12]}"
     if (directory / "config.json").exists():
         return directory
+    read_header(path)
     notify(f"converting {path.name} once (about 40 s for 135 M parameters), kept in {directory}")
     make_folder(directory.parent)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
@@ -69,10 +71,11 @@ def _read(path: Path) -> tuple[Any, Any]:
                 path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )
             return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever readers and converters do with a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{path} cannot be converted: {error}", "check that the file is whole and its architecture is supported"
-        ) from None
+            f"{path} cannot be converted: {reason}", "check that the file is whole and its architecture is supported"
+        ) from error
 
 
 @contextlib.contextmanager

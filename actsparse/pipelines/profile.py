@@ -27,8 +27,9 @@ from actsparse.pipelines.progress import Progress, Silent, describe
 from actsparse.pipelines.recording import Feed, Shards, not_finite, record_sequences
 from actsparse.results import DECODE, PREFILL, RunKind
 from actsparse.specs import ProfileSpec
+from actsparse.store.files import SHARDS
 from actsparse.store.fingerprint import asked
-from actsparse.store.run import SHARDS, RunRequest, RunWriter, open_run
+from actsparse.store.run import RunRequest, RunWriter, open_run
 from actsparse.store.runs import ProfileRun
 
 # What rank 0 tells the others before anything is recorded: the run is complete; it cannot be opened.

@@ -80,46 +80,46 @@ class Source:
 
         Raises RunError where a complete run's table is damaged; of an unfinished run it is left out and noted.
         """
-        if not (self.run.path / f"{name}.parquet").exists():
+        if not self.run.has(f"{name}.parquet"):
             return pl.DataFrame(schema=tables.schema_of(RECORDS[name]))
         found = self._read(name)
         return found.fill_nan(None) if found is not None else pl.DataFrame(schema=tables.schema_of(RECORDS[name]))
 
     def decode_measures(self) -> pl.DataFrame:
         """The measures over the tokens that the model wrote itself; empty where the profile has none."""
-        if not (self.run.path / "measures.parquet").exists():
+        if not self.run.has("measures.parquet"):
             return pl.DataFrame(schema=tables.schema_of(Measure))
         found = self._read("decode_measures")
         return found.fill_nan(None) if found is not None else pl.DataFrame(schema=tables.schema_of(Measure))
 
     def arrays(self, name: str) -> dict[str, Any]:
         """Arrays of `<name>.safetensors` by name; none where the run has none."""
-        if not (self.run.path / f"{name}.safetensors").exists():
+        if not self.run.has(f"{name}.safetensors"):
             return {}
         return self._read(name) or {}
 
     def generations(self) -> tuple[Generation, ...]:
         """Continuations in the order of the file."""
-        if not (self.run.path / "generations.jsonl").exists():
+        if not self.run.has("generations.jsonl"):
             return ()
         return self._read("generations") or ()
 
     def summary(self) -> dict[str, Any]:
         """The document of `--json`; empty where the run has none."""
-        if not (self.run.path / "summary.json").exists():
+        if not self.run.has("summary.json"):
             return {}
         return self._read("summary") or {}
 
     def experiments(self) -> tuple[StudyExperiment, ...]:
         """What each experiment of a study concludes; none where the run has not written it."""
-        if not (self.run.path / "studies.json").exists():
+        if not self.run.has("studies.json"):
             return ()
         return self._read("experiments") or ()
 
     def vocabulary(self) -> dict[int, str]:
         """The text of the token ids in `tokens.parquet`, where the run kept it (`vocabulary.json`)."""
         path = self.run.path / "vocabulary.json"
-        if not path.exists():
+        if not self.run.has(path.name):
             return {}
         try:
             return decode(path.read_bytes(), dict[int, str], str(path))

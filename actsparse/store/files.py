@@ -10,16 +10,26 @@ from pathlib import Path
 from actsparse.errors import RunError
 
 CHUNK = 1 << 20
+SHARDS = "shards"
+SUMS = "sums"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill `path.tmp`, sync it, and move it onto `path`; raises RunError where the disk refuses."""
+    """Let `write` fill `path.tmp`, sync it, and move it onto `path`; raises RunError where the disk refuses.
+
+    A link that lies in the place of `path.tmp` is removed, not followed. The sum of a shard is noted beside it, so that
+    a resumed run can tell whether it is still what was written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_symlink():
+            temporary.unlink()
         write(temporary)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
+        if path.parent.name == SHARDS:
+            _note_sum(path, sha256_of(temporary))
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)
@@ -37,6 +47,31 @@ def _discard(temporary: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     write_atomic(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _note_sum(shard: Path, sha256: str) -> None:
+    """Append a line to the shards' sums, before the shard is moved into place: every line for a name may be the one
+    that holds, since a kill may come between. One write, so that lines of several processes do not mix."""
+    journal = os.open(shard.with_name(SUMS), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        os.write(journal, f"{sha256} {shard.name}\n".encode())
+        os.fsync(journal)
+    finally:
+        os.close(journal)
+
+
+def damaged_shards(folder: Path) -> list[Path]:
+    """The shards in `folder` that are no longer what was written there, or lead out of it."""
+    known: dict[str, set[str]] = {}
+    with suppress(OSError, UnicodeDecodeError):
+        for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+            sha256, _, name = line.partition(" ")
+            known.setdefault(name, set()).add(sha256)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_symlink() or (path.is_file() and path.name in known and sha256_of(path) not in known[path.name])
+    )
 
 
 def sha256_of(path: Path) -> str:

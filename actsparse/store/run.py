@@ -18,13 +18,13 @@ from actsparse.errors import ActsparseError, RunError
 from actsparse.results import SCHEMA_VERSION, FileRecord, Manifest, ModelRecord, Provenance, RunKind, TextRecord
 from actsparse.store import provenance
 from actsparse.store.codec import builtins, decode, pretty
-from actsparse.store.files import disk_error, sha256_of, write_bytes
+from actsparse.store.files import SHARDS, damaged_shards, disk_error, sha256_of, write_bytes
 from actsparse.store.fingerprint import differences, fingerprint
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
-SHARDS = "shards"
 LOCK = ".lock"
+COMPLETE = "complete"
 DUMP = re.compile(r"dump-\d{5}\.safetensors")
 SHARD_SUFFIXES = ("", ".parquet", ".safetensors", ".json", ".tmp")
 FILES = {
@@ -47,6 +47,7 @@ FILES = {
         "tokens.parquet",
         "items.parquet",
         "timing.parquet",
+        "throughput.parquet",
         "generations.jsonl",
         "vocabulary.json",
         "summary.json",
@@ -123,7 +124,7 @@ class RunWriter:
         )
         self.manifest = replace(
             self.manifest,
-            status="complete",
+            status=COMPLETE,
             files=files,
             warnings=tuple(self.warnings),
             provenance=_finished(self.manifest.provenance),
@@ -144,6 +145,7 @@ def open_run(request: RunRequest) -> Iterator[RunWriter]:
     """
     path = request.directory
     _make_directory(path)
+    _refuse_links(path)
     lock = FileLock(str(path / LOCK))
     try:
         lock.acquire(timeout=0)
@@ -169,6 +171,16 @@ def open_run(request: RunRequest) -> Iterator[RunWriter]:
         lock.release()
 
 
+def _refuse_links(path: Path) -> None:
+    """Refuse a directory in which a link would carry the lock, the manifest or the shards elsewhere."""
+    for name in (LOCK, MANIFEST, UNFINISHED, SHARDS):
+        if (path / name).is_symlink():
+            raise RunError(
+                f"{path / name} is a symbolic link, which a run does not follow",
+                "remove the link, or choose another directory with --output",
+            )
+
+
 def _leave_nothing(path: Path) -> None:
     """Remove the lock where no run is, and the directory when nothing else is in it."""
     if (path / MANIFEST).exists() or (path / UNFINISHED).exists():
@@ -189,7 +201,12 @@ def read_manifest(path: Path) -> Manifest:
             command = provenance.again(read_draft(path).provenance.command)
             raise RunError(f"the run at {path} is incomplete: it was interrupted", f"resume it with: {command}")
         raise RunError(f"{path} is not a run directory: it has no manifest.json", "give a directory under runs/")
-    return _read(path / MANIFEST)
+    found = _read(path / MANIFEST)
+    if found.status != COMPLETE:
+        raise RunError(
+            f"{path / MANIFEST} says that the run is {found.status}", "repeat the command that made it with --force"
+        )
+    return found
 
 
 def read_draft(path: Path) -> Manifest:
@@ -234,13 +251,17 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
     if found is not None and found.fingerprint != request.fingerprint and not request.force:
         raise RunError(_other_run(path, found, draft), "overwrite it with --force, or choose another --output")
     same = found is not None and found.fingerprint == request.fingerprint and not request.force
-    if same and found and found.status == "complete":
+    if same and found and found.status == COMPLETE:
         return RunWriter(path=path, manifest=found, complete=True, warnings=list(found.warnings))
     resumed = bool(same and request.resume and (path / SHARDS).is_dir())
     if not resumed:
         _remove_run(path, {request.kind, *((found.kind,) if found else ())}, found)
+    writer = RunWriter(path=path, manifest=draft, resumed=resumed)
+    for shard in damaged_shards(path / SHARDS) if resumed else ():
+        shard.unlink()
+        writer.warn(f"the shard {shard.name} was damaged since it was written, and was made again")
     write_bytes(path / UNFINISHED, pretty(draft).encode())
-    return RunWriter(path=path, manifest=draft, resumed=resumed)
+    return writer
 
 
 def _existing(path: Path, force: bool) -> Manifest | None:
@@ -256,7 +277,13 @@ def _existing(path: Path, force: bool) -> Manifest | None:
 
 
 def _read(file: Path) -> Manifest:
-    found = decode(file.read_bytes(), Manifest, str(file))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"{file} cannot be read: {error.strerror}", "check its permissions, or choose another directory"
+        ) from None
+    found = decode(data, Manifest, str(file))
     if found.schema_version != SCHEMA_VERSION:
         raise RunError(
             f"{file} has schema {found.schema_version}, this version of actsparse writes {SCHEMA_VERSION}",
@@ -288,7 +315,7 @@ def _other_run(path: Path, found: Manifest, draft: Manifest) -> str:
 def _remove_run(path: Path, kinds: set[RunKind], found: Manifest | None) -> None:
     """Remove what earlier runs of these kinds wrote here, and nothing else."""
     dumps = {file.path for file in found.files if DUMP.fullmatch(file.path)} if found else set()
-    if found and found.status != "complete":
+    if found and found.status != COMPLETE:
         dumps |= {file.name for file in path.iterdir() if DUMP.fullmatch(file.name)}
     for name in (MANIFEST, UNFINISHED, *dumps, *(name for kind in kinds for name in FILES[kind])):
         target = path / name

@@ -28,7 +28,7 @@ from actsparse.results import (
 from actsparse.store import arrays, tables
 from actsparse.store.codec import decode
 from actsparse.store.files import sha256_of
-from actsparse.store.run import DUMP, read_manifest
+from actsparse.store.run import COMPLETE, DUMP, read_manifest
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,21 @@ class Run:
             _check(path, file.path, file.bytes, file.sha256)
         return cls(path, manifest)
 
+    def has(self, name: str) -> bool:
+        """Whether a file belongs to the run: named by its manifest or, in a run at work, a plain file that is there."""
+        if self.manifest.status == COMPLETE:
+            return any(file.path == name for file in self.manifest.files)
+        return (self.path / name).is_file() and not (self.path / name).is_symlink()
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the run; raises RunError where it does not belong to it."""
+        if not self.has(name):
+            raise RunError(f"{self.path / name} is missing", "repeat the command that made the run with --force")
+        return self.path / name
+
     def _bytes(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            return self.file(name).read_bytes()
         except OSError:
             raise RunError(
                 f"{self.path / name} is missing", "repeat the command that made the run with --force"
@@ -78,7 +90,7 @@ class ProfileRun(Run):
     @cached_property
     def all_measures(self) -> pl.DataFrame:
         """Every row of `measures.parquet`, of whatever phase."""
-        return tables.read(self.path / "measures.parquet", Measure)
+        return tables.read(self.file("measures.parquet"), Measure)
 
     @cached_property
     def measures(self) -> pl.DataFrame:
@@ -93,12 +105,12 @@ class ProfileRun(Run):
     @cached_property
     def decode_neurons(self) -> pl.DataFrame:
         """As `neurons`, over the tokens that the model wrote itself; raises RunError without `--decode N`."""
-        return tables.read(self.path / "neurons_decode.parquet", NeuronRow)
+        return tables.read(self.file("neurons_decode.parquet"), NeuronRow)
 
     @cached_property
     def decode_heads(self) -> pl.DataFrame:
         """As `heads`, over the tokens that the model wrote itself; raises RunError without `--decode N`."""
-        return tables.read(self.path / "heads_decode.parquet", HeadRow)
+        return tables.read(self.file("heads_decode.parquet"), HeadRow)
 
     @property
     def dump(self) -> tuple[Path, ...]:
@@ -107,26 +119,26 @@ class ProfileRun(Run):
 
     @cached_property
     def neurons(self) -> pl.DataFrame:
-        return tables.read(self.path / "neurons.parquet", NeuronRow)
+        return tables.read(self.file("neurons.parquet"), NeuronRow)
 
     @cached_property
     def heads(self) -> pl.DataFrame:
-        return tables.read(self.path / "heads.parquet", HeadRow)
+        return tables.read(self.file("heads.parquet"), HeadRow)
 
     @cached_property
     def histograms(self) -> dict[str, Any]:
         """Numpy arrays `layers.<i>.<kind>.counts` and `.edges`."""
-        return arrays.read(self.path / "histograms.safetensors")
+        return arrays.read(self.file("histograms.safetensors"))
 
     @cached_property
     def coactivation(self) -> dict[str, Any]:
         """Numpy arrays `layers.<i>.neurons` and `layers.<i>.counts`, and the number of `tokens`."""
-        return arrays.read(self.path / "coactivation.safetensors")
+        return arrays.read(self.file("coactivation.safetensors"))
 
     @cached_property
     def probes(self) -> dict[str, Any]:
         """Numpy arrays of `probes.safetensors`: the matrices of the 2x2."""
-        return arrays.read(self.path / "probes.safetensors")
+        return arrays.read(self.file("probes.safetensors"))
 
 
 @dataclass(frozen=True)
@@ -148,27 +160,27 @@ class EvalRun(Run):
 
     @cached_property
     def results(self) -> pl.DataFrame:
-        return tables.read(self.path / "results.parquet", EvalRow)
+        return tables.read(self.file("results.parquet"), EvalRow)
 
     @cached_property
     def tokens(self) -> pl.DataFrame:
-        return tables.read(self.path / "tokens.parquet", TokenRow)
+        return tables.read(self.file("tokens.parquet"), TokenRow)
 
     @cached_property
     def items(self) -> pl.DataFrame:
         """Every item of every task under every plan; empty where no task was asked for."""
-        path = self.path / "items.parquet"
-        return tables.read(path, TaskItemRow) if path.exists() else tables.frame([], TaskItemRow)
+        name = "items.parquet"
+        return tables.read(self.file(name), TaskItemRow) if self.has(name) else tables.frame([], TaskItemRow)
 
     @cached_property
     def timing(self) -> pl.DataFrame:
-        return tables.read(self.path / "timing.parquet", TimingRow)
+        return tables.read(self.file("timing.parquet"), TimingRow)
 
     @cached_property
     def throughput(self) -> pl.DataFrame:
         """Throughput runs; empty where none was asked for."""
-        path = self.path / "throughput.parquet"
-        return tables.read(path, ThroughputRow) if path.exists() else tables.frame([], ThroughputRow)
+        name = "throughput.parquet"
+        return tables.read(self.file(name), ThroughputRow) if self.has(name) else tables.frame([], ThroughputRow)
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:
@@ -184,7 +196,7 @@ class StudyRun(Run):
 
     @cached_property
     def rows(self) -> pl.DataFrame:
-        return tables.read(self.path / "studies.parquet", StudyRow)
+        return tables.read(self.file("studies.parquet"), StudyRow)
 
     @cached_property
     def experiments(self) -> tuple[StudyExperiment, ...]:
@@ -210,5 +222,9 @@ def _check(run: Path, name: str, size: int, sha256: str) -> None:
     path = run / name
     if Path(name).name != name or path.is_symlink():
         raise RunError(f"the manifest of {run} names a file outside it: {name}", "do not use this run")
-    if not path.exists() or path.stat().st_size != size or sha256_of(path) != sha256:
+    try:
+        whole = path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
         raise RunError(f"{path} is missing or damaged", "repeat the command that made the run with --force")

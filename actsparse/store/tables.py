@@ -12,6 +12,9 @@ import polars as pl
 from actsparse.errors import RunError
 from actsparse.store.files import write_bytes
 
+FEW_ROWS = 1_000_000
+ROWS_A_BYTE = 16
+
 COLUMN_TYPES: dict[type, Any] = {int: pl.Int64, float: pl.Float64, str: pl.String, bool: pl.Boolean}
 
 
@@ -33,6 +36,13 @@ def frame(rows: Iterable[Any], record: type) -> pl.DataFrame:
     return pl.DataFrame([asdict(row) for row in rows], schema=schema_of(record), orient="row")
 
 
+def _check_size(path: Path) -> None:
+    """Refuse a file that unpacks into far more rows than its bytes can honestly hold; raises RunError."""
+    rows, size = pl.scan_parquet(path).select(pl.len()).collect().item(), path.stat().st_size
+    if rows > max(FEW_ROWS, ROWS_A_BYTE * size):
+        raise RunError(f"{path} claims {rows:,} rows in {size:,} bytes, more than any run writes", "do not use it")
+
+
 def write(path: Path, table: pl.DataFrame) -> None:
     """Write a table, whole or not at all."""
     buffer = io.BytesIO()
@@ -49,8 +59,10 @@ def read(path: Path, record: type) -> pl.DataFrame:
     if not path.exists():
         raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
     try:
+        _check_size(path)
         table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    # polars panics on some damaged files, and a panic is no Exception
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
     expected, known = schema_of(record), dict(table.schema)
     optional = _optional(record)

@@ -46,16 +46,28 @@ def test_a_refused_write_is_said_and_leaves_the_old_file_whole(tmp_path, monkeyp
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-@pytest.mark.parametrize("name", ["bytes", "table"])
-def test_a_disk_that_is_really_full_is_said(tmp_path, name):
-    path = tmp_path / "file"
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_disk_that_is_really_full_is_said(small_disk, writer):
+    path = small_disk / "file"
     path.write_bytes(b"old")
-    (tmp_path / "file.tmp").symlink_to("/dev/full")
+    (small_disk / "filler").write_bytes(b"x" * 50_000)
     with pytest.raises(RunError, match="no disk space"):
-        WRITERS[name](path)
+        writer(path)
     assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert sorted(entry.name for entry in small_disk.iterdir()) == ["file", "filler"]
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path, writer):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "file.tmp").symlink_to(outside)
+    writer(folder / "file")
+    assert outside.read_bytes() == b"mine"
+    assert [entry.name for entry in folder.iterdir()] == ["file"]
+    assert not (folder / "file").is_symlink()
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)

@@ -369,7 +369,7 @@ def test_a_disk_that_refuses_the_manifest_leaves_the_run_unfinished_and_resumabl
             with pytest.raises(RunError, match=said) as refused:
                 writer.finish()
     assert "--output" in refused.value.hint
-    assert entries(path) == {"unfinished.json", "shards", "shards/state"}
+    assert entries(path) == {"unfinished.json", "shards", "shards/state", "shards/sums"}
     with open_run(request(path)) as writer:
         assert writer.resumed
 

