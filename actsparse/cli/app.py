@@ -2,18 +2,22 @@
 
 import functools
 import os
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from actsparse import __version__
-from actsparse.cli.output import Output
+from actsparse.cli.output import Output, printable
 from actsparse.errors import ActsparseError
 from actsparse.store.provenance import again
 
@@ -21,8 +25,34 @@ INTERRUPTED = 130
 LARGEST_CONFIG = 1 << 20
 COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods", "models")
 
+
+class _Commands(TyperGroup):
+    """The commands; what the parser says about words of a stranger cannot drive a terminal."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _printable_messages():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_messages():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_messages() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Typer does not export the class that all errors of the parser share; they alone have a message
+        said = getattr(error, "message", None)
+        if isinstance(said, str) and not isinstance(error, ActsparseError):
+            error.message = printable(said)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
 app = typer.Typer(
     name="actsparse",
+    cls=_Commands,
     help="Study and exploit activation sparsity in large language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -110,10 +140,6 @@ def main(argv: list[str]) -> int:
         return int(result or 0)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BrokenPipeError:
-        # the reader has left (`| head`): keep the interpreter from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if debug:
             output.traceback()
@@ -139,18 +165,37 @@ def _unforeseen(error: Exception) -> ActsparseError:
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with Ctrl-C turned into exit code 130 and the line that resumes it."""
+    """The command with Ctrl-C and SIGTERM turned into exit code 130 and the line that resumes it."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _stoppable():
+                command(*args, **kwargs)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             line = again(["actsparse", *sys.argv[1:]])
             Output().interrupted(f"interrupted; what was written so far is kept. Resume with:\n  {line}")
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # the reader has left (`| head`), and the work is done: keep the interpreter from complaining at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit from None
 
     return guarded
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While the block runs, SIGTERM stops it as Ctrl-C does: what is finished is kept, what is half written goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @functools.cache

@@ -12,6 +12,9 @@ import typer
 from actsparse.errors import ActsparseError
 from actsparse.specs import DataSpec, ModelSpec
 
+LAST_LAYER = 9_999
+MOST_DIGITS = 12
+
 MODEL, DATA, RUN, OUTPUT = "Model", "Text", "Run", "Output"
 
 
@@ -190,12 +193,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return expanded
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text is a whole number that may be meant: digits, and not too many of them."""
+    return text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS
+
+
 def block_range(text: str | None) -> tuple[int, int] | None:
     """`A:B` as two numbers; raises ActsparseError otherwise."""
     if text is None:
         return None
     first, colon, stop = text.partition(":")
-    if not colon or not first.isdigit() or not stop.isdigit() or int(first) >= int(stop):
+    if not colon or not is_whole(first) or not is_whole(stop) or int(first) >= int(stop):
         raise ActsparseError(f"--calib-blocks must be A:B with A < B, not '{text}'", "write for example 4:8")
     return int(first), int(stop)
 
@@ -207,12 +215,14 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not is_whole(first) or (dash and not is_whole(last)):
             raise ActsparseError(f"--layers cannot be '{text}'", "write for example 0-7,31")
         if dash and int(last) < int(first):
             raise ActsparseError(
                 f"--layers cannot be '{text}': {part.strip()} goes backwards", "write for example 0-7,31"
             )
+        if int(last if dash else first) > LAST_LAYER:
+            raise ActsparseError(f"--layers cannot be '{text}': no model has so many", "write for example 0-7,31")
         layers += range(int(first), int(last if dash else first) + 1)
     return tuple(sorted(set(layers)))
 
@@ -220,7 +230,7 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
 def counts(text: str, name: str) -> tuple[int, ...]:
     """`1,2,4` as numbers from 1 on, ascending; raises ActsparseError otherwise."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+    if not all(is_whole(part) and int(part) for part in parts):
         raise ActsparseError(f"{name} must be numbers from 1 on, not '{text}'", f"write for example {name} 1,2,4")
     return tuple(sorted({int(part) for part in parts}))
 

@@ -109,9 +109,13 @@ class Output:
         """A table of the answer; the first column is text, the others are numbers."""
         if self.json:
             return
-        table = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        table = Table(
+            title=escape(printable(title)) or None, title_justify="left", header_style="bold", box=None, pad_edge=False
+        )
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+            table.add_column(
+                escape(printable(column)), justify="right" if index else "left", no_wrap=index > 0, overflow="fold"
+            )
         for row in rows:
             table.add_row(*(escape(printable(cell)) for cell in row))
         self.out.print(table)

@@ -5,13 +5,13 @@ A `.txt` file holds prompts separated by blank lines; a `.jsonl` file holds one 
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actsparse.data.json_lines import check_text, parse_line
 from actsparse.errors import DataError
 
 TEXT_FIELDS = ("text", "prompt")
@@ -126,17 +126,11 @@ def read_text(file: Path) -> str:
 
 
 def _parse_line(line: str, where: str) -> Prompt:
-    try:
-        fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}", "write one JSON object a line") from None
+    fields = parse_line(line, where)
     if not isinstance(fields, dict):
         raise DataError(f"{where} is not a JSON object", 'write one object a line: {"text": "..."}')
     prompt = _prompt(fields, where)
-    try:
-        prompt.content.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where} holds half of a surrogate pair, which is no text", "correct the escape") from None
+    check_text(prompt.content, where)
     return prompt
 
 

@@ -1,12 +1,12 @@
 """Tasks from JSON lines: multiple choice (`query`, `choices`, `gold`), or generation (`question`, `answer`)."""
 
-import json
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from actsparse.data.json_lines import check_text, parse_line
 from actsparse.data.prompts import read_text
 from actsparse.errors import DataError
 
@@ -70,6 +70,8 @@ def read_task(path: str, *, limit: int | None = None, shots: int = 0) -> Task:
     wanted = lines if limit is None else lines[: shots + limit]
     items = [_item(line, f"{file}:{number}") for number, line in wanted]
     for (number, _), item in zip(wanted, items, strict=True):
+        check_text("".join((item.shown, *(item.choices if isinstance(item, Choice) else ()))), f"{file}:{number}")
+    for (number, _), item in zip(wanted, items, strict=True):
         if type(item) is not type(items[0]):
             raise DataError(
                 f"{file}:{number} is of another kind than the file's first item",
@@ -94,10 +96,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _item(line: str, where: str) -> Choice | Question:
-    try:
-        fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}", "write one JSON object a line") from None
+    fields = parse_line(line, where)
     if isinstance(fields, dict) and {"query", "choices", "gold"} <= fields.keys():
         return _choice(fields, where)
     if isinstance(fields, dict) and {"question", "answer"} <= fields.keys():
@@ -136,6 +135,6 @@ def _question(fields: dict[str, Any], where: str) -> Question:
 def parse_dense_upto(text: str) -> int:
     """`P` as 0, `P-k` as k: how many of the context's last tokens are sparse; raises DataError otherwise."""
     head, minus, tail = text.strip().upper().replace(" ", "").partition("-")
-    if head == "P" and (not minus or tail.isdigit()):
+    if head == "P" and (not minus or (tail.isascii() and tail.isdigit() and len(tail) < 10)):
         return int(tail or 0)
     raise DataError(f"--dense-upto cannot be '{text}'", "write P (the whole context dense) or P-1")

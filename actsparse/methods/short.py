@@ -63,10 +63,10 @@ def expand(text: str) -> list[str]:
     first, last, step = (parse_share(part, "a sweep's first, last and step") for part in parts)
     if step <= 0 or last < first:
         raise PlanError(f"'{text}' is an empty sweep", "the step must be above 0, and the last not before the first")
-    count = int((last - first) / step + 1e-9) + 1
-    if count > MOST_STEPS:
-        raise PlanError(f"'{text}' is a sweep of {count} plans, more than {MOST_STEPS}", "take a larger step")
-    return [f"{head}@{first + step * i:.12g}" for i in range(count)]
+    steps = (last - first) / step + 1e-9
+    if steps >= MOST_STEPS:
+        raise PlanError(f"'{text}' is a sweep of more than {MOST_STEPS} plans", "take a larger step")
+    return [f"{head}@{first + step * i:.12g}" for i in range(int(steps) + 1)]
 
 
 def parse_share(text: str, what: str) -> float:

@@ -86,7 +86,7 @@ def _try_channels(rule: ChannelRule, width: int) -> None:
     _is_mask(rule.rule.keep(x), width)
     if rule.correction is not None:
         outer, inner = rule.correction
-        torch.ones(TOKENS, width) @ inner.float() @ outer.float().T
+        _ = torch.ones(TOKENS, width) @ inner.float() @ outer.float().T
 
 
 def _ones(site: SiteKind, widths: Mapping[Unit, int]) -> Tensor | None:

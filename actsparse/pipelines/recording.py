@@ -15,7 +15,7 @@ from actsparse.core.reservoir import position_keys
 from actsparse.core.row_sums import Rows
 from actsparse.core.streaming import HeadGrams, moved
 from actsparse.data.sequences import Sequences
-from actsparse.errors import ModelError
+from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, Tap, tapped
 from actsparse.pipelines.batches import Batch, groups, padded
@@ -212,7 +212,10 @@ def _take_up(state: ProfileState, shards: Shards, empty: Callable[[], ProfileSta
     found: list[tuple[Path, ProfileState]] = []
     for path in shards.found():
         part = empty()
-        part.load(tensors.read(path))
+        try:
+            part.load(tensors.read(path))
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise RunError(f"{path} is no state of this run: {error}", "start over with --no-resume") from error
         found.append((path, part))
     for path, part in sorted(found, key=lambda one: -one[1].sequences):
         if not state.done:
