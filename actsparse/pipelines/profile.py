@@ -88,16 +88,14 @@ class Job:
 
     def record(self, phase: str, folder: Path) -> ProfileState:
         """This process's share of a phase; in rank 0 everything."""
-        spec, shape = self.spec, self.loaded.record
+        spec = self.spec
         sequences: Sequences = self.sequences
         feed: Feed | None = None
         if phase == DECODE:
             assert self.continued is not None
             sequences, feed = self.continued, continuing(self.loaded, spec.decode)
-        slots = capacity(
-            spec.reservoir_tokens, spec.reservoir_mb, len(self.layers), shape.intermediate_size,
-            self.loaded.model.dtype.itemsize,
-        )  # fmt: skip
+        width = sum(ffn.width for ffn in self.loaded.sites.ffns if ffn.layer.index in self.layers)
+        slots = capacity(spec.reservoir_tokens, spec.reservoir_mb, 1, width, self.loaded.model.dtype.itemsize)
         return record_sequences(
             self.loaded,
             sequences,
@@ -170,8 +168,12 @@ def _suited(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], pro
             "dump attn_in, attn_out or mlp_in there, or a dense layer",
         )
     where = f"layer {min(mixed)} holds" if len(mixed) == 1 else f"layers {min(mixed)} to {max(mixed)} hold"
-    left_out = f"{where} experts: no CETT and no co-activation there"
-    progress.note(left_out + (f", and no probes ({', '.join(spec.probes)})" if spec.probes else ""))
+    progress.note(
+        f"{where} experts: CETT and co-activation are those of each expert over its own tokens; not measured there is"
+        " their spread over tokens and positions"
+        + (f", nor the probes {', '.join(spec.probes)}: masks of two tokens are of different experts' neurons"
+           if spec.probes else "")
+    )  # fmt: skip
     return replace(spec, probes=())
 
 

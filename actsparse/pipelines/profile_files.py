@@ -10,10 +10,11 @@ from actsparse.core.coactivation import CoActivation, co_activation
 from actsparse.core.streaming import ACTIVE_DENSITY, POSITION_EDGES
 from actsparse.core.token_sparsity import TokenSpread, spread_over_tokens, token_sparsity
 from actsparse.models.load import LoadedModel
+from actsparse.pipelines.expert_tables import SolvedExpert, expert_rows
 from actsparse.pipelines.profile_state import ProfileState
-from actsparse.pipelines.profile_tables import head_rows, measure_rows, neuron_rows, spread_rows
+from actsparse.pipelines.profile_tables import cett_means, head_rows, measure_rows, neuron_rows, spread_rows
 from actsparse.pipelines.progress import Progress
-from actsparse.results import PREFILL, HeadRow, Measure, NeuronRow
+from actsparse.results import PREFILL, SHARED_EXPERT, HeadRow, Measure, NeuronRow
 from actsparse.store import tables, tensors
 from actsparse.store.codec import builtins, pretty
 from actsparse.store.files import write_bytes
@@ -32,19 +33,21 @@ class Phase:
     together: dict[int, CoActivation]
     spread: dict[int, TokenSpread]
     down_norms: dict[int, Tensor]
+    experts: list[SolvedExpert]
 
     @classmethod
     def solved(
         cls, name: str, loaded: LoadedModel, state: ProfileState, targets: tuple[float, ...], progress: Progress
     ) -> "Phase":
-        """CETT, co-activation and the spread over tokens of every recorded layer that has a sample (layers of experts
-        have none)."""
+        """CETT, co-activation and the spread over tokens of every recorded layer; of layers of experts CETT and
+        co-activation of each expert."""
         cett: dict[int, CettSolution] = {}
         together: dict[int, CoActivation] = {}
         spread: dict[int, TokenSpread] = {}
+        experts: list[SolvedExpert] = []
         norms = {place: loaded.sites.ffns[place].down_norms().cpu() for place in state.neurons}
         what = "solving CETT" if name == PREFILL else f"solving CETT of {name}"
-        with progress.task(what, len(state.sampled), "layers") as advance:
+        with progress.task(what, len(state.sampled) + len(state.experts), "FFNs") as advance:
             for layer in state.sampled:
                 place = loaded.sites.ffn_index[layer, None]
                 down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
@@ -58,12 +61,17 @@ class Phase:
                     shares = token_sparsity(sample, norms[place], eps)
                     spread[layer] = spread_over_tokens(shares, state.reservoir.places, POSITION_EDGES)
                 advance(1)
-        return cls(name, state, cett, together, spread, norms)
+            for place in state.experts:
+                experts.append(SolvedExpert.of(place, loaded, state, targets))
+                advance(1)
+        return cls(name, state, cett, together, spread, norms, experts)
 
     @property
     def rows(self) -> list[Measure]:
         """Its rows of `measures.parquet`; those of another phase than prefill say so in `param`."""
         rows = measure_rows(self.state, self.cett, self.together) + spread_rows(self.spread, SPREAD_TARGET)
+        mixed = expert_rows(self.experts)
+        rows += mixed + cett_means([*rows, *mixed])
         return rows if self.name == PREFILL else [_in_phase(row, self.name) for row in rows]
 
 
@@ -84,6 +92,10 @@ def write_phase(phase: Phase, writer: RunWriter) -> None:
     if phase.name != PREFILL:
         return
     reservoir = {f"layers.{layer}.neuron": state.reservoir.rows(layer) for layer in state.sampled}
+    for place, sample in state.experts.items():
+        layer, expert = state.ffns[place]
+        name = "shared" if expert == SHARED_EXPERT else f"experts.{expert}"
+        reservoir[f"layers.{layer}.{name}.neuron"] = sample.rows(place)
     tensors.write(path / "reservoir.safetensors", reservoir)
     together: dict[str, Tensor] = {}
     for layer, found in phase.together.items():

@@ -29,8 +29,8 @@ class ProfileState:
 
     `neurons`: by place among the model's FFNs, which `ffns` gives as (layer, expert); in a dense model these are its
     layers. Experts share the moments of their layer, the one that serves every token has its own; `reservoir` holds
-    layers without experts, `routers` the others. `done`: the places of the sequences that are in it, in the order in
-    which they were recorded.
+    layers without experts, `routers` the others, and `experts` the sample of every expert, by its place. `done`: the
+    places of the sequences that are in it, in the order in which they were recorded.
     """
 
     layers: tuple[int, ...]
@@ -41,13 +41,14 @@ class ProfileState:
     done: list[int]
     ffns: dict[int, tuple[int, int | None]]
     routers: dict[int, RouterSums]
+    experts: dict[int, Reservoir]
     tokens: int = 0
 
     @classmethod
     def empty(
         cls, loaded: LoadedModel, layers: tuple[int, ...], slots: int, kinds: tuple[SiteKind, ...] = MOMENT_KINDS
     ) -> "ProfileState":
-        """Nothing recorded yet; `slots` token positions of room for the sample."""
+        """Nothing recorded yet; `slots` token positions of room for the sample, and for that of every expert."""
         shape = loaded.record
         kinds = tuple(kind for kind in kinds if shape.gated or kind is not SiteKind.UP)
         ffns = {place: ffn for place, ffn in enumerate(loaded.sites.ffns) if ffn.layer.index in layers}
@@ -74,6 +75,11 @@ class ProfileState:
             done=[],
             ffns={place: (ffn.layer.index, ffn.expert) for place, ffn in ffns.items()},
             routers={layer: RouterSums.zeros() for layer in mixed},
+            experts={
+                place: Reservoir.empty(slots, (place,), ffn.width, loaded.model.dtype)
+                for place, ffn in ffns.items()
+                if ffn.expert is not None
+            },
         )
 
     @property
@@ -97,6 +103,7 @@ class ProfileState:
             (self.neurons, other.neurons),
             (self.heads, other.heads),
             (self.routers, other.routers),
+            (self.experts, other.experts),
         ):
             for key, value in mine.items():
                 value.merge(theirs[key])  # pyright: ignore[reportArgumentType]
@@ -121,6 +128,7 @@ class ProfileState:
         parts |= {f"neurons.{layer}": sums for layer, sums in self.neurons.items()}
         parts |= {f"heads.{layer}": sums for layer, sums in self.heads.items()}
         parts |= {f"routers.{layer}": sums for layer, sums in self.routers.items()}
+        parts |= {f"experts.{place}": sample for place, sample in self.experts.items()}
         parts["reservoir"] = self.reservoir
         return named | {f"{name}/{key}": t for name, part in parts.items() for key, t in part.tensors().items()}
 
@@ -139,4 +147,6 @@ class ProfileState:
             self.routers[layer] = RouterSums.of_tensors(parts[f"routers.{layer}"])
         for layer in self.layers:
             self.heads[layer] = HeadSums.of_tensors(parts[f"heads.{layer}"])
+        for place, sample in self.experts.items():
+            sample.load(parts[f"experts.{place}"])
         self.reservoir.load(parts["reservoir"])

@@ -1,5 +1,6 @@
 """From recorded statistics to the rows of a profile's tables."""
 
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
@@ -31,7 +32,7 @@ def measure_rows(
         if layer in cett:
             rows += _cett_rows(layer, cett[layer])
             rows += _together_rows(layer, together[layer])
-    return rows + _cett_means(cett)
+    return rows
 
 
 def neuron_rows(state: ProfileState, down_norms: dict[int, Tensor]) -> list[NeuronRow]:
@@ -171,17 +172,17 @@ def _together_rows(layer: int, found: CoActivation) -> list[Measure]:
     return [] if phi is None else [_row(site, "coactivation_phi", phi, found.tokens, param=where)]
 
 
-def _cett_means(cett: dict[int, CettSolution]) -> list[Measure]:
-    """Mean CETT sparsity over the recorded layers, for every target."""
-    rows = []
-    for target in next(iter(cett.values())).targets if cett else ():
-        points = [one.targets[target] for one in cett.values() if target in one.targets]
-        mean = sum(point.sparsity for point in points) / len(points)
-        rows.append(
-            Measure(metric="cett_sparsity", kind=SiteKind.NEURON, param=param(target=target), value=mean, unit="share",
-                    n=points[0].tokens)
-        )  # fmt: skip
-    return rows
+def cett_means(rows: Sequence[Measure]) -> list[Measure]:
+    """Mean CETT sparsity over the recorded layers, for every target; from the layers' rows."""
+    by_target: dict[str, list[Measure]] = {}
+    for row in rows:
+        if row.metric == "cett_sparsity" and row.value is not None:
+            by_target.setdefault(row.param, []).append(row)
+    return [
+        Measure(metric="cett_sparsity", kind=SiteKind.NEURON, param=where, unit="share", n=layers[0].n,
+                value=sum(row.value for row in layers if row.value is not None) / len(layers))
+        for where, layers in by_target.items()
+    ]  # fmt: skip
 
 
 def _per_neuron(sums: NeuronSums, norms: Tensor) -> list[dict[str, float]]:

@@ -52,6 +52,7 @@ class Recorder:
         self._rows = _Places(torch.zeros(0, dtype=torch.int64))
         self._positions = self._sampled = self._rows
         self._slots = torch.zeros(0, dtype=torch.int64)
+        self._keys, self._stand = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
         self._tap = Tap()
 
     @torch.no_grad()
@@ -78,10 +79,11 @@ class Recorder:
             position_keys(_digest(batch.sequences[row]), at, self.seed)
             for (row, _), at in zip(batch.spans, positions, strict=True)
         ]
-        stand = np.concatenate([none, *positions])
-        places, self._slots = self.state.reservoir.admit(np.concatenate([none.view(np.uint64), *keys]), stand)
+        self._stand = np.concatenate([none, *positions])
+        self._keys = np.concatenate([none.view(np.uint64), *keys])
+        places, self._slots = self.state.reservoir.admit(self._keys, self._stand)
         self._rows = _Places(torch.from_numpy(rows))
-        self._positions = _Places(torch.from_numpy(stand))
+        self._positions = _Places(torch.from_numpy(self._stand))
         self._sampled = _Places(torch.from_numpy(rows)[places])
 
     def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
@@ -101,6 +103,8 @@ class Recorder:
             state.neurons[place].add(rows, self._down_norms[place], positions)
             if site.expert is None:
                 state.reservoir.put(layer, self._slots, rows.flat[self._sampled.on(x.device)])
+            else:
+                self._sample_expert(place, rows.flat)
         elif site.kind is SiteKind.UP:
             place = self.loaded.sites.ffn_index[layer, site.expert]
             state.neurons[place] = moved(state.neurons[place], x.device)
@@ -109,6 +113,16 @@ class Recorder:
             state.heads[layer] = moved(state.heads[layer], x.device)
             self._grams[layer] = self._grams[layer].on(x.device)
             state.heads[layer].add(rows.values(), self._grams[layer])
+
+    def _sample_expert(self, place: int, flat: Float[Tensor, "all width"]) -> None:
+        """Offer the tokens that an expert serves to its sample."""
+        rows, routed = self._rows.on(flat.device), self._tap.routed
+        mine = np.arange(len(self._keys))
+        if routed is not None:
+            mine = np.flatnonzero(routed.flatten()[rows].cpu().numpy())
+        sample = self.state.experts[place]
+        chosen, slots = sample.admit(self._keys[mine], self._stand[mine])
+        sample.put(place, slots, flat[rows[torch.from_numpy(mine)[chosen].to(flat.device)]])
 
     def _own_rows(self, device: torch.device) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """The rows that count and their positions: of an expert, those that were routed to it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import EXPERTS, FFN, SHARED, TOP_K, make_tokenizer, save_tiny, words
 from torch import Tensor
 
@@ -130,9 +131,61 @@ def test_moments_of_a_layer_pool_its_routed_experts(run: ProfileRun, naive: dict
     assert {"layers.0.neuron.counts", "layers.0.shared_neuron.counts", "layers.1.neuron.counts"} <= set(run.histograms)
 
 
-def test_a_dense_layer_among_them_has_cett_and_a_sample(run: ProfileRun) -> None:
-    solved = run.measures.filter(metric="cett_sparsity").drop_nulls("layer")["layer"]
-    assert set(solved) == {1}
+def plain_cett(a: Tensor, down: Tensor, target: float) -> tuple[float, float, float]:
+    """eps by thirty bisections, sparsity at it, and rho, over the rows of one FFN."""
+    scores, outputs = a.abs() * down.norm(dim=0), (a @ down.T).norm(dim=1)
+    low, high = 0.0, float(scores.max())
+    for _ in range(30):
+        eps = (low + high) / 2
+        dropped = torch.where(scores < eps, a, 0.0)
+        cett = float(((dropped @ down.T).norm(dim=1) / outputs).mean())
+        low, high = (eps, high) if cett <= target else (low, eps)
+    return low, float((scores < low).double().mean()), float((scores.square().sum(dim=1) / outputs.square()).mean())
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3])
+def test_cett_of_each_expert_is_that_of_its_own_tokens(
+    target: float, run: ProfileRun, naive: dict, loaded: LoadedModel
+) -> None:
+    weighted, tokens = 0.0, 0
+    for expert in (*range(EXPERTS), SHARED_EXPERT):
+        a = torch.stack(naive[expert]).double()
+        down = loaded.sites.ffns[loaded.sites.ffn_index[0, expert]].down_matrix().double()
+        eps, sparsity, rho = plain_cett(a, down, target)
+        name = "shared" if expert == SHARED_EXPERT else expert
+        where = f"expert={name},target={target}"
+        assert measure(run, "expert_cett_eps", 0, "neuron", where) == (pytest.approx(eps, rel=1e-3), len(a))
+        found, n = measure(run, "expert_cett_sparsity", 0, "neuron", where)
+        assert (found, n) == (pytest.approx(sparsity, abs=1e-3), len(a))
+        assert measure(run, "expert_cett_rho", 0, "neuron", f"expert={name}")[0] == pytest.approx(rho, rel=1e-4)
+        if expert != SHARED_EXPERT:
+            weighted, tokens = weighted + len(a) * found, tokens + len(a)
+    mean, n = measure(run, "cett_sparsity", 0, "neuron", f"target={target}")
+    assert (mean, n) == (pytest.approx(weighted / tokens), tokens)
+    dense = measure(run, "cett_sparsity", 1, "neuron", f"target={target}")[0]
+    whole = run.measures.filter(metric="cett_sparsity", param=f"target={target}").filter(pl.col("layer").is_null())
+    assert whole["value"].to_list() == [pytest.approx((mean + dense) / 2)]
+
+
+def test_samples_and_coactivation_of_experts_are_kept(run: ProfileRun, naive: dict) -> None:
+    kept = load_file(run.path / "reservoir.safetensors")
+    for expert, name in ((2, "experts.2"), (SHARED_EXPERT, "shared")):
+        rows = kept[f"layers.0.{name}.neuron"]
+        expected = torch.stack(naive[expert])
+        torch.testing.assert_close(rows.sum(dim=0), expected.sum(dim=0), atol=1e-4, rtol=1e-4)
+        assert len(rows) == len(expected)
+    phi = run.measures.filter(metric="expert_coactivation_phi", layer=0)
+    assert set(phi["param"]) == {*(f"expert={expert}" for expert in range(EXPERTS)), "expert=shared"}
+    assert phi["value"].is_between(-1, 1).all()
+
+
+def test_a_sample_of_an_expert_is_bounded_and_does_not_depend_on_batches(loaded: LoadedModel) -> None:
+    text = words(400, seed=4)
+    small, other = (recorded(loaded, blocks(text), size, slots=7) for size in (1, 3))
+    for place, sample in small.experts.items():
+        assert sample.used <= 7
+        assert (sample.keys == other.experts[place].keys).all() or set(sample.keys) == set(other.experts[place].keys)
+        torch.testing.assert_close(sample.rows(place), other.experts[place].rows(place), atol=1e-5, rtol=1e-4)
 
 
 def test_parts_merge_to_the_whole(loaded: LoadedModel) -> None:
@@ -140,7 +193,10 @@ def test_parts_merge_to_the_whole(loaded: LoadedModel) -> None:
     first, second = words(57, seed=1), words(57, seed=2)
     state = recorded(loaded, blocks(first), 1)
     state.merge(recorded(loaded, blocks(second), 1))
-    merged, whole = state.tensors(), recorded(loaded, blocks(f"{first} {second}"), 1).tensors()
+    together = recorded(loaded, blocks(f"{first} {second}"), 1)
+    for place, sample in together.experts.items():
+        torch.testing.assert_close(state.experts[place].rows(place), sample.rows(place), atol=1e-6, rtol=1e-5)
+    merged, whole = state.tensors(), together.tensors()
     assert merged.keys() == whole.keys()
     for name, tensor in whole.items():
         if name.startswith(("neurons", "routers", "heads", "moments")):
@@ -158,9 +214,9 @@ def blocks(text: str) -> Sequences:
     return blocks_of(text, make_tokenizer(), block_length=20, prompt_length=8, source="t", role="profile")
 
 
-def recorded(loaded: LoadedModel, blocks: Sequences, batch_size: int):
+def recorded(loaded: LoadedModel, blocks: Sequences, batch_size: int, slots: int = 8):
     return record_sequences(
-        loaded, blocks, layers=(0, 1), slots=8, seed=0, batch_size=batch_size, what="t", progress=Silent()
+        loaded, blocks, layers=(0, 1), slots=slots, seed=0, batch_size=batch_size, what="t", progress=Silent()
     )
 
 
@@ -179,7 +235,7 @@ def test_what_has_no_definition_is_left_out_or_refused(
 ) -> None:
     line = ["profile", "-m", str(folder), "--prompts", str(prompts_file), "-n", "3", "--probes", "union"]
     assert main([*line, "-o", str(tmp_path / "run")]) == 0
-    assert "layer 0 holds experts: no CETT and no co-activation there, and no probes (union)" in " ".join(
+    assert "nor the probes union: masks of two tokens are of different experts' neurons" in " ".join(
         capsys.readouterr().err.split()
     )
     spec = ProfileSpec(
