@@ -89,20 +89,28 @@ class TextReader:
             return self._prompt_share(self.spec.prompt_frac)
         if length is None:
             length = min(JOINED_PROMPT if self.spec.corpus is None else CORPUS_PROMPT, self.block_length // 2)
-        if not self.spec.sink_tokens < length < self.block_length:
+        shortest, longest = self.spec.sink_tokens + 1, self._longest_prompt
+        if not shortest <= length <= longest:
             raise DataError(
                 f"a prompt of {length} tokens leaves nothing to score or to select from"
                 f" (blocks of {self.block_length}, {self.spec.sink_tokens} sink tokens)",
-                f"choose --prompt-length between {self.spec.sink_tokens + 1} and {self.block_length - 1}",
+                f"choose --prompt-length between {shortest} and {longest}"
+                if shortest <= longest
+                else f"use longer blocks: --block-length {2 * shortest} or more",
             )
         return length
+
+    @property
+    def _longest_prompt(self) -> int:
+        """The first scored token is predicted by the prompt's last position, which is dense: one more must follow."""
+        return self.block_length - 2
 
     def _prompt_share(self, share: float) -> int:
         """The prompt length that is this share of a block, but at least the sink tokens."""
         length = max(1, self.spec.sink_tokens, round(share * self.block_length))
-        if length >= self.block_length:
+        if length > self._longest_prompt:
             raise DataError(
-                f"a prompt of {share:.0%} of a block of {self.block_length} tokens leaves nothing to score",
+                f"a prompt of {share:.0%} of a block of {self.block_length} tokens leaves no sparse token to score",
                 "use a smaller --prompt-frac",
             )
         return length

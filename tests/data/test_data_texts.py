@@ -223,11 +223,11 @@ def test_default_lengths_of_blocks_and_prompts(given, block, prompt):
     assert (found.block_length, found.prompt_length) == (block, prompt)
 
 
-@pytest.mark.parametrize("prompt_length", [0, 4, S, S + 1])
+@pytest.mark.parametrize("prompt_length", [0, 4, S - 1, S, S + 1])
 def test_a_prompt_that_leaves_nothing_to_score_or_to_select_from_is_refused(corpus, prompt_length):
     with pytest.raises(DataError, match="leaves nothing") as refused:
         reader(corpus=corpus, prompt_length=prompt_length).eval_texts()
-    assert "between 5 and 9" in refused.value.hint
+    assert "between 5 and 8" in refused.value.hint
 
 
 def test_blocks_longer_than_the_context_are_refused(corpus):

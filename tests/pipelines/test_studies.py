@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actsparse.cli.app import main
 from actsparse.core.bootstrap import Interval
+from actsparse.core.ladder import ordinary_ids, random_tokens
 from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError, PlanError
 from actsparse.models.load import LoadedModel
@@ -79,6 +80,16 @@ def test_the_donor_swap_equals_a_naive_loop(
         "far block": lambda b: mask_of(loaded, pool[b + len(pool) // 2, :PROMPT], slice(SINK, None)),
         "own continuation": lambda b: mask_of(loaded, pool[b], slice(PROMPT, None)),
     }
+    ordinary = ordinary_ids(len(loaded.tokenizer), loaded.tokenizer.all_special_ids)
+    draws = [random_tokens(pool[:N], ordinary, seed=seed)[:, :PROMPT] for seed in range(3)]
+    random = [
+        naive_block(loaded, pool[b], mask_of(loaded, draw[b], slice(SINK, None)))["nll"]
+        for b in range(N)
+        for draw in draws
+    ]
+    assert point(run, "ppl", "perplexity", label="random tokens") == pytest.approx(
+        exp(float(torch.stack(random).mean())), rel=1e-4
+    )
     nll = {}
     for donor, masks in donors.items():
         nll[donor] = torch.stack([naive_block(loaded, pool[b], masks(b))["nll"] for b in range(N)])

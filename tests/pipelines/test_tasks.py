@@ -3,7 +3,9 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -13,10 +15,12 @@ from tiny import FFN, words
 from torch import Tensor
 from transformers import DynamicCache
 
+from actsparse.data.tasks import Choice, Task
+from actsparse.errors import DataError
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.continuations import Continuations
 from actsparse.pipelines.evaluate import evaluate
-from actsparse.pipelines.task_scoring import encode_pair, shorten
+from actsparse.pipelines.task_scoring import encode_pair, score_choice, shorten
 
 SINK = 4
 
@@ -206,3 +210,10 @@ def test_spaces_at_the_end_of_a_context_belong_to_its_continuation(tiny_loaded: 
     context, continuation = encode_pair(tokenizer, "w1 w2  ", "w3 w4")
     assert context == tokenizer("w1 w2").input_ids
     assert continuation == tokenizer("w3 w4", add_special_tokens=False).input_ids
+
+
+def test_a_choice_that_scores_no_token_is_refused(tiny_loaded: Callable) -> None:
+    loaded = replace(tiny_loaded("llama"), tokenizer=lambda _text, verbose: SimpleNamespace(input_ids=[1, 2, 3]))
+    item = Choice(query="w1 w2", choices=("w3", "w4"), gold=0)
+    with pytest.raises(DataError, match="choice 0 of 'w1 w2' scores no token"):
+        score_choice(Continuations(loaded, None, SINK, 0), Task("own", (item,)), item)

@@ -13,10 +13,12 @@ from actsparse.core.ladder import ordinary_ids, random_tokens
 from actsparse.methods.gates import LayerGates
 from actsparse.pipelines.studies.bench import Bench, top_gates
 from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent, shown
-from actsparse.pipelines.studies.scores import Scored, difference, perplexity, ratio, token_mean
+from actsparse.pipelines.studies.scores import Scored, difference, mean_of, perplexity, ratio, token_mean
 from actsparse.results import PanelKind
 
 DENSITY = 0.5
+DRAWS = 3
+"""Random prompts of a block whose mean NLL counts: one draw alone moves the perplexity of a small model by a half."""
 OWN, NEAR, FAR, RANDOM_PROMPT, LEAK = "own prompt", "next block", "far block", "random tokens", "own continuation"
 STATIC, RANDOM, ORACLE = "static", "random mask", "per-token oracle"
 DONORS = (OWN, NEAR, FAR, RANDOM_PROMPT, STATIC, RANDOM, LEAK, ORACLE)
@@ -78,18 +80,24 @@ def _captured(scored: dict[str, Scored], one: Scored, base: str, seed: int) -> I
 def _score(bench: Bench, donor: str) -> Scored:
     if donor in SHORT:
         return bench.score(f"{SHORT[donor]}@{1 - DENSITY:g}")
-    return bench.score_gates(f"donor:{donor}@{DENSITY:g}", lambda block: donor_gates(bench, donor, block, DENSITY))
+    draws = range(DRAWS if donor == RANDOM_PROMPT else 1)
+    return mean_of([
+        bench.score_gates(
+            f"donor:{donor}@{DENSITY:g}#{draw}", lambda block, d=draw: donor_gates(bench, donor, block, DENSITY, d)
+        )
+        for draw in draws
+    ])  # fmt: skip
 
 
-def donor_gates(bench: Bench, donor: str, block: int, density: float) -> Sequence[LayerGates]:
-    """The gates of one block's continuation from a donor's text."""
+def donor_gates(bench: Bench, donor: str, block: int, density: float, draw: int = 0) -> Sequence[LayerGates]:
+    """The gates of one block's continuation from a donor's text; of random tokens there are several draws."""
     tokens = bench.prompt_tokens
     if donor == LEAK:
         return top_gates(bench.statistics(bench.pool[block], slice(bench.prompt_length, None)), density)
-    return top_gates(bench.statistics(donor_text(bench, donor, block)[: bench.prompt_length], tokens), density)
+    return top_gates(bench.statistics(donor_text(bench, donor, block, draw)[: bench.prompt_length], tokens), density)
 
 
-def donor_text(bench: Bench, donor: str, block: int) -> Tensor:
+def donor_text(bench: Bench, donor: str, block: int, draw: int = 0) -> Tensor:
     """The text whose prompt chooses: this block, the next, the one half the text away, or random tokens after the
     block's first four."""
     blocks = len(bench.pool)
@@ -97,6 +105,6 @@ def donor_text(bench: Bench, donor: str, block: int) -> Tensor:
         special = {token for token, text in bench.loaded.tokenizer.added_tokens_decoder.items() if text.special}
         vocabulary = min(bench.loaded.record.vocab_size, len(bench.loaded.tokenizer))
         ordinary = ordinary_ids(vocabulary, [*special, *bench.loaded.tokenizer.all_special_ids])
-        return random_tokens(bench.pool[: bench.count], ordinary, seed=bench.seed)[block]
+        return random_tokens(bench.pool[: bench.count], ordinary, seed=bench.seed + draw)[block]
     step = {OWN: 0, NEAR: 1, FAR: max(1, blocks // 2)}[donor]
     return bench.pool[(block + step) % blocks]
