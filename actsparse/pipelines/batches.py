@@ -32,10 +32,12 @@ class Batch:
 
 
 def groups(lengths: Sequence[int], batch_size: int | None) -> Iterator[list[int]]:
-    """The places of the sequences of each batch."""
+    """The places of the sequences of each batch, the longest sequences first: alike ones need little padding, and what
+    memory a run needs it needs at once."""
     group: list[int] = []
     longest = 0
-    for place, length in enumerate(lengths):
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        length = lengths[place]
         longest = max(longest, length)
         full = len(group) == batch_size if batch_size else longest * (len(group) + 1) > BATCH_TOKENS
         if group and full:

@@ -26,7 +26,8 @@ def add_hu1(setting: Setting, found: Found) -> None:
             where = {**rule.where, "pop": pop}
             found.add_layers("hu1", hu1(natural, contexts.types, rates), **where)
             for name in PAIRED_CONTROLS:
-                control = hu1_control(natural, masks[name][rule], contexts.types, rates)
+                rows = _first_of_each(contexts.types) if name == "identical" else slice(None)
+                control = hu1_control(natural[:, rows], masks[name][rule], contexts.types[rows], rates)
                 found.add_layers("hu1", control, **where, control=name)
             share = history_share(natural, contexts, other_token[rule], rates)
             found.add_layers("hu1", _one_minus(share.history), **where, control="other-token")
@@ -44,18 +45,26 @@ def _collect(setting: Setting, contexts: HistoryContexts) -> tuple[dict[str, Las
     types, histories, fed = controls.other_token.shape
     texts = {
         "natural": contexts.tokens,
-        # the identical context is fed once more, not copied: it must give 0
-        "identical": contexts.tokens,
         "shuffled": controls.shuffled,
         "random": controls.random,
         "none": controls.none,
     }
     after = controls.other_token.reshape(types * histories, fed)
-    total = after.numel() + sum(ids.numel() for ids in texts.values())
+    # one identical context of each type is fed once more, not copied: it must give 0
+    first = _first_of_each(contexts.types)
+    total = after.numel() + contexts.tokens[first].numel() + sum(ids.numel() for ids in texts.values())
     with setting.progress.task("probe uncertainty: histories", total, "tokens") as advance:
         masks = {name: _last_masks(setting, ids, advance) for name, ids in texts.items()}
+        masks["identical"] = _last_masks(setting, contexts.tokens[first], advance)
         other = _last_masks(setting, after, advance)
     return masks, {rule: rows.unflatten(1, (types, histories)) for rule, rows in other.items()}
+
+
+def _first_of_each(types: Int[Tensor, " contexts"]) -> Int[Tensor, " types"]:
+    """The rows of the first context of every type; rows are grouped by type."""
+    starts = torch.ones(len(types), dtype=torch.bool)
+    starts[1:] = types[1:] != types[:-1]
+    return starts.nonzero().flatten()
 
 
 def _last_masks(setting: Setting, ids: Int[Tensor, "contexts fed"], advance: Advance) -> LastMasks:
