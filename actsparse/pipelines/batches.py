@@ -1,7 +1,8 @@
-"""Sequences in batches: padded on the right, with the positions of each that count."""
+"""Sequences in batches: padded on the right or on the left, with the positions of each that count."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -9,16 +10,26 @@ from torch import Tensor
 
 BATCH_TOKENS = 2048
 
+PaddingSide = Literal["right", "left"]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded on the right: input_ids and attention_mask [batch, seq]; each one's own ids, and the first of
-    its positions that counts."""
+    """Padded sequences: input_ids and attention_mask [batch, seq]; each one's own ids, the first of its positions that
+    counts, and the column in which it begins (0 where padding stands on the right)."""
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
     sequences: tuple[Int[Tensor, " tokens"], ...]
     starts: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def position_ids(self) -> Int[Tensor, "batch seq"] | None:
+        """Where every token stands in its own sequence (padding: 0); None where its column says so."""
+        if not any(self.columns):
+            return None
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
     @property
     def tokens(self) -> int:
@@ -26,7 +37,7 @@ class Batch:
 
     @property
     def spans(self) -> list[tuple[int, slice]]:
-        """(row of the batch, positions that count) of every sequence that has any."""
+        """(row of the batch, positions in its sequence that count) of every sequence that has any."""
         pairs = enumerate(zip(self.sequences, self.starts, strict=True))
         return [(row, slice(start, len(ids))) for row, (ids, start) in pairs if len(ids) > start]
 
@@ -48,9 +59,12 @@ def groups(lengths: Sequence[int], batch_size: int | None) -> Iterator[list[int]
         yield group
 
 
-def padded(sequences: Sequence[Int[Tensor, " tokens"]], starts: Sequence[int]) -> Batch:
+def padded(sequences: Sequence[Int[Tensor, " tokens"]], starts: Sequence[int], side: PaddingSide = "right") -> Batch:
     """One batch of these sequences."""
-    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    lengths = torch.tensor([len(one) for one in sequences])
-    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    return Batch(ids, mask, tuple(sequences), tuple(starts))
+    ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_side=side)
+    width = ids.shape[1]
+    columns = tuple(width - len(one) if side == "left" else 0 for one in sequences)
+    begins = torch.tensor(columns)[:, None]
+    ends = begins + torch.tensor([len(one) for one in sequences])[:, None]
+    places = torch.arange(width)[None]
+    return Batch(ids, ((places >= begins) & (places < ends)).long(), tuple(sequences), tuple(starts), columns)

@@ -1,6 +1,7 @@
 """Recording: from hooks to statistics. One forward pass over a padded batch; the rows that count are read at once."""
 
 import hashlib
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, Tap, tapped
-from actsparse.pipelines.batches import Batch, groups, padded
+from actsparse.pipelines.batches import Batch, PaddingSide, groups, padded
 from actsparse.pipelines.distributed import ALONE, Team
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Progress
@@ -67,14 +68,23 @@ class Recorder:
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 use_cache=False,
+                **self._placed(batch),
             )
+
+    def _placed(self, batch: Batch) -> dict[str, Tensor]:
+        """`position_ids` of a batch padded on the left, for models that take them; others read the mask."""
+        places = batch.position_ids
+        if places is None or "position_ids" not in inspect.signature(self.loaded.model.base_model.forward).parameters:
+            return {}
+        return {"position_ids": places.to(self.loaded.device)}
 
     def _choose(self, batch: Batch) -> None:
         """Which rows of the flattened batch count, where they stand, and which of them enter the sample."""
         width = batch.input_ids.shape[1]
         none = np.zeros(0, dtype=np.int64)
         positions = [np.arange(span.start, span.stop) for _, span in batch.spans]
-        rows = np.concatenate([none, *(row * width + at for (row, _), at in zip(batch.spans, positions, strict=True))])
+        begins = [row * width + batch.columns[row] for row, _ in batch.spans]
+        rows = np.concatenate([none, *(begin + at for begin, at in zip(begins, positions, strict=True))])
         keys = [
             position_keys(_digest(batch.sequences[row]), at, self.seed)
             for (row, _), at in zip(batch.spans, positions, strict=True)
@@ -179,6 +189,7 @@ def record_sequences(
     team: Team = ALONE,
     strict: bool = False,
     feed: Feed | None = None,
+    padding_side: PaddingSide = "right",
 ) -> ProfileState:
     """The statistics of `sequences`; with `shards`, finished batches are kept there and not repeated.
 
@@ -199,7 +210,7 @@ def record_sequences(
     with progress.task(what, sequences.tokens, "tokens") as advance:
         advance(sum(len(sequences.ids[i]) for i in done))
         for group in team.share([group for group in places if group]):
-            batch = padded(*feed([sequences.ids[i] for i in group]))
+            batch = padded(*feed([sequences.ids[i] for i in group]), padding_side)
             recorder.record(batch)
             state.finished(group, sum(span.stop - span.start for _, span in batch.spans))
             if strict:

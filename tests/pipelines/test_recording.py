@@ -14,6 +14,7 @@ from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines import recording as recording_module
+from actsparse.pipelines.batches import PaddingSide
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Advance, Silent
@@ -58,6 +59,7 @@ def recorded(
     folder: Path | None = None,
     progress: Silent | None = None,
     text: Sequences | None = None,
+    side: PaddingSide = "right",
 ) -> ProfileState:
     return record_sequences(
         loaded,
@@ -69,6 +71,7 @@ def recorded(
         what="recording",
         progress=progress or Silent(),
         shards=None if folder is None else Shards(folder, "state"),
+        padding_side=side,
     )
 
 
@@ -86,13 +89,16 @@ def naive_rows(loaded: LoadedModel) -> dict[Site, Tensor]:
     return {site: torch.cat(parts) for site, parts in rows.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "falcon"])
-@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize(
+    ("family", "batch_size", "side"),
+    [(family, size, "right") for family in ("llama", "opt", "gpt2", "phi3", "falcon") for size in (1, 3, None)]
+    + [(family, None, "left") for family in ("llama", "opt", "gpt2", "gpt_neo", "gptj", "falcon", "bloom", "mpt")],
+)
 def test_statistics_are_those_of_each_sequence_alone(
-    family: str, batch_size: int | None, tiny_loaded: Callable
+    family: str, batch_size: int | None, side: PaddingSide, tiny_loaded: Callable
 ) -> None:
     loaded = tiny_loaded(family)
-    state = recorded(loaded, batch_size=batch_size)
+    state = recorded(loaded, batch_size=batch_size, side=side)
     naive = naive_rows(loaded)
     tokens = sum(max(0, length - SINK) for length in LENGTHS)
     assert (state.sequences, state.tokens) == (len(LENGTHS), tokens)
@@ -132,8 +138,11 @@ def test_head_norms_against_one_head_at_a_time(family: str, tiny_loaded: Callabl
         torch.testing.assert_close(sums.groups, together, rtol=1e-3, atol=1e-4)
 
 
-def test_the_sample_is_the_same_for_every_batch_size(tiny_loaded: Callable) -> None:
-    one, other = (recorded(tiny_loaded("llama"), batch_size=size).reservoir for size in (1, 4))
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_sample_is_the_same_for_every_batch_size_and_padding(side: PaddingSide, tiny_loaded: Callable) -> None:
+    one = recorded(tiny_loaded("llama"), batch_size=1).reservoir
+    other = recorded(tiny_loaded("llama"), batch_size=4, side=side).reservoir
+    assert sorted(zip(one.keys, one.positions, strict=True)) == sorted(zip(other.keys, other.positions, strict=True))
     assert one.used == other.used == 24
     assert sorted(one.keys.tolist()) == sorted(other.keys.tolist())
     torch.testing.assert_close(one.rows(1), other.rows(1), atol=1e-5, rtol=1e-4)
