@@ -1,9 +1,9 @@
 """Study and exploit activation sparsity in large language models.
 
 The four verbs of the command line are functions here: `profile(spec)`, `threshold(spec)`, `evaluate(spec)` and
-`report(spec)`; `study(spec)` runs a paper's experiments, and `sparsify(model, plan)` makes a loaded model decode
-sparsely. Importing this package loads neither torch nor transformers: every name below is imported when it is first
-used.
+`report(spec)`; `study(spec)` runs a paper's experiments, `sparsify(model, plan)` makes a loaded model decode sparsely,
+and `generate(model, plan, ids)` writes text by the fastest engine. Importing this package loads neither torch nor
+transformers: every name below is imported when it is first used.
 """
 
 from importlib import import_module
@@ -30,6 +30,8 @@ _HOME = {
     "study": "pipelines.studies.run",
     "report": "report.build",
     "sparsify": "pipelines.sparsify",
+    "generate": "pipelines.generate",
+    "Generated": "pipelines.generate",
 }
 
 __all__ = ["__version__", *_HOME]
@@ -37,6 +39,8 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from actsparse.errors import ActsparseError as ActsparseError
     from actsparse.pipelines.evaluate import evaluate as evaluate
+    from actsparse.pipelines.generate import Generated as Generated
+    from actsparse.pipelines.generate import generate as generate
     from actsparse.pipelines.profile import profile as profile
     from actsparse.pipelines.sparsify import sparsify as sparsify
     from actsparse.pipelines.studies.run import study as study

@@ -138,7 +138,8 @@ class EvalSpec:
 
     With `controls`, random and static pruning at the densities of the plans are evaluated beside them.
     `timing_pairs` ABAB pairs of `timing_tokens` decoded tokens give a speed-up; 0 pairs leaves timing out.
-    `generations` prompts are continued greedily by `max_new_tokens` tokens, dense and sparse, as samples.
+    `generations` prompts are continued by `max_new_tokens` tokens, dense and sparse, as samples: greedily, or with a
+    `temperature` above 0 drawn from the fewest tokens that hold `top_p`, by the same random numbers under every plan.
     `task_files` are tasks as JSON lines, `tasks` those of lm-eval, also from the folder `include_path`: `task_limit`
     items each after `shots` examples, answers of at most `task_tokens` tokens; the last `dense_upto` tokens of a
     context run sparse too.
@@ -150,6 +151,8 @@ class EvalSpec:
     plans: tuple[str, ...] = ()
     max_new_tokens: int = 48
     generations: int = 3
+    temperature: float = 0.0
+    top_p: float = 1.0
     timing_pairs: int = 7
     timing_tokens: int = 12
     timing_prompts: int = 1

@@ -40,6 +40,12 @@ def command(
     ] = True,
     max_new_tokens: Annotated[int, option("--max-new-tokens", help="Tokens of a sample.", panel=RUN)] = 48,
     generations: Annotated[int, option("--generations", help="Prompts continued as samples.", panel=RUN)] = 3,
+    temperature: Annotated[
+        float, option("--temperature", help="Draw the samples at this temperature; 0 is greedy.", panel=RUN)
+    ] = 0.0,
+    top_p: Annotated[
+        float, option("--top-p", help="Draw from the fewest tokens that hold this probability.", panel=RUN)
+    ] = 1.0,
     timing_pairs: Annotated[
         int, option("--timing-pairs", help="Pairs of dense and sparse laps; 0 leaves timing out.", panel=RUN)
     ] = 7,
@@ -113,6 +119,12 @@ def command(
     for name, value in (("--generations", generations), ("--timing-pairs", timing_pairs), ("--shots", shots)):
         if value < 0:
             raise ActsparseError(f"{name} must be at least 0, not {value}", "correct the value")
+    if temperature < 0:
+        raise ActsparseError(f"--temperature must be at least 0, not {temperature:g}", "0 decodes greedily")
+    if not 0 < top_p <= 1:
+        raise ActsparseError(f"--top-p is {top_p:g}, and must be above 0 and at most 1", "leave it out for all tokens")
+    if top_p < 1 and not temperature:
+        raise ActsparseError("--top-p draws nothing without a temperature", f"add --temperature 1 --top-p {top_p:g}")
     spec = EvalSpec(
         model=model.spec(),
         data=data.spec(),
@@ -120,6 +132,8 @@ def command(
         controls=controls,
         max_new_tokens=max_new_tokens,
         generations=generations,
+        temperature=temperature,
+        top_p=top_p,
         timing_pairs=timing_pairs,
         timing_tokens=timing_tokens,
         timing_prompts=timing_prompts,

@@ -82,3 +82,10 @@ def forced(
         outputs.append(step(model, tokens[:, index : index + 1], position, cache))
         position = position + 1
     return torch.stack(outputs, dim=1)
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation config."""
+    config = model.generation_config
+    ends = None if config is None else config.eos_token_id
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

@@ -17,7 +17,7 @@ from actsparse.engine.phases import Phases
 from actsparse.engine.points import visited
 from actsparse.engine.slicing import SlicedMlps, sliceable
 from actsparse.engine.sparse import chosen_mask, why_not_sliced
-from actsparse.engine.stepping import own_steps, stepping
+from actsparse.engine.stepping import Decode, own_steps, stepping
 from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import ForwardPass, tapped, watched
@@ -25,19 +25,28 @@ from actsparse.results import Site, SiteKind, Unit
 
 
 @contextmanager
-def sparse_generation(sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int) -> Iterator[None]:
+def sparse_generation(
+    sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int, when_slower: Decode = "sparse"
+) -> Iterator[None]:
     """Every decode step of the model runs under the gates while the block runs; then the model is as before.
 
     Models that have a step of our own, on a CPU, decode by it. Else, at batch 1 under gates over neurons that decide by
     the end of the prompt, weights are sliced. Otherwise, each sequence's own gates are applied to its activations:
-    exact, and not faster.
+    exact, and slower than dense, which a warning says.
+
+    A step of our own measures itself first; `when_slower`: how it decodes where the plan is slower than dense.
     """
     phases = Phases(gates, sink_tokens)
     steps = own_steps(sites, gates)
     if steps is not None:
-        with watched(sites, phases.begin), visited(sites, [phases.gates], phases.edited), stepping(steps, phases):
+        with (
+            watched(sites, phases.begin),
+            visited(sites, [phases.gates], phases.edited),
+            stepping(steps, phases, when_slower),
+        ):
             yield
-    elif why_not_sliced(gates) or sites.moe_layers:
+    elif reason := "experts are not sliced" if sites.moe_layers else why_not_sliced(gates):
+        warnings.warn(f"masks are applied to the dense model: exact, and slower than dense ({reason})", stacklevel=3)
         with kv_kept(sites, gates, prompt_length=0) as kept:
 
             def begin(forward: ForwardPass) -> None:

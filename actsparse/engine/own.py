@@ -157,6 +157,7 @@ class OwnRun:
         if self._prompt is None or self._plan is None:
             return
         self._state = deepcopy(self._prompt) if self._refreshes else self._prompt
+        self._fed = 0
         self._fill()
 
     def use(self, *, sparse: bool) -> None:

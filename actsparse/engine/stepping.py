@@ -2,18 +2,21 @@
 
 The model's forward is stood in for while the block runs: a pass of one token after a prompt goes through the step and
 leaves its keys and values in the caller's cache; every other pass, and one that asks for more than logits, goes on.
+The first step at each batch size is a probe too: whether the plan is faster than dense is measured, and said.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from actsparse.engine import timing
 from actsparse.engine.choose import Engines
 from actsparse.engine.cpu.ops import MAX_BATCH
 from actsparse.engine.own import OwnRun, OwnSteps
@@ -23,6 +26,7 @@ from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import ForwardPass
 
+Decode = Literal["sparse", "dense"]
 GROWTH = 256  # positions of room behind a prompt; doubled when they are used up
 UNDERSTOOD = frozenset(
     {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
@@ -48,11 +52,14 @@ def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None
 
 
 @contextmanager
-def stepping(steps: OwnSteps, phases: Phases) -> Iterator[None]:
-    """Run decode passes of the model by its own steps while the block runs; then its forward is as before."""
+def stepping(steps: OwnSteps, phases: Phases, when_slower: Decode) -> Iterator[None]:
+    """Run decode passes of the model by its own steps while the block runs; then its forward is as before.
+
+    `when_slower`: how to decode where the plan turns out slower than dense; a warning says that it is.
+    """
     model: Any = steps.sites.model
     known = model.__dict__.get("forward")
-    model.forward = _Forward(steps, phases, model.forward)
+    model.forward = _Forward(steps, phases, when_slower, model.forward)
     try:
         yield
     finally:
@@ -65,9 +72,11 @@ def stepping(steps: OwnSteps, phases: Phases) -> Iterator[None]:
 class _Forward:
     """Stands in for a model's forward."""
 
-    def __init__(self, steps: OwnSteps, phases: Phases, whole: Callable[..., Any]) -> None:
+    def __init__(self, steps: OwnSteps, phases: Phases, when_slower: Decode, whole: Callable[..., Any]) -> None:
         self._steps = steps
         self._phases = phases
+        self._when_slower = when_slower
+        self._pays: dict[int, bool] = {}
         self._whole = whole
         self._run: OwnRun | None = None
         self._cache: DynamicCache | None = None
@@ -111,11 +120,29 @@ class _Forward:
             run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=len(tokens), max_length=room)
             run.adopt(cache, self._phases.state, padding)
             run.select()
-            run.use(sparse=True)
+            if len(tokens) not in self._pays:
+                self._pays[len(tokens)] = self._measured(run, tokens, position)
+            run.use(sparse=self._when_slower == "sparse" or self._pays[len(tokens)])
             self._run, self._cache = run, cache
         assert self._run is not None
         self._phases.decoded = True
         return self._run.step(tokens, position)
+
+    def _measured(self, run: OwnRun, tokens: Tensor, position: int) -> bool:
+        """Whether the plan is faster than dense at this batch size; the run is then as before."""
+
+        def decode(sparse: bool) -> None:
+            run.use(sparse=sparse)
+            run.step(tokens, position)
+
+        found = timing.probe_of(self._steps.sites.model, decode, tokens=1)
+        run.select()
+        if not found.pays:
+            warnings.warn(
+                f"this plan does not pay at batch {len(tokens)}: {found.text}; decode goes on {self._when_slower}",
+                stacklevel=2,
+            )
+        return found.pays
 
     def _follows(self, cache: Any, batch: int, position: int) -> bool:
         """Whether our cache is the caller's: nothing was reordered, cropped or added since our last step."""

@@ -17,6 +17,7 @@ PREFILL_REPETITIONS = 3
 WARM_UP_TOKENS = 4
 FEWEST_PAIRS = 5
 READINGS = 9
+PROBE_PAIRS, PROBE_TOKENS = 5, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens
     run.prefill(ids, watch=True)
     run.select()
     run.use(sparse=False)
-    stream = dense_stream(run, ids, tokens)
+    stream = dense_stream(run, tokens, ids.device)
     for sparse in (False, True):
         _decode(run, stream[:, :WARM_UP_TOKENS], sparse)
     run.forget()
@@ -112,9 +113,56 @@ def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens
     return laps
 
 
-def dense_stream(run: Run, ids: Tensor, tokens: int) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A short look at whether a plan pays: medians in milliseconds a token, and that of the ratios of pairs."""
+
+    dense_ms: float
+    sparse_ms: float
+    speedup: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether sparse decode is the faster one."""
+        return self.speedup > 1
+
+    @property
+    def text(self) -> str:
+        """What was found, for a warning."""
+        return f"{self.sparse_ms:.3g} ms a token against {self.dense_ms:.3g} dense, {self.speedup:.2f}x"
+
+
+def probe(run: Run, model: PreTrainedModel) -> Probe:
+    """Whether the plan of a run pays, on the prompts prefilled and selected last; the run is then at their end again,
+    dense."""
+    run.use(sparse=False)
+    stream = dense_stream(run, PROBE_TOKENS, model.device)
+    found = probe_of(model, lambda sparse: _decode(run, stream, sparse), tokens=PROBE_TOKENS)
+    run.use(sparse=False)
+    run.rewind()
+    run.forget()
+    return found
+
+
+def probe_of(model: PreTrainedModel, decode: Callable[[bool], object], *, tokens: int) -> Probe:
+    """The same of `decode(sparse)`, which decodes `tokens` tokens, dense and sparse in turns after one of each."""
+    dense, sparse = [], []
+    for repetition in range(PROBE_PAIRS + 1):
+        one, other = (_seconds(model, lambda s=arm: decode(s)) / tokens for arm in (False, True))
+        if repetition:
+            dense.append(one)
+            sparse.append(other)
+    a, b = (torch.tensor(found, dtype=torch.float64) for found in (dense, sparse))
+    return Probe(
+        dense_ms=float(a.quantile(0.5)) * 1e3,
+        sparse_ms=float(b.quantile(0.5)) * 1e3,
+        speedup=float((a / b).quantile(0.5)),
+    )
+
+
+def dense_stream(run: Run, tokens: int, device: torch.device) -> Tensor:
     """The `tokens` tokens [batch, tokens] that dense decode finds after the prompts prefilled last."""
-    return torch.tensor(run.generate(tokens), device=ids.device)
+    return torch.tensor(run.generate(tokens), device=device)
 
 
 def token_laps(run: Run, model: PreTrainedModel, stream: Tensor) -> list[float]:

@@ -8,6 +8,7 @@ from typing import NoReturn
 from transformers import PreTrainedModel
 
 from actsparse.engine.generation import sparse_generation
+from actsparse.engine.stepping import Decode
 from actsparse.errors import PlanError
 from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import check_layers, from_record, gates_of, with_add_ons
@@ -23,7 +24,12 @@ from actsparse.store.runs import PlanRun
 
 @contextmanager
 def sparsify(
-    model: PreTrainedModel, plan: str | Path, *, sink_tokens: int = 4, family: str | Path | None = None
+    model: PreTrainedModel,
+    plan: str | Path,
+    *,
+    sink_tokens: int = 4,
+    when_slower: Decode = "sparse",
+    family: str | Path | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model under a plan: `with sparsify(model, "griffin@0.5"): model.generate(...)`.
 
@@ -31,14 +37,16 @@ def sparsify(
     dense; decoded tokens run sparse, so a harness that scores a text in one forward pass measures the dense model (a
     warning says so). Leaving the block restores the model bit for bit. Raises PlanError where the plan
     does not fit the model, or needs text to be fitted on. `family` is a file with the row of a family that the table
-    lacks.
+    lacks. A plan that is measured slower than dense is warned of; with `when_slower="dense"` it then decodes dense
+    (not by default: what drives the model may measure the plan's quality).
     """
     sites = resolve(model, None if family is None else read_family(Path(family)).row)
-    with sparse_generation(sites, _gates(sites, plan), sink_tokens=sink_tokens):
+    with sparse_generation(sites, gates_for(sites, plan), sink_tokens=sink_tokens, when_slower=when_slower):
         yield model
 
 
-def _gates(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
+def gates_for(sites: ModelSites, plan: str | Path) -> list[LayerGates]:
+    """The gates of a plan directory, or of a short form that needs no text; raises PlanError as `sparsify` does."""
     places = places_of(sites)
     path = Path(plan).expanduser()
     if path.is_dir():

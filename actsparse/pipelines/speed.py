@@ -12,8 +12,10 @@ from torch import Tensor
 
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
-from actsparse.engine.decode import greedy, new_cache, prefill
+from actsparse.engine.decode import end_tokens
+from actsparse.engine.forward import forward_run
 from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.engine.step.sampling import Sampling
 from actsparse.errors import DataError, ModelError, PlanError
 from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import Plan
@@ -127,7 +129,8 @@ class _Runner:
             for prompt, ids in self.sample_prompts():
                 run.prefill(ids, watch=False)
                 run.use(sparse=False)
-                text = run.generate(spec.max_new_tokens, stop=self.stops)[0]
+                sampling = self.sampling(prompt)
+                text = run.generate(spec.max_new_tokens, sampling=sampling, stop=self.stops)[0]
                 samples.append(self.sample(DENSE, prompt, ids, text, None))
             return PlanSpeed(
                 plan=DENSE,
@@ -174,7 +177,7 @@ class _Runner:
                     )
                     shares.append(run.kept())
             samples = tuple(
-                self.sample(group.name, prompt, ids, self.sparse_text(run, ids), dense)
+                self.sample(group.name, prompt, ids, self.sparse_text(run, prompt, ids), dense)
                 for prompt, ids in self.sample_prompts()
             )
             path, tier, announced = run.path, run.tier, tuple(run.announced)
@@ -210,31 +213,32 @@ class _Runner:
         run.use(sparse=False)
         return difference if isfinite(difference) else None
 
-    def sparse_text(self, run: Run, ids: Tensor) -> list[int]:
-        """The greedy continuation of one prompt by sparse decode."""
+    def sparse_text(self, run: Run, prompt: int, ids: Tensor) -> list[int]:
+        """The continuation of one prompt by sparse decode."""
         run.prefill(ids, watch=True)
         run.select()
         run.use(sparse=True)
-        text = run.generate(self.session.spec.max_new_tokens, stop=self.stops)[0]
+        count, sampling = self.session.spec.max_new_tokens, self.sampling(prompt)
+        text = run.generate(count, sampling=sampling, stop=self.stops)[0]
         run.use(sparse=False)
         return text
 
     def masked_samples(self, group: PlanGroup, dense: PlanSpeed) -> tuple[Generation, ...]:
-        """Greedy continuations in the masked path."""
+        """Continuations in the masked path."""
         return tuple(
-            self.sample(group.name, prompt, ids, self.masked_text(group.plan, ids), dense)
+            self.sample(group.name, prompt, ids, self.masked_text(group.plan, prompt, ids), dense)
             for prompt, ids in self.sample_prompts()
         )
 
-    def masked_text(self, plan: Plan, ids: Tensor) -> list[int]:
-        """The greedy continuation of one prompt in the masked path."""
-        model, room = self.session.loaded.model, self.session.spec.max_new_tokens
+    def masked_text(self, plan: Plan, prompt: int, ids: Tensor) -> list[int]:
+        """The continuation of one prompt in the masked path."""
+        sites, count = self.session.loaded.sites, self.session.spec.max_new_tokens
         sink = self.session.texts.quality.record.sink_tokens
-        run = MaskedPlan(plan.gates(), prompt_length=ids.shape[1], sink_tokens=sink)
-        cache = new_cache(model, ids.shape[1] + room)
-        with masked(self.session.loaded.sites, run):
-            logits = prefill(model, ids, cache)
-            return greedy(model, logits, cache, ids.shape[1], room, self.is_end)[0].tolist()
+        rule = MaskedPlan(plan.gates(), prompt_length=ids.shape[1], sink_tokens=sink)
+        room = ids.shape[1] + count + 1
+        with masked(sites, rule), forward_run(sites, (), sink_tokens=sink, max_length=room, tier=3) as run:
+            run.prefill(ids, watch=False)
+            return run.generate(count, sampling=self.sampling(prompt), stop=self.stops)[0]
 
     def timed_prompts(self) -> list[tuple[int, Tensor]]:
         """The first prompts that are long enough to time, with their places."""
@@ -259,13 +263,16 @@ class _Runner:
 
     @property
     def stops(self) -> frozenset[int]:
-        """The tokens that end a text."""
+        """The tokens that end a text: the tokenizer's, and those of the model's generation config."""
         end: Any = self.session.loaded.tokenizer.eos_token_id
-        return frozenset() if end is None else frozenset({int(end)})
+        return end_tokens(self.session.loaded.model) | (frozenset() if end is None else {int(end)})
 
-    def is_end(self, token: Tensor) -> bool:
-        """Whether a generated token ends the text."""
-        return int(token) == self.session.loaded.tokenizer.eos_token_id
+    def sampling(self, prompt: int) -> Sampling | None:
+        """How the tokens of a sample are drawn, by the same numbers under every plan; None for greedy ones."""
+        spec = self.session.spec
+        if not spec.temperature:
+            return None
+        return Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=spec.data.seed + prompt)
 
     def sample(self, name: str, prompt: int, ids: Tensor, tokens: list[int], dense: PlanSpeed | None) -> Generation:
         """One continuation as a record, with where it leaves the dense one."""

@@ -72,7 +72,7 @@ def _one(
     with engines.open(gates, sink_tokens=sink, max_length=prompt + longest + 2, batch=batch) as run:
         run.use(sparse=False)
         run.prefill(ids, watch=bool(gates))
-        stream = timing.dense_stream(run, ids, longest)
+        stream = timing.dense_stream(run, longest, ids.device)
         run.select()
         for name in arms:  # warm up
             run.use(sparse=name != DENSE)

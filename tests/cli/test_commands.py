@@ -164,6 +164,25 @@ def test_evaluate_json_has_the_documented_keys(
     assert griffin["quality"]["kl"]["value"] > 0
 
 
+def test_samples_are_drawn_by_the_same_numbers_under_every_plan(
+    actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    def texts(folder: str, *options: object) -> dict[str, list[int]]:
+        out = tmp_path / folder
+        done = actsparse("evaluate", "-m", tiny_folder("llama"), *short(corpus_file), "--plan", "griffin@0",
+                         "--plan", "oracle-a@0", "--max-new-tokens", 12, *options, "-o", out)  # fmt: skip
+        assert done.code == 0, done.err
+        lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+        return {line["plan"]: line["token_ids"] for line in lines}
+
+    greedy, drawn = texts("greedy"), texts("drawn", "--temperature", 1.5, "--top-p", 0.9)
+    assert drawn["dense"] != greedy["dense"]
+    # plans that drop nothing: by the engine, and in the masked path
+    assert drawn["griffin@0"] == drawn["oracle-a@0"] == drawn["dense"]
+    assert texts("again", "--temperature", 1.5, "--top-p", 0.9) == drawn
+    assert texts("other", "--temperature", 1.5, "--top-p", 0.9, "--seed", 1) != drawn
+
+
 def test_throughput_is_a_table_over_batch_prompt_and_generated_lengths(
     actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
 ) -> None:
@@ -462,6 +481,9 @@ def test_options_out_of_range(
         (["--plan", "griffin@0.5", "--prompt-length", "3"], "a prompt of 3 tokens"),
         (["--plan", "griffin@0.5", "--timing-prompts", "0"], "--timing-prompts"),
         (["--plan", "griffin@0.5", "--timing-pairs", "-1"], "--timing-pairs"),
+        (["--plan", "griffin@0.5", "--temperature", "-1"], "--temperature"),
+        (["--plan", "griffin@0.5", "--temperature", "1", "--top-p", "0"], "--top-p"),
+        (["--plan", "griffin@0.5", "--top-p", "0.9"], "--temperature 1"),
     ],
 )
 def test_evaluations_that_cannot_be(
