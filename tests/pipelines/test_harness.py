@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from actsparse.specs import DataSpec, EvalSpec, ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "tasks"
+SHARED = ROOT / "shared" / "data"
 TASKS = ["actsparse_places", "actsparse_letters", "actsparse_sums"]
 
 
@@ -103,6 +105,25 @@ def test_evaluate_runs_both_kinds_of_tasks_and_they_agree(tmp_path: Path) -> Non
     document = next(plan for plan in found.summary["plans"] if plan["plan"] == "griffin@0.5")["tasks"]
     assert document["actsparse_places"]["acc"]["n"] == 6
     assert document["actsparse_sums"]["exact_match,last-number"]["n"] == 4
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public evaluation data is not beside the checkout")
+def test_public_tasks_agree_with_local_ones(tmp_path: Path) -> None:
+    files = {"shared_piqa": SHARED / "piqa.jsonl", "shared_arc_easy": SHARED / "ARC-Easy.jsonl"}
+    spec = EvalSpec(
+        model=ModelSpec(name="demo", device="cpu"), data=DataSpec(limit=1, block_length=64, prompt_length=32),
+        plans=("griffin@0.6",), controls=False, timing_pairs=0, generations=0, path_check_tokens=0,
+        task_files=tuple(map(str, files.values())), tasks=tuple(files), include_path=str(FOLDER), task_limit=4,
+        output=tmp_path / "e",
+    )  # fmt: skip
+    items = evaluate(spec).items
+    for (task, file), plan, metric in product(files.items(), ("dense", "griffin@0.6"), ("acc", "acc_norm")):
+        mine, theirs = (items.filter(plan=plan, metric=metric, task=name).sort("item") for name in (file.stem, task))
+        assert mine["value"].to_list() == theirs["value"].to_list()
+        assert mine.height == 4
+        assert mine["sparse_tokens"].to_list() == theirs["sparse_tokens"].to_list()
+        assert (mine["sparse_tokens"] > 0).all() == (plan != "dense")
 
 
 def test_requests_that_share_a_pass_equal_requests_that_do_not(twin: LoadedModel) -> None:

@@ -1,7 +1,7 @@
-"""Public task data on the twin: local tasks and lm-eval over the same items agree. Skipped where the data is absent."""
+"""Local tasks of public data on the twin; skipped where the data is absent."""
 
 import json
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -14,17 +14,6 @@ from actsparse.store.runs import EvalRun
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ITEMS = 4
 PLAN = "griffin@0.6"
-CHOICE_TASK = """task: {task}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
 pytestmark = [
     pytest.mark.shared,
     pytest.mark.skipif(not DATA.is_dir(), reason="the public evaluation data is not beside the checkout"),
@@ -48,28 +37,6 @@ def scored(folder: Path, **spec: object) -> EvalRun:
             output=folder / "run", **spec,  # pyright: ignore[reportArgumentType]
         )
     )  # fmt: skip
-
-
-def test_choices_through_lm_eval_are_those_of_local_tasks(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra actsparse[eval]")
-    files = [first_items(name, tmp_path) for name in ("piqa.jsonl", "ARC-Easy.jsonl")]
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    for file in files:
-        (tasks / f"{file.stem}.yaml").write_text(CHOICE_TASK.format(task=f"shared_{file.stem}", file=file))
-    run = scored(
-        tmp_path, task_files=tuple(map(str, files)), include_path=str(tasks),
-        tasks=tuple(f"shared_{file.stem}" for file in files),
-    )  # fmt: skip
-    for file, plan, metric in product(files, ("dense", PLAN), ("acc", "acc_norm")):
-        mine, theirs = (
-            run.items.filter(plan=plan, metric=metric, task=task).sort("item")
-            for task in (file.stem, f"shared_{file.stem}")
-        )
-        assert mine["value"].to_list() == theirs["value"].to_list()
-        assert mine.height == ITEMS
-        assert mine["sparse_tokens"].to_list() == theirs["sparse_tokens"].to_list()
-        assert (mine["sparse_tokens"] > 0).all() == (plan == PLAN)
 
 
 def test_gsm8k_is_generated_and_compared_by_its_final_number(tmp_path: Path) -> None:
