@@ -6,7 +6,8 @@
 Plain and recorded passes run in turn (A B A B ...); the ratio is the median over pairs. `layers` is the model without
 its head, which is all that a profile runs; `model` is what people call a forward pass, head and logits included.
 `memory` is what recording holds beyond the model and the plain pass: the peak on a GPU, the growth of the process on a
-CPU. A shape has random weights.
+CPU. `held` is counted tensor by tensor: the sums of all statistics, constants of the weights, and the sample, which
+`--reservoir-mb` bounds; with fewer `--layers` than a shape has, also for all of them. A shape has random weights.
 """
 
 import argparse
@@ -74,6 +75,17 @@ def peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def held(state: ProfileState, recorder: Recorder, layers: int, bound: int) -> str:
+    """What recording holds, in MB, for `layers` layers: sums and constants grow with them, the sample to its bound."""
+    tensors = state.tensors()
+    sample = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("reservoir")) / 2**20
+    sums = sum(tensor.nbytes for tensor in tensors.values()) / 2**20 - sample
+    constants, factor = recorder.constant_bytes / 2**20, layers / len(state.layers)
+    whole = min(sample * factor, max(sample, bound))
+    parts = f"{sums * factor:.0f} MB sums, {constants * factor:.0f} MB constants, {whole:.0f} MB sample"
+    return f"{(sums + constants) * factor + whole:.0f} MB ({parts}) in {layers} layers"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
@@ -108,7 +120,8 @@ def main() -> None:
     layers_alone(), whole_model()
     before = peak_mb(device)
     slots = capacity(4096, asked.reservoir_mb, len(layers), shape.intermediate_size, loaded.model.dtype.itemsize)
-    recorder = Recorder(loaded, ProfileState.empty(loaded, layers, slots), seed=0)
+    state = ProfileState.empty(loaded, layers, slots)
+    recorder = Recorder(loaded, state, seed=0)
     recorder.record(batch)
     arms = {"layers": layers_alone, "model": whole_model, "recorded": lambda: recorder.record(batch)}
     laps = [{name: timed(work, device) for name, work in arms.items()} for _ in range(asked.pairs)]
@@ -125,6 +138,10 @@ def main() -> None:
         wall, cpu = (statistics.median(lap["recorded"][i] / lap[arm][i] for lap in laps) for i in (0, 1))
         print(f"recorded / {arm}: {wall:.2f}x wall, {cpu:.2f}x CPU")
     print(f"memory beyond the model and the plain pass: {peak_mb(device) - before:.0f} MB")
+    print(f"held: {held(state, recorder, len(layers), asked.reservoir_mb)}")
+    whole = SHAPES[asked.shape]["num_hidden_layers"] if asked.shape else len(layers)
+    if whole != len(layers):
+        print(f"held: {held(state, recorder, whole, asked.reservoir_mb)}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ class Recorder:
         self._keys, self._stand = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
         self._tap = Tap()
 
+    @property
+    def constant_bytes(self) -> int:
+        """What is kept of the weights: norms of down columns and Gram matrices of head outputs."""
+        kept = {id(t): t.nbytes for gram in self._grams.values() for t in (gram.heads, gram.groups)}
+        return sum(kept.values()) + sum(norms.nbytes for norms in self._down_norms.values())
+
     @torch.no_grad()
     def record(self, batch: Batch) -> None:
         """Run one batch through the model and add its activations to the state."""
