@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from actsparse.engine.cpu import build
 from actsparse.engine.cpu.engine import CpuEngine, as_gate_plan
-from actsparse.engine.cpu.ops import Gated, Rows
+from actsparse.engine.cpu.ops import Columns, Gated, NeuronSparse, Op, Rows
 from actsparse.engine.cpu.program import Program
 from actsparse.engine.cpu.step import StepBuilder
 from actsparse.engine.decode import new_cache, prefill
@@ -139,30 +139,41 @@ class Bench:
         return sum(int(one.read) for one in counters) / (self.tokens * sum(one.total for one in counters))
 
 
-def profile(bench: Bench) -> None:
-    """Where a dense token's time goes, an operator at a time."""
+def profile(bench: Bench, name: str, plan: Plan) -> None:
+    """Where a token's time goes under a plan, by operator; with the rate of products that read every row."""
     state, weights = bench.decoder.state, bench.decoder.weights
-    builder = StepBuilder(weights, state, as_gate_plan(DensePlan(), weights))
-    ops = builder.layers()
-    bench.run(DensePlan())
-    seconds: dict[str, float] = {}
+    ops = StepBuilder(weights, state, as_gate_plan(plan, weights)).layers()
+    bench.run(plan)
+    seconds: dict[str, list[float]] = {}
     bytes_: dict[str, float] = {}
-    for _ in range(5):
-        for op in ops:
-            program = Program([op], build.library())
+    programs = [(operator_name(op), op, Program([op], build.library())) for op in ops]
+    for repetition in range(9):
+        total = dict.fromkeys((kind for kind, _, _ in programs), 0.0)
+        for kind, op, program in programs:
             began = time.perf_counter()
             program.run()
-            elapsed = (time.perf_counter() - began) / 5
-            name = type(op).__name__
-            if isinstance(op, Rows | Gated):
-                name += f" {op.rows}x{op.width}"
-                matrices = 2 if isinstance(op, Gated) else 1
-                size = matrices * op.rows * op.width * weights.gate_up.element_size()
-                bytes_[name] = bytes_.get(name, 0.0) + size / 5
-            seconds[name] = seconds.get(name, 0.0) + elapsed
-    for name, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
-        rate = f"{bytes_[name] / value / 1e9:6.1f} GB/s" if name in bytes_ else ""
-        print(f"    {name:22s} {value * 1e3:8.2f} ms a token {rate}")
+            total[kind] += time.perf_counter() - began
+            if isinstance(op, Rows | Gated) and op.index is None and not repetition:
+                size = (1 + isinstance(op, Gated)) * op.rows * op.width * weights.gate_up.element_size()
+                bytes_[kind] = bytes_.get(kind, 0.0) + size
+        for kind, value in total.items():
+            seconds.setdefault(kind, []).append(value)
+    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
+    print(f"  where a token's time goes, {name}: {sum(medians.values()) * 1e3:.2f} ms in all")
+    for kind, value in sorted(medians.items(), key=lambda pair: -pair[1]):
+        rate = f"{bytes_[kind] / value / 1e9:6.1f} GB/s" if kind in bytes_ else ""
+        print(f"    {kind:24s} {value * 1e3:8.2f} ms {rate}")
+
+
+def operator_name(op: Op) -> str:
+    """The kind of an operator, with the size of its matrix."""
+    match op:
+        case Rows() | Gated() | NeuronSparse():
+            return f"{type(op).__name__} {op.rows}x{op.width}"
+        case Columns():
+            return f"Columns {op.inputs}x{op.outputs}"
+        case _:
+            return type(op).__name__
 
 
 def main() -> None:
@@ -187,6 +198,7 @@ def main() -> None:
     )
     print(f"a read-only reduction: {gbps:.1f} GB/s; a dense step reads {dense_bytes / 1e6:.0f} MB")
     dense = DensePlan()
+    profiled: dict[str, Plan] = {"dense": dense}
 
     def line(name: str, baseline: Callable[[], float], contender: Callable[[], float], note: str = "") -> None:
         found = paired(baseline, contender, pairs=asked.pairs)
@@ -225,11 +237,11 @@ def main() -> None:
         sliced.fill(plan, weights, down_rows)
         print(f"  selection {(chosen - began) * 1e3:.1f} ms, gathering {(time.perf_counter() - chosen) * 1e3:.1f} ms")
         line(f"sliced {share * 100:.0f} %", lambda: bench.run(dense), lambda: bench.run(plan))
-        listed = IndexedPlan(down_rows=down_rows, selection=plan.selection)
+        profiled["index list"] = listed = IndexedPlan(down_rows=down_rows, selection=plan.selection)
         line(f"index list {share * 100:.0f} %", lambda: bench.run(dense), lambda: bench.run(listed))
     if "cats" in parts:
         threshold = torch.tensor([[cut(i, SiteKind.GATE)] for i in layers])
-        cats = NeuronPlan(threshold=threshold, down_rows=down_rows)
+        profiled["cats"] = cats = NeuronPlan(threshold=threshold, down_rows=down_rows)
         line(
             f"cats {share * 100:.0f} %",
             lambda: bench.run(dense),
@@ -238,7 +250,7 @@ def main() -> None:
         )
     if "teal" in parts:
         places = (SiteKind.ATTN_IN,) * 3 + (SiteKind.ATTN_OUT,) + (SiteKind.MLP_IN,) * 2 + (SiteKind.NEURON,)
-        teal = InputPlan(
+        profiled["teal"] = teal = InputPlan(
             weights=input_rows(weights, down_rows),
             threshold=torch.tensor([[cut(i, k) for k in places] for i in layers]),
         )
@@ -249,7 +261,8 @@ def main() -> None:
             f"density {bench.density(teal):.2f}",
         )
     if "profile" in parts:
-        profile(bench)
+        for name, plan in profiled.items():
+            profile(bench, name, plan)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "gelu": 3, "identity": 4}
 MAX_BATCH = 8
 MAX_CHUNKS = 32
-CHUNK_INPUTS = 64
+CHUNK_INPUTS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -277,7 +277,7 @@ KINDS: tuple[type, ...] = (Norm, Rows, Gated, NeuronSparse, Columns, Top, Attend
 
 
 def chunks_of(inputs: int) -> int:
-    """Pieces into which a product that skips inputs is cut: a power of two, each of some 64 inputs or more."""
+    """Pieces into which a product that skips inputs is cut: a power of two, each of some 128 inputs or more."""
     return min(MAX_CHUNKS, 1 << max(0, (inputs // CHUNK_INPUTS).bit_length() - 1))
 
 

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <limits>
 #include <vector>
@@ -23,6 +24,7 @@ constexpr i64 CHUNK = 256;       // neurons that are decided before the second m
 constexpr i64 GRAIN = 1 << 15;   // bytes of weights below which a second thread does not pay
 constexpr i64 MAX_HEAD = 512;
 constexpr int MAX_BATCH = 8;
+constexpr i64 MAX_CHUNKS = 32;   // pieces of a product that skips inputs
 
 struct Norm {
   const float *x, *weight;
@@ -168,23 +170,22 @@ inline void dots(const T* const* rows, const T* const* next, const float* x, i64
     }
 }
 
-template <class T, int B, class Row, class Use>
-inline void products(i64 begin, i64 end, const float* x, i64 width, Row row, Use use) {
-  // `row(i)` is the address of row i, `use(i, values)` takes its products with every sequence
-  constexpr int R = rows_in_flight(B);
+template <class T, int B, int R, class Row, class Use>
+inline void groups(i64 i, i64 end, i64 last, const float* x, i64 width, Row row, Use use) {
   float out[R][B];
   const T *rows[R], *next[R];
-  i64 i = begin;
   for (; i + R <= end; i += R) {
-    for (int r = 0; r < R; ++r) rows[r] = row(i + r), next[r] = row(std::min(i + R + r, end - 1));
+    for (int r = 0; r < R; ++r) rows[r] = row(i + r), next[r] = row(std::min(i + R + r, last - 1));
     dots<T, R, B>(rows, next, x, width, width, out);
     for (int r = 0; r < R; ++r) use(i + r, out[r]);
   }
-  for (; i < end; ++i) {
-    rows[0] = row(i), next[0] = row(std::min(i + 1, end - 1));
-    dots<T, 1, B>(rows, next, x, width, width, out);
-    use(i, out[0]);
-  }
+  if constexpr (R > 1) groups<T, B, R / 2>(i, end, last, x, width, row, use);
+}
+
+// `row(i)` is the address of row i, `use(i, values)` takes its products with every sequence; rows up to `last` follow.
+template <class T, int B, class Row, class Use>
+inline void products(i64 begin, i64 end, i64 last, const float* x, i64 width, Row row, Use use) {
+  groups<T, B, rows_in_flight(B)>(begin, end, last, x, width, row, use);
 }
 
 i64 grain(i64 row_bytes) { return std::max<i64>(1, GRAIN / std::max<i64>(1, row_bytes)); }
@@ -217,7 +218,7 @@ void run(const Rows& a) {
   float scale = float(a.scale), cap = float(a.softcap);
   auto at = [&](i64 i) { return a.index ? i64(a.index[i]) : i; };
   over(a.index ? *a.count : a.rows, a.width * sizeof(T), [&](i64 begin, i64 end) {
-    products<T, B>(begin, end, a.x, a.width, [&](i64 i) { return weight + at(i) * a.stride; },
+    products<T, B>(begin, end, end, a.x, a.width, [&](i64 i) { return weight + at(i) * a.stride; },
                    [&](i64 place, const float* y) {
                      i64 i = at(place);
                      for (int b = 0; b < B; ++b) {
@@ -236,29 +237,38 @@ void run(const Gated& a) {
   i64 count = a.index ? *a.count : a.rows;
   over(count, 2 * a.width * sizeof(T), [&](i64 begin, i64 end) {
     constexpr int R = rows_in_flight(B), PAIRS = R / 2;  // rows of gate and up take turns
-    float out[R][B];
+    float out[R][B], g[B][CHUNK], u[B][CHUNK];
     const T *rows[R], *next[R];
-    auto at = [&](i64 i) { return (a.index ? i64(a.index[i]) : i) * a.stride; };
-    auto pair = [&](const T** place, int p, i64 i) { place[2 * p] = gate + at(i), place[2 * p + 1] = up + at(i); };
-    for (i64 i = begin; i < end;) {
-      int pairs = end - i < PAIRS ? 1 : PAIRS;
-      for (int p = 0; p < pairs; ++p) pair(rows, p, i + p), pair(next, p, std::min(i + p + pairs, end - 1));
-      if (pairs == PAIRS)
-        dots<T, R, B>(rows, next, a.x, a.width, a.width, out);
-      else
-        dots<T, 2, B>(rows, next, a.x, a.width, a.width, out);
-      for (int p = 0; p < pairs; ++p) {
-        i64 neuron = a.index ? a.index[i + p] : i + p;
-        for (int b = 0; b < B; ++b) {
-          float g = out[2 * p][b] + (a.gate_bias ? a.gate_bias[neuron] : 0.0f);
-          float u = out[2 * p + 1][b] + (a.up_bias ? a.up_bias[neuron] : 0.0f);
-          float value = activate(g, a.activation) * u;
-          if (a.fill) value -= a.fill[neuron];
-          if (a.mask && !a.mask[b * a.rows + neuron]) value = 0;
-          a.out[b * a.rows + i + p] = value;
+    auto neuron = [&](i64 i) { return a.index ? i64(a.index[i]) : i; };
+    auto pair = [&](const T** place, int p, i64 i) {
+      place[2 * p] = gate + neuron(i) * a.stride, place[2 * p + 1] = up + neuron(i) * a.stride;
+    };
+    for (i64 at = begin; at < end; at += CHUNK) {
+      i64 stop = std::min(end, at + CHUNK);
+      for (i64 i = at; i < stop;) {
+        int pairs = stop - i < PAIRS ? 1 : PAIRS;
+        for (int p = 0; p < pairs; ++p) pair(rows, p, i + p), pair(next, p, std::min(i + p + pairs, end - 1));
+        if (pairs == PAIRS)
+          dots<T, R, B>(rows, next, a.x, a.width, a.width, out);
+        else
+          dots<T, 2, B>(rows, next, a.x, a.width, a.width, out);
+        for (int p = 0; p < pairs; ++p)
+          for (int b = 0; b < B; ++b) {
+            i64 n = neuron(i + p);
+            g[b][i + p - at] = out[2 * p][b] + (a.gate_bias ? a.gate_bias[n] : 0.0f);
+            u[b][i + p - at] = out[2 * p + 1][b] + (a.up_bias ? a.up_bias[n] : 0.0f);
+          }
+        i += pairs;
+      }
+      for (int b = 0; b < B; ++b) {
+        activate_all(g[b], stop - at, a.activation);
+        for (i64 i = at; i < stop; ++i) {
+          float value = g[b][i - at] * u[b][i - at];
+          if (a.fill) value -= a.fill[neuron(i)];
+          if (a.mask && !a.mask[b * a.rows + neuron(i)]) value = 0;
+          a.out[b * a.rows + i] = value;
         }
       }
-      i += pairs;
     }
   });
 }
@@ -269,34 +279,43 @@ void run(const NeuronSparse& a) {
   std::atomic<i64> total{0};
   over(a.rows, 2 * a.width * sizeof(T), [&](i64 begin, i64 end) {
     i64 list[CHUNK], read = 0;
+    float z[B][CHUNK];
     for (i64 at = begin; at < end; at += CHUNK) {
       i64 stop = std::min(end, at + CHUNK), kept = 0;
-      products<T, B>(at, stop, a.x, a.width, [&](i64 i) { return first + i * a.stride; },
+      products<T, B>(at, stop, end, a.x, a.width, [&](i64 i) { return first + i * a.stride; },
                      [&](i64 i, const float* y) {
-                       bool any = false;
-                       for (int b = 0; b < B; ++b) {
-                         float z = y[b] + (a.first_bias ? a.first_bias[i] : 0.0f);
-                         float value = a.gate_first ? activate(z, a.activation) : z;
-                         bool keep = std::fabs(value) >= a.threshold[i * a.step];
-                         a.out[b * a.rows + i] = keep ? value : 0.0f;
-                         any |= keep;
-                       }
-                       list[kept] = i;
-                       kept += any;
+                       for (int b = 0; b < B; ++b) z[b][i - at] = y[b] + (a.first_bias ? a.first_bias[i] : 0.0f);
                      });
+      if (a.gate_first)
+        for (int b = 0; b < B; ++b) activate_all(z[b], stop - at, a.activation);
+      for (i64 i = at; i < stop; ++i) {
+        bool any = false;
+        for (int b = 0; b < B; ++b) {
+          bool keep = std::fabs(z[b][i - at]) >= a.threshold[i * a.step];
+          a.out[b * a.rows + i] = keep ? z[b][i - at] : 0.0f;
+          any |= keep;
+        }
+        list[kept] = i;
+        kept += any;
+      }
       read += kept;
-      products<T, B>(0, kept, a.x, a.width, [&](i64 j) { return second + list[j] * a.stride; },
+      for (i64 j = 0; j < std::min<i64>(kept, DEEP); ++j)
+        for (i64 k = 0; k < a.width; k += 64 / sizeof(T)) ask(second + list[j] * a.stride + k);
+      products<T, B>(0, kept, kept, a.x, a.width, [&](i64 j) { return second + list[j] * a.stride; },
                      [&](i64 j, const float* y) {
-                       i64 i = list[j];
-                       for (int b = 0; b < B; ++b) {
-                         float& out = a.out[b * a.rows + i];
-                         // a sequence that drops the neuron holds 0 here, unless its kept value was 0 too
-                         bool keep = out != 0.0f || a.threshold[i * a.step] <= 0.0f;
-                         float z = y[b] + (a.second_bias ? a.second_bias[i] : 0.0f);
-                         float value = out * (a.gate_first ? z : activate(z, a.activation));
-                         out = keep && a.fill ? value - a.fill[i] : value;
-                       }
+                       for (int b = 0; b < B; ++b) z[b][j] = y[b] + (a.second_bias ? a.second_bias[list[j]] : 0.0f);
                      });
+      for (int b = 0; b < B; ++b) {
+        if (!a.gate_first) activate_all(z[b], kept, a.activation);
+        for (i64 j = 0; j < kept; ++j) {
+          i64 i = list[j];
+          float& out = a.out[b * a.rows + i];
+          // a sequence that drops the neuron holds 0 here, unless its kept value was 0 too
+          bool keep = out != 0.0f || a.threshold[i * a.step] <= 0.0f;
+          out = out * z[b][j];
+          if (keep && a.fill) out -= a.fill[i];
+        }
+      }
     }
     total += read;
   });
@@ -387,23 +406,23 @@ inline void add_rows(const T* const* rows, const T* const* next, const float* co
 }
 
 template <class T, int B, int D, class Row>
-inline i64 add_groups(i64 i, i64 count, const float* coefficient, i64 begin, i64 end, float* out, i64 step, Row row) {
+inline void add_groups(i64 i, i64 end, i64 last, const float* coefficient, i64 from, i64 to, float* out, i64 step,
+                       Row row) {
   const T *rows[D], *next[D];
-  for (; i + D <= count; i += D) {
-    for (int d = 0; d < D; ++d) rows[d] = row(i + d), next[d] = row(std::min(i + D + d, count - 1));
-    add_rows<T, B, D>(rows, next, coefficient + i * B, begin, end, out, step);
+  for (; i + D <= end; i += D) {
+    for (int d = 0; d < D; ++d) rows[d] = row(i + d), next[d] = row(std::min(i + D + d, last - 1));
+    add_rows<T, B, D>(rows, next, coefficient + i * B, from, to, out, step);
   }
-  return i;
+  if constexpr (D > 1) add_groups<T, B, D / 2>(i, end, last, coefficient, from, to, out, step, row);
 }
 
-// out [batch, width] += coefficient [count, batch] x rows 0 .. count, `row(i)` being the address of row i.
+// out [batch, width] += coefficient [., batch] x rows [begin, end), `row(i)` being the address of row i; rows up to
+// `last` follow.
 template <class T, int B, class Row>
-inline void add_all(i64 count, const float* coefficient, i64 width, float* out, Row row) {
-  for (i64 begin = 0; begin < width; begin += WIDE / B) {
-    i64 end = std::min(width, begin + WIDE / B);
-    i64 i = add_groups<T, B, DEEP>(0, count, coefficient, begin, end, out, width, row);
-    i = add_groups<T, B, DEEP / 2>(i, count, coefficient, begin, end, out, width, row);
-    add_groups<T, B, 1>(i, count, coefficient, begin, end, out, width, row);
+inline void add_all(i64 begin, i64 end, i64 last, const float* coefficient, i64 width, float* out, Row row) {
+  for (i64 from = 0; from < width; from += WIDE / B) {
+    i64 to = std::min(width, from + WIDE / B);
+    add_groups<T, B, DEEP>(begin, end, last, coefficient, from, to, out, width, row);
   }
 }
 
@@ -431,16 +450,23 @@ void run(const Columns& a) {
   float* sums = a.scratch + B * a.inputs;  // [chunks, batch, outputs], behind the coefficients
   std::atomic<i64> total{0};
   over(a.chunks, (count / a.chunks + 1) * a.outputs * sizeof(T), [&](i64 from, i64 to) {
+    auto start = [&](i64 chunk) { return count * chunk / a.chunks; };
+    float* coefficient = a.scratch + start(from) * B;
+    int32_t* list = a.list + start(from);
+    std::array<i64, MAX_CHUNKS + 1> ends;  // of each chunk's kept inputs, in the thread's own list
+    i64 kept = 0;
     for (i64 c = from; c < to; ++c) {
-      i64 begin = count * c / a.chunks, end = count * (c + 1) / a.chunks;
-      float* coefficient = a.scratch + begin * B;
-      int32_t* list = a.list + begin;
-      i64 kept = compact<B>(a, cut, begin, end, coefficient, list);
+      ends[c - from] = kept;
+      kept += compact<B>(a, cut, start(c), start(c + 1), coefficient + kept * B, list + kept);
+    }
+    ends[to - from] = kept;
+    for (i64 c = from; c < to; ++c) {
       float* out = sums + c * B * a.outputs;
       std::fill(out, out + B * a.outputs, 0.0f);
-      add_all<T, B>(kept, coefficient, a.outputs, out, [&](i64 i) { return weight + list[i] * a.stride; });
-      total += kept;
+      add_all<T, B>(ends[c - from], ends[c - from + 1], kept, coefficient, a.outputs, out,
+                    [&](i64 i) { return weight + list[i] * a.stride; });
     }
+    total += kept;
   });
   gather(sums, a.chunks, B, a.outputs, a.base, float(a.scale), a.add, a.out, a.out_stride);
   *a.read += total;
@@ -531,7 +557,7 @@ inline void turn(const float* x, const float* norm, const Attend& a, i64 positio
 template <class T>
 inline void weigh(const T* value, const float* share, i64 first, i64 last, i64 head_dim, float* out) {
   std::fill(out, out + head_dim, 0.0f);
-  add_all<T, 1>(last - first, share + first, head_dim, out, [&](i64 t) { return value + (first + t) * head_dim; });
+  add_all<T, 1>(first, last, last, share, head_dim, out, [&](i64 t) { return value + t * head_dim; });
 }
 
 template <class T>
@@ -565,7 +591,7 @@ void run(const Attend& a) {
       const T* key = keys + (b * a.kv_heads + h) * a.length * a.head_dim;
       float* score = a.scores + unit * a.length;
       float cap = float(a.softcap), best = -std::numeric_limits<float>::infinity();
-      products<T, 1>(first, at + 1, q, a.head_dim, [&](i64 t) { return key + t * a.head_dim; },
+      products<T, 1>(first, at + 1, at + 1, q, a.head_dim, [&](i64 t) { return key + t * a.head_dim; },
                      [&](i64 t, const float* y) {
                        score[t] = cap > 0 ? cap * std::tanh(y[0] / cap) : y[0];
                        best = std::max(best, score[t]);

@@ -72,3 +72,26 @@ inline float activate(float x, i64 activation) {
     default: return x;
   }
 }
+
+inline V activate(V x, i64 activation) {
+  switch (activation) {
+    case SILU: return x / (1.0f + exponential(-x));
+    case GELU_TANH: {  // tanh z = 1 - 2 / (exp 2z + 1)
+      V z = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+      return x * (1.0f - 1.0f / (exponential(2.0f * z) + 1.0f));
+    }
+    case RELU: return x <= V{} ? V{} : x;
+    case GELU: {
+      for (int i = 0; i < LANES; ++i) x[i] = activate(x[i], activation);
+      return x;
+    }
+    default: return x;
+  }
+}
+
+// The activation of x [count], in place: many at once, so that exponentials do not hold up the weights' stream.
+inline void activate_all(float* x, i64 count, i64 activation) {
+  i64 i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, activate(load(x + i), activation));
+  for (; i < count; ++i) x[i] = activate(x[i], activation);
+}
