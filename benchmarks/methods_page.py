@@ -151,8 +151,10 @@ class Book:
 
 
 def budget_section(book: Book, target: float, entries: Sequence[Entry], missed: Sequence[str]) -> str:
-    """All methods at one budget."""
+    """All methods at one budget; like every section, empty where nothing of it was measured."""
     rows = [row.told for row in book.rows(entries)]
+    if not rows:
+        return ""
     note = ["", f"Not reachable at this budget: {', '.join(f'`{name}`' for name in missed)}."] if missed else []
     return "\n".join([f"## {target:.0%} of the model's bytes", "", *HEAD, *rows, *note])
 
@@ -164,7 +166,8 @@ def heads_section(book: Book, entries: Sequence[Entry]) -> str:
         " These are the methods at about half of the groups and at all but one (the first layer stays dense; what the"
         " KV cache saves is not counted)."
     )
-    return "\n".join(["## Heads", "", text, "", *HEAD, *(row.told for row in book.rows(entries))])
+    rows = [row.told for row in book.rows(entries)]
+    return "\n".join(["## Heads", "", text, "", *HEAD, *rows]) if rows else ""
 
 
 def control_section(book: Book, tables: Tables) -> str:
@@ -181,6 +184,8 @@ def control_section(book: Book, tables: Tables) -> str:
             tally[verdict] = tally.get(verdict, 0) + 1
             better = {"holds": "own prompt", "**does not hold**": "static"}.get(verdict, "neither")
             lines.append(f"| {target:.0%} | `{entry.shown}` | `{control.shown}` | {found.told} | {better} |")
+    if not lines:
+        return ""
     told = (
         f"Of {sum(tally.values())} comparisons the own prompt is better in {tally['holds']}, one mask for all text in"
         f" {tally['**does not hold**']}; in the others the interval holds 0."
@@ -218,6 +223,8 @@ def ordering_section(book: Book, tables: Tables) -> str:
                     f" [{found.low:.3f}, {found.high:.3f}] than `{worse}`, over the noise of {noise:g}; local errors"
                     f" {errors[0]:.3f} against {errors[1]:.3f}{_same_way(better, worse, errors)}."
                 )
+    if not lines:
+        return ""
     told = (
         f"Of {len(verdicts)} comparisons {verdicts.count('holds')} hold, {verdicts.count('**does not hold**')} do not,"
         f" {verdicts.count('within noise')} are within the noise, {verdicts.count('not significant')} have an interval"
@@ -262,8 +269,10 @@ def allocation_section(book: Book, tables: Tables, equal: Tables) -> str:
                 f"| {target:.0%} | `{uniform[label].shown}` | {ppl[0]:.4g} | {kind} | {ppl[1]:.4g} | {found.told} |"
                 f" {verdict} |"
             )
-    best = min(gains, default=None)
-    told = "" if best is None else (
+    if not gains:
+        return ""
+    best = min(gains)
+    told = (
         f" {sum(verdict == 'better' for _, verdict, _, _ in gains)} of {len(gains)} are better beyond the noise,"
         f" {sum(verdict == 'worse' for _, verdict, _, _ in gains)} worse; the largest gain is {-best[0]:.3f} nats"
         f" ({best[2]} at {best[3]:.0%})."
@@ -296,6 +305,8 @@ def auto_section(book: Book, budgets: Tables, single: Sequence[str]) -> str:
             f" {found.told} | {f'met{clear}' if found.value <= CHANNEL_NOISE else '**missed**'} |"
         )
         picks.append((target, book.dropped(auto.entry)))
+    if not lines:
+        return ""
     return "\n".join([
         "## auto beside the best single method",
         "",

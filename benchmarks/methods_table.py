@@ -85,29 +85,34 @@ def main() -> None:
     asked.runs.mkdir(parents=True, exist_ok=True)
     runs = []
     for part in asked.parts:
+        folder = asked.runs / f"methods-{part}"
+        if asked.page_only:
+            runs += [EvalRun.open(folder)] if (folder / "manifest.json").exists() else []
+            continue
         output.note(f"{part}: {len(plans.of_part(part))} plans")
-        run = _evaluate(asked, part, [one.plan for one in plans.of_part(part)], output)
+        run = _evaluate(asked, part, folder, [one.plan for one in plans.of_part(part)], output)
         runs.append(run)
         for row in Book([run]).rows(plans.of_part(part)):
             print(row.told, flush=True)
         asked.output.write_text(page(asked, Book(runs), plans))
+    asked.output.write_text(page(asked, Book(runs), plans))
     print(asked.output)
 
 
 def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
     """The whole page, of the parts that are finished."""
-    tables, parts = plans.tables, asked.parts
-    sections = [heading(asked)]
-    sections += [budget_section(book, target, found, plans.missed[target]) for target, found in tables.items()]
-    if "heads" in parts:
-        sections.append(heads_section(book, plans.heads))
+    tables = plans.tables
     greedy = {target: [*found, *plans.allocation[target]] for target, found in tables.items()}
-    sections += [control_section(book, tables), ordering_section(book, greedy)]
-    if "allocation" in parts:
-        sections.append(allocation_section(book, plans.allocation, tables))
-    if "auto" in parts:
-        sections.append(auto_section(book, {target: plans.auto[target] for target in BUDGETS}, SINGLE))
-    return "\n\n".join(sections) + "\n"
+    sections = [
+        heading(asked),
+        *(budget_section(book, target, found, plans.missed[target]) for target, found in tables.items()),
+        heads_section(book, plans.heads),
+        control_section(book, tables),
+        ordering_section(book, greedy),
+        allocation_section(book, plans.allocation, tables),
+        auto_section(book, {target: plans.auto[target] for target in BUDGETS}, SINGLE),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def heading(asked: argparse.Namespace) -> str:
@@ -170,7 +175,7 @@ def _plans(asked: argparse.Namespace, output: Output) -> Plans:
     )
 
 
-def _evaluate(asked: argparse.Namespace, part: str, plans: Sequence[str], output: Output) -> EvalRun:
+def _evaluate(asked: argparse.Namespace, part: str, folder: Path, plans: Sequence[str], output: Output) -> EvalRun:
     more = (asked.n, asked.n + asked.router_blocks) if part in ("routers", "heads") else None
     spec = EvalSpec(
         model=_model(asked),
@@ -179,7 +184,7 @@ def _evaluate(asked: argparse.Namespace, part: str, plans: Sequence[str], output
         controls=False,
         generations=0,
         timing_pairs=0,
-        output=asked.runs / f"methods-{part}",
+        output=folder,
     )
     return evaluate(spec, output)
 
@@ -198,6 +203,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--page-only", action="store_true", help="write the page from the parts finished under --runs")
     parser.add_argument("--verbose", action="store_true", help="how long each step took")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/methods/results.md"))
     return parser.parse_args()

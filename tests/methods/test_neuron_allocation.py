@@ -1,9 +1,10 @@
-"""allocation=sensitivity for methods over neurons: the same mean share, less squared error in all."""
+"""allocation=sensitivity for methods over neurons: the same mean share, less squared error weighed by its cost."""
 
 import pytest
 from tiny import LAYERS
 
 from actsparse.errors import PlanError
+from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import Plan, fit_plan
 from actsparse.methods.short import parse
 from actsparse.models.load import LoadedModel
@@ -22,7 +23,15 @@ def test_layers_drop_different_shares_of_the_same_mean(
     plan, uniform = (fitted(text, loaded, calibration) for text in texts)
     assert sum(plan.fit.predicted_drop) / LAYERS == pytest.approx(0.4, abs=0.02)
     assert plan.add_ons.options == {"allocation": "sensitivity"}
-    costs = [sum(error**2 for error in calibration.local_errors(one.gates())) for one in (plan, uniform)]
+    replay = calibration.channels()
+    half = fitted(f"{name}@0.4", loaded, calibration).gates()
+    errors = calibration.local_errors(half)
+    alone = [[gate if at == layer else LayerGates() for at, gate in enumerate(half)] for layer in range(LAYERS)]
+    weights = [replay.kl(gates) / error**2 for gates, error in zip(alone, errors, strict=True)]
+    costs = [
+        sum(weight * error**2 for weight, error in zip(weights, calibration.local_errors(one.gates()), strict=True))
+        for one in (plan, uniform)
+    ]
     # shares are found between the measured ones, and counts are whole numbers
     assert costs[0] < 1.01 * costs[1]
 

@@ -124,8 +124,13 @@ def shown(found: Interval, unit: str = "", decimals: int = DECIMALS) -> str:
     return f"{text} [{found.low:.{decimals}f}, {found.high:.{decimals}f}]"
 
 
-def percent(found: Interval) -> str:
+def points(found: Interval) -> str:
+    """A difference of shares as `12.3 points [10.0, 15.0]`."""
+    return percent(found, " points")
+
+
+def percent(found: Interval, unit: str = " %") -> str:
     """A share as `12.3 % [10.0, 15.0]`."""
     parts = (None if v is None else 100 * v for v in (found.value, found.low, found.high))
     value, low, high = parts
-    return shown(Interval(value=value, low=low, high=high, n=found.n, stderr=None), " %", 1)
+    return shown(Interval(value=value, low=low, high=high, n=found.n, stderr=None), unit, 1)

@@ -4,7 +4,7 @@ Pitfalls in LLaMA Models*, arXiv 2405.09274)."""
 from actsparse.core.bootstrap import Interval, bootstrap_mean
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.studies.bench import Bench
-from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent, shown
+from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent, points, shown
 from actsparse.pipelines.studies.scores import drop_mean, perplexity, relative_quality
 from actsparse.results import ClaimVerdict, PanelKind
 
@@ -64,7 +64,7 @@ def _conclude_sparsity(out: Outcome, bench: Bench, means: dict[str, Interval]) -
     sign = -1.0 if _is_relu(bench) else 1.0
     gap = bootstrap_mean(sign * (pair[1][:blocks] - pair[0][:blocks]), seed=bench.seed)
     out.conclude(
-        f"at CETT {TARGET:g}, {told} can be dropped: a gap of {percent(gap)} in favour of ReLU.",
+        f"at CETT {TARGET:g}, {told} can be dropped: {points(gap)} more with ReLU.",
         above(gap, 0.0),
         gap,
         "share",
@@ -99,7 +99,8 @@ def _conclude_quality(out: Outcome, bench: Bench, share: float, kept: dict[tuple
     mine = kept[label_of(bench), "griffin", share]
     if bench.counterpart is None:
         out.notes.append(NO_COUNTERPART)
-        out.conclude(f"at {share:.0%} dropped by prompt, {label_of(bench)} keeps {percent(mine)} of its quality;"
+        out.conclude(f"with {share:.0%} of the neurons dropped by the prompt's mask (griffin), {label_of(bench)} keeps"
+                     f" {percent(mine)} of its dense quality;"
                      " without a counterpart nothing is compared.", ClaimVerdict.UNDECIDED, mine, "share")  # fmt: skip
         return
     gaps = {}
@@ -111,13 +112,14 @@ def _conclude_quality(out: Outcome, bench: Bench, share: float, kept: dict[tuple
         blocks = min(len(values) for values in losses)
         sign = -1.0 if _is_relu(bench) else 1.0
         gaps[method] = bootstrap_mean(sign * (losses[0][:blocks] - losses[1][:blocks]), seed=bench.seed)
-    told = ", ".join(
-        f"{label_of(one)} keeps {percent(kept[label_of(one), 'griffin', share])} by prompt and"
-        f" {percent(kept[label_of(one), 'oracle-n', share])} by oracle" for one in benches(bench)
-    )  # fmt: skip
+    told = {
+        method: " and ".join(f"{label_of(one)} {percent(kept[label_of(one), method, share])}" for one in benches(bench))
+        for method in gaps
+    }
     out.conclude(
-        f"at {share:.0%} dropped {told}; SwiGLU loses {shown(gaps['griffin'])} nats more than ReLU by prompt,"
-        f" {shown(gaps['oracle-n'])} by oracle.",
+        f"with {share:.0%} of the neurons dropped by the prompt's mask (griffin), of the dense quality remain:"
+        f" {told['griffin']}; SwiGLU loses {shown(gaps['griffin'])} nats a token more than ReLU. With the best mask for"
+        f" every token (oracle-n): {told['oracle-n']}; {shown(gaps['oracle-n'])} nats more.",
         above(gaps["griffin"], 0.0),
         gaps["griffin"],
         "nats",
