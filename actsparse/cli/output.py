@@ -67,10 +67,12 @@ class Output:
     debug: bool = False
     out: Console = field(default_factory=lambda: _console(sys.stdout))
     err: Console = field(default_factory=lambda: _console(sys.stderr))
+    noted: set[str] = field(default_factory=set)
 
     def note(self, text: str) -> None:
-        """A fact that a person should know."""
-        if not self.quiet:
+        """A fact that a person should know; each is told once."""
+        if not self.quiet and text not in self.noted:
+            self.noted.add(text)
             self.err.print(escape(printable(text)), style="dim")
 
     def warn(self, text: str) -> None:

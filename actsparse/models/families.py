@@ -104,12 +104,29 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The row of a model type; raises ModelError naming the nearest row, and how to bring one's own."""
+    """The row of a model type; raises ModelError naming the nearest row, and how to bring one's own.
+
+    A type that is no decoder gets no row to start from.
+    """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.0)[0]
+    if _has_encoder(model_type):
+        raise ModelError(
+            f"model type '{model_type}' has an encoder: only decoders that continue a text are served",
+            "choose a causal language model; `actsparse models` lists the families",
+        )
+    alike = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.5)
+    near = alike[0] if alike else "mixtral" if "moe" in model_type else "llama"
     raise ModelError(
         f"model type '{model_type}' is not supported: no row of the family table describes it",
         f"the nearest row is '{near}': write `actsparse models {near} > row.toml`, correct it,"
         " and pass it with --family row.toml",
     )
+
+
+def _has_encoder(model_type: str) -> bool:
+    """Whether transformers knows the type as one that fills in masked words, or reads one text to write another."""
+    from transformers.models.auto import modeling_auto as known
+
+    names = (known.MODEL_FOR_MASKED_LM_MAPPING_NAMES, known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    return any(model_type in mapping for mapping in names)

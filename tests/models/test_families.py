@@ -19,7 +19,7 @@ from actsparse.methods.gates import Custom, FixedGate, LayerGates, PrefillGate, 
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.cost import embedding_and_head
 from actsparse.models.experts import IMPLEMENTATION
-from actsparse.models.families import FAMILIES, family_of
+from actsparse.models.families import FAMILIES, _has_encoder, family_of
 from actsparse.models.sites import LayerSites, ModelSites, resolve
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind, Unit
@@ -260,12 +260,32 @@ def test_up_of_a_non_gated_ffn_is_refused_and_leaves_no_hook() -> None:
     assert hooks_of(sites.model) == before
 
 
-@pytest.mark.parametrize(("typed", "near"), [("qwen22", "qwen2"), ("gptneox", "gpt_neox"), ("Llama", "llama")])
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("qwen22", "qwen2"),
+        ("gptneox", "gpt_neox"),
+        ("Llama", "llama"),
+        ("zamba9", "llama"),
+        ("brandnew_moe", "mixtral"),
+    ],
+)
 def test_an_unknown_type_names_the_nearest_row(typed: str, near: str) -> None:
     with pytest.raises(ModelError) as caught:
         family_of(typed)
     assert f"'{typed}'" in caught.value.what
     assert f"'{near}'" in caught.value.hint
+
+
+@pytest.mark.parametrize("typed", ["bert", "roberta", "t5", "bart"])
+def test_a_type_with_an_encoder_is_refused_without_a_row(typed: str) -> None:
+    with pytest.raises(ModelError, match=f"'{typed}' has an encoder") as caught:
+        family_of(typed)
+    assert "--family" not in caught.value.hint
+
+
+def test_no_row_of_the_table_is_taken_for_an_encoder() -> None:
+    assert not [name for name in FAMILIES if _has_encoder(name)]
 
 
 @pytest.mark.parametrize(

@@ -345,8 +345,8 @@ def test_the_four_arms_differ(probed: ProfileRun) -> None:
 @pytest.mark.parametrize(
     ("task", "after", "finished"),
     [
-        ("probe inertia: input ladder", 4, ["uncertainty"]),
-        ("probe union", 1, ["uncertainty", "inertia"]),
+        ("inertia: texts that lose meaning (SI2)", 4, ["uncertainty"]),
+        ("union: neurons of a batch", 1, ["uncertainty", "inertia"]),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_rows(

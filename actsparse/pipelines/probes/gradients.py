@@ -44,7 +44,7 @@ def _collect(setting: Setting) -> tuple[Float[Tensor, "layers blocks positions"]
     counted = slice(sink, blocks.shape[1] - 1)
     theta = torch.zeros(*shape, blocks.shape[1] - 1 - sink, dtype=torch.float64)
     top, exact = ((torch.zeros(shape, dtype=torch.float64), torch.zeros(shape)) for _ in range(2))
-    with setting.progress.task("probe gradients", blocks.numel(), "tokens") as advance:
+    with setting.progress.task("gradients of the loss (HU4, M2)", blocks.numel(), "tokens") as advance:
         for row, ids in enumerate(blocks):
 
             def on_layer(place: int, a: Tensor, gradient: Tensor, row: int = row) -> None:

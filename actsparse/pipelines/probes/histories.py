@@ -53,7 +53,7 @@ def _collect(setting: Setting, contexts: HistoryContexts) -> tuple[dict[str, Las
     # one identical context of each type is fed once more, not copied: it must give 0
     first = _first_of_each(contexts.types)
     total = after.numel() + contexts.tokens[first].numel() + sum(ids.numel() for ids in texts.values())
-    with setting.progress.task("probe uncertainty: histories", total, "tokens") as advance:
+    with setting.progress.task("uncertainty: same tokens, other histories (HU1)", total, "tokens") as advance:
         masks = {name: _last_masks(setting, ids, advance) for name, ids in texts.items()}
         masks["identical"] = _last_masks(setting, contexts.tokens[first], advance)
         other = _last_masks(setting, after, advance)

@@ -126,7 +126,7 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
             total = total.merge(more)
         shares.append(variance_shares(total))
 
-    with setting.progress.task("probe inertia: prefixes and variance", ids.numel(), "tokens") as advance:
+    with setting.progress.task("inertia: prefixes and variance (SI1, SI3)", ids.numel(), "tokens") as advance:
         reader.read(ids, on_layer)
         advance(ids.numel())
     return kappas, shares, distances

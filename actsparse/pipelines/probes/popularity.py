@@ -43,7 +43,7 @@ def measure_popularity(
         for rule, total in counts.items():
             total[place] += firing_counts(reader.masks(place, a[:, sink_tokens:], rule)).cpu()
 
-    with progress.task("probes: popularity of neurons", blocks.numel(), "tokens") as advance:
+    with progress.task("chance: how often neurons fire", blocks.numel(), "tokens") as advance:
         for _, ids in batched(blocks):
             reader.read(ids, on_layer)
             advance(ids.numel())

@@ -56,7 +56,9 @@ def add_si2(setting: Setting, found: Found) -> None:
     natural = texts.spread()[:, : texts.prompt_length]
     ladder = input_ladder(natural, texts.ends(natural), texts.ordinary, seed=texts.seed)
     read: dict[Rung, dict[MaskRule, RungPairs]] = {}
-    with setting.progress.task("probe inertia: input ladder", natural.numel() * len(ladder), "tokens") as advance:
+    with setting.progress.task(
+        "inertia: texts that lose meaning (SI2)", natural.numel() * len(ladder), "tokens"
+    ) as advance:
         for rung, ids in ladder.items():
             read[rung] = _read(setting, ids)
             advance(ids.numel())

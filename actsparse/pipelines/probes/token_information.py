@@ -38,7 +38,7 @@ def _count(setting: Setting) -> dict[tuple[MaskRule, int, bool], TypeCounts]:
     shape = (len(blocks), blocks.shape[1] - texts.sink_tokens)
     by_block = {False: labels.labels.view(shape), True: labels.shuffled.view(shape)}
     counts: dict[tuple[MaskRule, int, bool], TypeCounts] = {}
-    with setting.progress.task("probe uncertainty: token information", blocks.numel(), "tokens") as advance:
+    with setting.progress.task("uncertainty: what token ids tell (HU2)", blocks.numel(), "tokens") as advance:
         for rows, batch in batched(blocks):
 
             def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:

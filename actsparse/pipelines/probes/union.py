@@ -49,7 +49,7 @@ def _collect(setting: Setting) -> tuple[dict[MaskRule, Tensor], Int[Tensor, " to
     positions = sink + torch.rand(len(ids), ids.shape[1] - sink, generator=generator).argsort(dim=1)[:, :taken]
     shape = (len(reader.layers), len(ids), taken, reader.neurons)
     masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
-    with setting.progress.task("probe union", ids.numel(), "tokens") as advance:
+    with setting.progress.task("union: neurons of a batch", ids.numel(), "tokens") as advance:
         for rows, batch in batched(ids):
 
             def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
