@@ -1,6 +1,5 @@
 """`actsparse report`."""
 
-import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -35,15 +34,11 @@ def command(
 
         show_report(spec, output)
         return
+    from actsparse.cli.browser import show_page
     from actsparse.report.build import report
 
-    written = report(spec)
+    written = report(spec, figures)
     output.line(str(written))
     if figures is not None:
-        from actsparse.report.export import export_figures
-        from actsparse.report.view import build_view
-
-        files = export_figures(build_view(spec), figures, force=force)
-        output.line(f"{len(files)} figures and tables in {figures}")
-    if open_it:
-        webbrowser.open(written.resolve().as_uri())
+        output.line(f"every figure and its numbers: {figures}")
+    show_page(written, output, open_it=open_it)

@@ -1,6 +1,5 @@
 """`actsparse run`: the four verbs in a row."""
 
-import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +54,7 @@ def command(
         output=output_dir,
         force=force,
     )
+    from actsparse.cli.browser import show_page
     from actsparse.cli.shown import show_run
     from actsparse.pipelines.run import measure
     from actsparse.report.build import report
@@ -64,5 +64,4 @@ def command(
     runs = (found.profile.path, found.plan.path, found.evaluation.path)
     written = report(ReportSpec(runs=runs, output=report_file, force=True))
     show_run(found, written, output)
-    if open_it:
-        webbrowser.open(written.resolve().as_uri())
+    show_page(written, output, open_it=open_it)

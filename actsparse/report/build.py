@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from actsparse.errors import ActsparseError
+from actsparse.report.export import export_figures, refuse_existing
 from actsparse.report.page import render
 from actsparse.report.view import build_view
 from actsparse.specs import ReportSpec
 from actsparse.store.files import write_bytes
 
 
-def report(spec: ReportSpec) -> Path:
-    """The path of the HTML file written for the runs of `spec`.
+def report(spec: ReportSpec, figures: Path | None = None) -> Path:
+    """The path of the HTML file written for the runs of `spec`; with `figures` each figure is written there too.
 
-    Raises RunError where a run cannot be read, ActsparseError where the file exists (without `force`) or cannot be
+    Raises RunError where a run cannot be read, ActsparseError where a file exists (without `force`) or cannot be
     written; nothing is written then.
     """
     output = spec.output
@@ -25,6 +26,11 @@ def report(spec: ReportSpec) -> Path:
     blocked = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
     if blocked is not None:
         raise ActsparseError(f"{output} cannot be written: {blocked} is a file", "choose another place with --output")
-    page = render(build_view(spec))
+    view = build_view(spec)
+    if figures is not None:
+        refuse_existing(view, figures, force=spec.force)
+    page = render(view)
     write_bytes(output, page.encode("utf-8", errors="replace"))
+    if figures is not None:
+        export_figures(view, figures, force=spec.force)
     return output

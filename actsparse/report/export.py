@@ -18,10 +18,7 @@ def export_figures(view: ReportView, directory: Path, *, force: bool = False) ->
     Raises ActsparseError where one of them exists (without `force`) or cannot be written.
     """
     figures = view.figures
-    paths = [directory / f"{figure.id}.{ending}" for figure in figures for ending in ("html", "csv")]
-    there = next((path for path in paths if path.exists()), None)
-    if there is not None and not force:
-        raise ActsparseError(f"{there} exists", "overwrite it with --force, or choose another directory")
+    paths = refuse_existing(view, directory, force=force)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -30,6 +27,15 @@ def export_figures(view: ReportView, directory: Path, *, force: bool = False) ->
         write_bytes(directory / f"{figure.id}.html", render_figure(figure, view).encode("utf-8", errors="replace"))
         write_bytes(directory / f"{figure.id}.csv", csv_of(figure.frame).encode())
     return tuple(paths)
+
+
+def refuse_existing(view: ReportView, directory: Path, *, force: bool) -> list[Path]:
+    """The files that an export into `directory` writes; raises ActsparseError where it would replace something."""
+    paths = [directory / f"{figure.id}.{ending}" for figure in view.figures for ending in ("html", "csv")]
+    there = next((path for path in paths if path.exists()), None)
+    if there is not None and not force:
+        raise ActsparseError(f"{there} exists", "overwrite it with --force, or choose another directory")
+    return paths
 
 
 def csv_of(frame: pl.DataFrame) -> str:

@@ -25,6 +25,7 @@ from actsparse.report.view import FigureView, ReportView, SectionView, figure_of
 from actsparse.report.wording import clean
 
 LARGEST = 6_000_000
+SCRIPTS = ("draw.js", "tables.js", "report.js")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ def _page(view: ReportView, drawings: dict[str, Drawing], economy: Economy) -> s
 
 def _filled(template: str, view: ReportView, **values: Any) -> str:
     """The template with what every page holds: policy, style, scripts, plotly.js."""
-    early, script = _asset("theme.js"), _asset("report.js")
+    early = _asset("theme.js")
+    script = "\n".join(['(() => {\n"use strict";', *map(_asset, SCRIPTS), "})();"])
     environment = Environment(
         loader=PackageLoader("actsparse.report", "."),
         autoescape=True,

@@ -25,9 +25,10 @@ PAPERS = {"pitfalls": "arXiv 2405.09274", "moyu": "arXiv 2406.12569", "tda": "ar
 COMMANDS = {
     "pitfalls": "P1 to P5: sparsity at equal CETT, heads, KV policies over generated length, router recall by layer, "
     "quality against sparsity",
-    "moyu": "M1 to M5: the trinity table, signs of gradients, uncertainty and inertia, the donor swap",
+    "moyu": "M1 to M5, HU3: the trinity table, signs of gradients, uncertainty and inertia, the donor swap, "
+    "a router on another domain",
     "tda": "T1 to T6: TDA against its rivals, latency, staleness, prompt length",
-    "frontier": "S1: all methods at equal model bytes (auto in the full form)",
+    "frontier": "S1, S2: all methods at equal model bytes (auto in the full form), sensitivity one layer at a time",
     "window": "S6: sensitivity to the evaluation window",
     "union": "S4: batch union of neurons and heads",
 }

@@ -23,7 +23,6 @@ _AXIS = {
     "showline": True,
     "ticks": "outside",
     "ticklen": 4,
-    "automargin": True,
     "ticklabeloverflow": "allow",
     "title": {"standoff": 10, "font": {"size": 13}},
 }
@@ -37,7 +36,7 @@ _TEMPLATE = go.layout.Template(
         "colorway": [INK],
         "hoverlabel": {"bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK, "size": 12.5}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
-        "margin": {"l": 56, "r": 14, "t": 18, "b": 48},
+        "margin": {"l": 66, "r": 18, "t": 18, "b": 50},
         "hovermode": "closest",
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": INK},
     }

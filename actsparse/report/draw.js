@@ -1,0 +1,277 @@
+// Theme and figures. The page joins draw.js, tables.js and report.js into one script with a scope of its own.
+
+const NARROW = 560, PRINTED = 660, MOST_ROWS = 500, CHUNK = 50;
+const root = document.documentElement;
+const twin = JSON.parse(document.getElementById("twin").textContent);
+const plots = [...document.querySelectorAll("[data-figure]")];
+const drawn = new Map();
+let printing = false, folded = [];
+
+// Theme
+
+const system = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+const button = document.getElementById("theme");
+
+function nameTheme() {
+  button.textContent = dark() ? "Light" : "Dark";
+}
+
+function switchTheme() {
+  root.dataset.theme = dark() ? "light" : "dark";
+  try {
+    localStorage.setItem("actsparse-theme", root.dataset.theme);
+  } catch {
+    // Not kept, then: the switch holds for this visit.
+  }
+  nameTheme();
+  redraw();
+}
+
+// Figures
+
+let texts = new Map();
+const payload = (id) => JSON.parse(texts.get(id));
+
+/** Swap every light colour under a key that holds colours. */
+function inDark(value, key) {
+  if (typeof value === "string") return /color/i.test(key) && twin[value] ? twin[value] : value;
+  if (Array.isArray(value)) return value.map((part) => inDark(part, key));
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([name, part]) => [name, inDark(part, name)]));
+  }
+  return value;
+}
+
+function withVariant(figure, id) {
+  const menu = document.querySelector(`[data-variant="${id}"]`);
+  const choice = menu && figure.layout.meta.variants.choices[Number(menu.value)];
+  if (!choice) return figure;
+  figure.data.forEach((trace, place) => {
+    if (choice.values[place]) trace[choice.axis] = choice.values[place];
+    if (choice.errors) trace[`error_${choice.axis}`] = choice.errors[place] || undefined;
+  });
+  if (choice.title) figure.layout[`${choice.axis}axis`].title.text = choice.title;
+  return figure;
+}
+
+/** Break the title of the vertical axis in two where it is longer than the axis. */
+function wrapUpright({ data, layout }, width) {
+  const listed = layout.showlegend === false ? 0 : data.filter((trace) => trace.showlegend !== false).length;
+  const legend = listed > 1 ? 19 * Math.ceil((listed * 165) / width) : 0;
+  const title = layout.yaxis.title, text = title && title.text;
+  if (!text || text.includes("<br>") || text.length * 6.7 < layout.height - 66 - legend) return;
+  const words = text.split(" ");
+  let best = 1;
+  const uneven = (place) => Math.abs(words.slice(0, place).join(" ").length - text.length / 2);
+  for (let place = 2; place < words.length; place++) if (uneven(place) < uneven(best)) best = place;
+  if (words.length > 1) title.text = `${words.slice(0, best).join(" ")}<br>${words.slice(best).join(" ")}`;
+}
+
+/** Break an axis title into lines that fit beside the names of a category axis. */
+function wrapTitle(figure, width) {
+  const { data, layout } = figure;
+  const names = layout.yaxis.type === "category" ? data.flatMap((trace) => trace.y).map((name) => String(name).length) : [0];
+  const room = Math.max(14, Math.floor((width - 70 - 6.4 * Math.max(0, ...names)) / 6.6));
+  const lines = [""];
+  for (const word of layout.xaxis.title.text.split(" ")) {
+    if (lines.at(-1) && lines.at(-1).length + word.length >= room) lines.push("");
+    lines.push(`${lines.pop()} ${word}`.trim());
+  }
+  layout.xaxis.title.text = lines.join("<br>");
+  layout.height += 16 * (lines.length - 1);
+}
+
+function forNarrow(figure, width) {
+  const { data, layout } = figure;
+  wrapTitle(figure, width);
+  const named = layout.meta && layout.meta.named;
+  for (const trace of data) {
+    if (named && trace.mode === "markers+text") Object.assign(trace, { mode: "markers", showlegend: true });
+    if (trace.colorbar) {
+      Object.assign(trace.colorbar, { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center" });
+      trace.colorbar.title.side = "bottom";
+      layout.height += 62;
+      layout.margin = { ...layout.margin, b: 112, r: 10 };
+    }
+  }
+  if (named) layout.showlegend = true;
+  const listed = data.filter((trace) => trace.showlegend !== false).length;
+  if (listed > 2) layout.height += 11 * listed;
+  return figure;
+}
+
+const linesOf = (text) => String(text || "").split("<br>").length;
+
+/** Room for long names, and for titles and ticks of several lines, so that they need no second drawing. */
+function reserveRoom({ data, layout }) {
+  const { xaxis, yaxis, template } = layout, base = { ...template.layout.margin, ...layout.margin };
+  const title = (axis) => (axis.title && axis.title.text) || "";
+  const ticks = Math.max(1, ...(xaxis.ticktext || []).map(linesOf));
+  base.b += 16 * (linesOf(title(xaxis)) + ticks - 2);
+  layout.height += 16 * (ticks - 1);
+  if (yaxis.type === "category") {
+    pen.font = `12.5px ${template.layout.font.family}`;
+    const names = new Set(data.flatMap((trace) => (Array.isArray(trace.y) ? trace.y : [])));
+    const longest = Math.max(0, ...[...names].map((name) => pen.measureText(String(name)).width));
+    base.l = Math.ceil(longest) + 14 + (title(yaxis) ? 10 + 17 * linesOf(title(yaxis)) : 0);
+  } else {
+    base.l += 17 * (linesOf(title(yaxis)) - 1);
+  }
+  layout.margin = base;
+}
+
+const pen = document.createElement("canvas").getContext("2d");
+const OUTSIDE = [".xaxislayer-above", ".yaxislayer-above", ...["", 2, 3, 4].flatMap((n) => [`.x${n}title`, `.y${n}title`])].join();
+
+/** Room for what sticks out of the figure, and between titles and ticks: plotly would measure every label for it. */
+function makeRoom(plot, again = true) {
+  const frame = plot.getBoundingClientRect();
+  const box = (part) => (part ? part.getBoundingClientRect() : { width: 0 });
+  let left = 0, below = 0;
+  for (const { width, left: start, bottom } of [...plot.querySelectorAll(OUTSIDE)].map(box)) {
+    if (!width) continue;
+    left = Math.max(left, frame.left - start);
+    below = Math.max(below, bottom - frame.bottom);
+  }
+  const [across, upright, beside, under] = [".xy .xaxislayer-above", ".xy .yaxislayer-above", ".ytitle", ".xtitle"]
+    .map((selector) => box(plot.querySelector(selector)));
+  if (upright.width && beside.width) left = Math.max(left, beside.right + 3 - upright.left);
+  if (across.width && under.width) below = Math.max(below, across.bottom + 1 - under.top);
+  if (left <= 1 && below <= 1) return;
+  const { l, b } = plot.layout.margin, height = plot.layout.height + Math.ceil(below);
+  plot.style.height = `${height}px`;
+  window.Plotly.relayout(plot, { "margin.l": l + Math.ceil(left), "margin.b": b + Math.ceil(below), height });
+  if (again) makeRoom(plot, false); // Less width may have turned the labels.
+}
+
+function prepared(id, width) {
+  let figure = withVariant(payload(id), id);
+  if (width < NARROW) figure = forNarrow(figure, width);
+  wrapUpright(figure, width);
+  reserveRoom(figure);
+  if (dark() && !printing) figure = inDark(figure, "");
+  Object.assign(figure.layout, { width, autosize: false });
+  if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;
+  return figure;
+}
+
+const config = {
+  displayModeBar: false,
+  displaylogo: false,
+  responsive: false,
+  showTips: false,
+};
+
+function draw(plot) {
+  const id = plot.dataset.figure;
+  const width = Math.floor(printing ? PRINTED : plot.clientWidth);
+  if (!width) return;
+  const figure = prepared(id, width);
+  plot.style.height = `${figure.layout.height}px`;
+  window.Plotly.newPlot(plot, figure.data, figure.layout, config); // Not react: it keeps the margins of the old width.
+  makeRoom(plot);
+  drawn.set(plot, width);
+}
+
+const redraw = () => [...drawn.keys()].forEach(draw);
+
+function drawLazily() {
+  const waiting = new Set(plots);
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) once(entry.target);
+  }, { rootMargin: "300px" });
+  const once = (plot) => {
+    if (!waiting.delete(plot)) return;
+    watcher.unobserve(plot);
+    draw(plot);
+    if (drawn.size === 1) performance.mark("first figure");
+    if (!waiting.size) {
+      root.dataset.drawn = String(drawn.size);
+      performance.mark("all figures");
+    }
+  };
+  plots.forEach((plot) => watcher.observe(plot));
+  const next = () => {
+    const end = performance.now() + CHUNK; // Then the page may scroll and answer before more are drawn.
+    for (const plot of waiting) {
+      once(plot);
+      if (performance.now() > end) break;
+    }
+    if (waiting.size) setTimeout(next);
+  };
+  requestAnimationFrame(() => setTimeout(next)); // What is in sight comes first: the watcher reports within a frame.
+  addEventListener("beforeprint", () => {
+    printing = true;
+    folded = [...document.querySelectorAll("main details:not(.numbers, .help):not([open])")];
+    for (const details of folded) details.open = true;
+    plots.forEach((plot) => { waiting.delete(plot); draw(plot); });
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
+    for (const details of folded) details.open = false;
+    setTimeout(redraw, 50); // The page still has the width of paper while the event runs.
+  });
+  if (!plots.length) root.dataset.drawn = "0";
+}
+
+function watchWidth() {
+  let timer = 0;
+  addEventListener("resize", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      for (const [plot, width] of drawn) if (!printing && plot.clientWidth !== width) draw(plot);
+    }, 120);
+  });
+}
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let place = 0; place < text.length; place++) bytes[place] = text.charCodeAt(place);
+  return bytes;
+}
+
+function inflated(id) {
+  const stream = new Blob([bytesOf(document.getElementById(id).textContent)]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream);
+}
+
+/** The figures lie compressed in the page: a line of names, then one line of JSON each. */
+async function readFigures() {
+  const [names, ...lines] = (await inflated("figures").text()).split("\n");
+  texts = new Map(JSON.parse(names).map((name, place) => [name, lines[place]]));
+}
+
+/** plotly.js lies compressed in the page; it becomes a script of its own. */
+async function loadPlotly() {
+  const code = new Blob([await inflated("plotly").arrayBuffer()], { type: "text/javascript" });
+  performance.mark("inflated");
+  const url = URL.createObjectURL(code);
+  await new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = url;
+    script.onload = resolve;
+    script.onerror = reject;
+    document.head.append(script);
+  });
+  URL.revokeObjectURL(url);
+}
+
+const read = readFigures();
+
+async function start() {
+  try {
+    performance.mark("start");
+    await Promise.all([read, loadPlotly()]);
+    performance.mark("plotly ready");
+    drawLazily();
+    watchWidth();
+  } catch (error) {
+    for (const plot of plots) {
+      plot.classList.add("failed");
+      plot.textContent = "This browser cannot draw the figure; its numbers are in the table below.";
+    }
+    console.error("the figures could not be drawn:", error);
+  }
+}
