@@ -44,9 +44,11 @@ EXPERTS = (
 )  # fmt: skip
 ALLOCATED = (
     "teal:allocation=greedy", "teal:allocation=sensitivity", "wina:allocation=greedy", "wina:allocation=sensitivity",
+)  # fmt: skip
+BY_LAYER = (
     "cats:allocation=sensitivity", "griffin:allocation=sensitivity", "static:stat=griffin,allocation=sensitivity",
 )  # fmt: skip
-PARTS = (*FITTED, "routers", "heads", "allocation", "auto")
+PARTS = (*FITTED, "routers", "heads", "layers", "allocation", "auto")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Plans:
     routers: dict[float, list[Entry]]
     heads: list[Entry]
     allocation: dict[float, list[Entry]]
+    layers: dict[float, list[Entry]]
     auto: dict[float, list[Entry]]
     missed: dict[float, list[str]]
 
@@ -64,7 +67,9 @@ class Plans:
         """The plans of a part."""
         if part == "heads":
             return self.heads
-        named = {"routers": self.routers, "allocation": self.allocation, "auto": self.auto}
+        named = {
+            "routers": self.routers, "layers": self.layers, "allocation": self.allocation, "auto": self.auto,
+        }  # fmt: skip
         return [one for found in (named | self.fitted)[part].values() for one in found]
 
     def at(self, target: float) -> list[Entry]:
@@ -102,14 +107,15 @@ def main() -> None:
 def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
     """The whole page, of the parts that are finished."""
     tables = plans.tables
-    greedy = {target: [*found, *plans.allocation[target]] for target, found in tables.items()}
+    allocated = {target: [*plans.allocation[target], *plans.layers[target]] for target in tables}
+    every = {target: [*found, *allocated[target]] for target, found in tables.items()}
     sections = [
         heading(asked),
         *(budget_section(book, target, found, plans.missed[target]) for target, found in tables.items()),
         heads_section(book, plans.heads),
         control_section(book, tables),
-        ordering_section(book, greedy),
-        allocation_section(book, plans.allocation, tables),
+        ordering_section(book, every),
+        allocation_section(book, allocated, tables),
         auto_section(book, {target: plans.auto[target] for target in BUDGETS}, SINGLE),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -170,6 +176,7 @@ def _plans(asked: argparse.Namespace, output: Output) -> Plans:
         routers,
         shares.heads("heads-oracle") + shares.heads("heads-router", training),
         {target: entries(shares, ALLOCATED, target) for target in TABLE},
+        {target: entries(shares, BY_LAYER, target) for target in TABLE},
         {target: entries(shares, ("auto", *SINGLE), target) for target in sorted({*BUDGETS, *TABLE})},
         {target: [name for name in names if name not in reached[target]] for target in TABLE},
     )
