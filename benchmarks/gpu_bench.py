@@ -10,7 +10,7 @@ from gpu_timing import Paired, elapsed_ms, paired
 from torch import Tensor
 
 from actsparse.engine.cuda.engine import decoder_of
-from actsparse.engine.cuda.operators import Tuning
+from actsparse.engine.cuda.launcher import Tuning
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import DensePlan, Plan
 from actsparse.engine.step.shape import SHAPES, Shape

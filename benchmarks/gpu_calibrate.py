@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cuda.engine import CudaEngine
-from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.cuda.native_inputs import native_step
 from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.step import reference
 from actsparse.engine.step.decoder import Decoder
@@ -21,12 +21,13 @@ def operators_of(decoder: Decoder) -> Operators:
 
 def fit_neurons(decoder: Decoder, plan: NeuronPlan, share: float) -> None:
     """Sets the plan's thresholds so that `share` of the neurons is dropped on the token at hand."""
-    weights, state = decoder.weights, decoder.state
-    step = NativeStep(weights, state, plan, operators_of(decoder))
+    weights = decoder.weights
+    step = native_step(weights, decoder.state, plan, operators_of(decoder))
     gate = weights.shape.neurons
+    step.begin()
     for layer in range(weights.shape.layers):
         step.attention(layer)
-        x = reference.rms_norm(state.hidden, weights.mlp_norm[layer], weights.shape.norm_epsilon)
+        x = reference.rms_norm(step.hidden, weights.mlp_norm[layer], weights.shape.norm_epsilon)
         first = reference.activate(weights.gate_up[layer, :gate].float() @ x[0], weights.shape.activation)
         plan.threshold[layer] = first.abs().quantile(share)
         step.mlp(layer)
@@ -34,8 +35,9 @@ def fit_neurons(decoder: Decoder, plan: NeuronPlan, share: float) -> None:
 
 def realised_neurons(decoder: Decoder, plan: NeuronPlan) -> float:
     """The share of neurons that the plan drops on the token at hand, over all layers."""
-    state, step = decoder.state, NativeStep(decoder.weights, decoder.state, plan, operators_of(decoder))
+    state, step = decoder.state, native_step(decoder.weights, decoder.state, plan, operators_of(decoder))
     dropped = []
+    step.begin()
     for layer in range(decoder.weights.shape.layers):
         step.attention(layer)
         step.mlp(layer)
@@ -66,12 +68,13 @@ def realised_inputs(decoder: Decoder, plan: InputPlan) -> float:
 def _walk(decoder: Decoder, plan: InputPlan, visit) -> None:
     """Runs the step a stage at a time and shows every product's input before or just after it is used."""
     weights, state = decoder.weights, decoder.state
-    shape, step = weights.shape, NativeStep(weights, state, plan, operators_of(decoder))
+    shape, step = weights.shape, native_step(weights, state, plan, operators_of(decoder))
+    step.begin()
     for layer in range(shape.layers):
-        visit(layer, slice(0, 3), reference.rms_norm(state.hidden, weights.attn_norm[layer], shape.norm_epsilon))
+        visit(layer, slice(0, 3), reference.rms_norm(step.hidden, weights.attn_norm[layer], shape.norm_epsilon))
         step.attention(layer)
         visit(layer, slice(3, 4), state.mix)
-        visit(layer, slice(4, 6), reference.rms_norm(state.hidden, weights.mlp_norm[layer], shape.norm_epsilon))
+        visit(layer, slice(4, 6), reference.rms_norm(step.hidden, weights.mlp_norm[layer], shape.norm_epsilon))
         step.mlp(layer)
-        gate, up = state.halves.chunk(2, dim=1)
+        gate, up = step.halves.chunk(2, dim=1)
         visit(layer, slice(6, 7), reference.activate(gate, shape.activation) * up)

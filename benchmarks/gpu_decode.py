@@ -23,14 +23,13 @@ import torch
 from gpu_bench import LENGTH, POSITION, Bench, add_pair, compare, limit_ms, ready_decoder, release, step_ms
 from gpu_calibrate import fit_inputs, fit_neurons, operators_of, realised_inputs, realised_neurons
 from gpu_gemv import part_gemv
+from gpu_profile import part_profile
 from gpu_report import Report
-from gpu_timing import median_ms, replay_of
+from gpu_timing import median_ms
 from gpu_tune import part_tune
 
 from actsparse.engine.cuda.bandwidth import read_bandwidth
 from actsparse.engine.cuda.engine import decoder_of
-from actsparse.engine.cuda.native_step import NativeStep
-from actsparse.engine.cuda.operators import Norm
 from actsparse.engine.step import sliced
 from actsparse.engine.step.packing import share_storage, weights_from_model
 from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan
@@ -212,68 +211,6 @@ def part_shapes(bench: Bench) -> None:
         del decoder, down_rows, slices, cats, teal
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def part_profile(bench: Bench) -> None:
-    """Where a dense step's time goes: each stage of all layers captured alone, beside its bytes' time."""
-    decoder, report = bench.decoder, bench.report
-    weights, state, operators = decoder.weights, decoder.state, operators_of(decoder)
-    shape, step = weights.shape, NativeStep(decoder.weights, decoder.state, DensePlan(), operators_of(decoder))
-    layers, norm = range(shape.layers), Norm(weights.final_norm, shape.norm_epsilon)
-    decoder.start(1, POSITION)
-    stages = {
-        "qkv": (
-            lambda i: operators.project(state.qkv, state.hidden, weights.qkv[i], norm=norm),
-            shape.width * shape.qkv_width * 2,
-        ),
-        "attention": (
-            lambda i: operators.attend(
-                state.mix,
-                state.qkv,
-                state.keys[i, 0],
-                state.values[i, 0],
-                position=state.position,
-                angles=state.angles[i],
-                how=weights.layer(i).attention,
-            ),
-            4 * shape.kv_width * POSITION,
-        ),
-        "out": (
-            lambda i: operators.add(state.hidden, state.mix, weights.out[i]),
-            shape.width * shape.query_width * 2,
-        ),
-        "gate and up": (
-            lambda i: operators.gated(
-                state.neurons, state.hidden, weights.gate_up[i], norm=norm, activation=shape.activation
-            ),
-            shape.mlp_weights * 4 // 3,
-        ),
-        "down": (
-            lambda i: operators.add(state.hidden, state.neurons, weights.down[i]),
-            shape.mlp_weights * 2 // 3,
-        ),
-        "layer": (lambda i: (step.attention(i), step.mlp(i)), 2 * (shape.attention_weights + shape.mlp_weights)),
-    }
-    for name, (stage, size) in stages.items():
-
-        def work(stage: Callable[[int], object] = stage) -> None:
-            with operators.chain():
-                for layer in layers:
-                    stage(layer)
-
-        replay = replay_of(work)
-        us = median_ms(replay) / len(layers) * 1e3
-        limit = size / report.bandwidth * 1e6
-        report.add(f"profile: {name}, one layer", us, "us", note=f"bytes {limit:.1f} us, {100 * limit / us:.0f} %")
-
-    def end() -> None:
-        with operators.chain():
-            step.logits()
-            step.token()
-
-    us = median_ms(replay_of(end)) * 1e3
-    limit = shape.vocab * shape.width * 2 / report.bandwidth * 1e6
-    report.add("profile: head and next token", us, "us", note=f"bytes {limit:.1f} us, {100 * limit / us:.0f} %")
 
 
 def part_compiled(bench: Bench) -> None:

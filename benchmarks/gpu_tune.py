@@ -1,18 +1,15 @@
 """Launch shapes against each other on whole steps; the best become the defaults of `Tuning`."""
 
-import itertools
 import statistics
 
 import torch
 from gpu_bench import POSITION, Bench, ready_decoder, step_ms
-from gpu_calibrate import fit_inputs
+from gpu_calibrate import fit_inputs, fit_neurons
 
-from actsparse.engine.cuda.operators import Tuning
-from actsparse.engine.step.plans import DensePlan, InputPlan, Plan
+from actsparse.engine.cuda.launcher import Tuning
+from actsparse.engine.step.plans import DensePlan, InputPlan, NeuronPlan, Plan
 
-DENSE = ((512, 2, False), (512, 2, True), (512, 1, True))
-BLOCKS = (1, 2, 3)
-AHEAD = (0, 2, 4, 8)
+DENSE = ((512, 2, False), (512, 2, True))
 SHARES = (0.25, 0.5, 0.7)
 
 
@@ -22,19 +19,22 @@ def part_tune(bench: Bench) -> None:
         tuning = Tuning(rows_threads=threads, rows_blocks_per_sm=blocks, rows_deep=deep)
         ms = tuned_ms(bench, tuning, DensePlan())
         report.add(f"tune: dense, {threads} threads, {blocks} blocks, {'long' if deep else 'short'} rings", ms, "ms")
-    plans = {}
+    plans: list[Plan] = []
     for share in SHARES:
-        plan = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device=weights.device))
+        teal = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device=weights.device))
         bench.decoder.start(1, POSITION)
-        fit_inputs(bench.decoder, plan, share)
-        plans[share] = plan
-    for blocks, ahead in itertools.product(BLOCKS, AHEAD):
-        found = [tuned_ms(bench, Tuning(columns_blocks_per_sm=blocks, ahead=ahead), plan) for plan in plans.values()]
+        fit_inputs(bench.decoder, teal, share)
+        plans.append(teal)
+    cats = NeuronPlan(threshold=torch.zeros(weights.shape.layers, 1, device=weights.device), down_rows=bench.down_rows)
+    bench.decoder.start(1, POSITION)
+    fit_neurons(bench.decoder, cats, 0.5)
+    plans.append(cats)
+    tunings = {f"tiles of {256 * n}": Tuning(max_groups=n) for n in (1, 2, 4)}
+    tunings |= {f"tiles of 1024, {n} rows ahead": Tuning(ahead=n) for n in (1, 2)}
+    for name, tuning in tunings.items():
+        found = [tuned_ms(bench, tuning, plan) for plan in plans]
         report.add(
-            f"tune: TEAL {SHARES}, {blocks} blocks, {ahead} rows ahead",
-            found[1],
-            "ms",
-            note=" ".join(f"{ms:.3f}" for ms in found),
+            f"tune: {name}", found[1], "ms", note="TEAL .25 .5 .7, CATS .5: " + " ".join(f"{ms:.3f}" for ms in found)
         )
 
 

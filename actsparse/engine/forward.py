@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from actsparse.engine.decode import forced as forced_tokens
 from actsparse.engine.decode import new_cache, prefill, step
+from actsparse.engine.forward_graph import GraphedSteps, refill, why_not_captured
 from actsparse.engine.sparse import SparseDecoder, sparse_decoder
-from actsparse.engine.step.sampling import Sampling, draw
+from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
 from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
 
@@ -35,17 +35,24 @@ class ForwardRun:
         self._sparse = False
         self._given = torch.zeros(1, 0, dtype=torch.long)
         self._fed = 0
+        self._graphs: GraphedSteps | None = None
 
     @property
     def path(self) -> str:
         """How the step at work runs."""
         kind = "a static cache" if getattr(self._sites.model, "_can_compile_fullgraph", False) else "a growing cache"
-        return f"the model's own forward, {kind}"
+        captured = self._graphs is not None and self._graphs.kind(self._key) == "graph"
+        return f"the model's own forward, {kind}{', in a CUDA graph' if captured else ''}"
 
     @property
     def announced(self) -> list[str]:
         """Which better path could not be taken, and why."""
-        return self.warnings
+        return [*self.warnings, *(self._graphs.warnings if self._graphs is not None else [])]
+
+    @property
+    def _key(self) -> tuple[int, ...]:
+        """The kind of step, and which buffers it reads."""
+        return (1, self._decoder.version) if self._sparse and self._decoder is not None else (0,)
 
     @property
     def watches(self) -> bool:
@@ -85,7 +92,35 @@ class ForwardRun:
     def rewind(self) -> None:
         """Back to the end of the prompt."""
         assert self._kept_cache is not None, "prefill comes first"
-        self._cache = deepcopy(self._kept_cache)
+        if self._graphs is None:
+            self._graphs = self._new_graphs(self._kept_cache)
+        if self._graphs is None:
+            self._cache = deepcopy(self._kept_cache)
+            return
+        self._cache = self._graphs.cache
+        if self._start + 2 < self.max_length:  # trying a step out takes two positions
+            self._graphs.ready(self._key, self._start)
+        refill(self._cache, self._kept_cache)
+
+    def _new_graphs(self, cache: Cache) -> GraphedSteps | None:
+        model = self._sites.model
+        if next(model.parameters()).device.type != "cuda":
+            return None
+        reason = why_not_captured(model, cache)
+        if reason is None:
+            return GraphedSteps(model, deepcopy(cache))
+        warning = f"steps are not captured in a CUDA graph: {reason}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+        return None
+
+    def _step(self, token: Int[Tensor, "1 1"], at: int) -> Float[Tensor, "1 vocab"]:
+        """Feed one token at a position; the logits of the next, valid until the next step."""
+        assert self._cache is not None, "begin comes first"
+        position = torch.full_like(token, at)
+        if self._graphs is not None:
+            return self._graphs(self._key, token, position)
+        return step(self._sites.model, token, position, self._cache)
 
     def feed(self, tokens: Int[Tensor, "1 count"]) -> None:
         """Process given tokens one by one, the first being the one after the prompt."""
@@ -99,18 +134,15 @@ class ForwardRun:
 
     def advance(self) -> None:
         """Process the next of the given tokens."""
-        assert self._cache is not None, "begin comes first"
-        token = self._given[:, self._fed : self._fed + 1]
-        step(self._sites.model, token, torch.full_like(token, self._start + self._fed), self._cache)
+        self._step(self._given[:, self._fed : self._fed + 1], self._start + self._fed)
         self._fed += 1
 
     def forced(self, tokens: Int[Tensor, "1 count"]) -> Float[Tensor, "1 count vocab"]:
         """Process given tokens one by one; the logits after each."""
-        if self._cache is None:
-            self.rewind()
-        cache, self._cache = self._cache, None
-        assert cache is not None
-        return forced_tokens(self._sites.model, tokens, cache, self._start)
+        self.begin(tokens)
+        found = [self._step(tokens[:, i : i + 1], self._start + i).clone() for i in range(tokens.shape[1])]
+        self._cache = None
+        return torch.stack(found, dim=1)
 
     @torch.no_grad()
     def generate(
@@ -118,22 +150,22 @@ class ForwardRun:
     ) -> list[list[int]]:
         """Up to `count` tokens after the prompt, greedy or drawn; they end with the first stop token."""
         self.rewind()
-        cache, logits, tokens = self._cache, self._logits, []
-        assert cache is not None
+        logits = self._logits
         uniform = None if sampling is None else sampling.uniform(1, self.max_length).to(logits.device)
+        made: list[Tensor] = []
         while True:
-            at = self._start + len(tokens)
-            token = (
-                logits.argmax(dim=-1)
-                if sampling is None or uniform is None
-                else _drawn(logits, uniform[:, at], sampling)
-            )
-            tokens.append(int(token))
-            if len(tokens) == count or tokens[-1] in stop:
+            at = self._start + len(made)
+            if sampling is None or uniform is None:
+                made.append(logits.argmax(dim=-1))
+            else:
+                made.append(_drawn(logits, uniform[:, at], sampling))
+            # A look at the tokens waits for the device.
+            looks = len(made) == count or (stop and len(made) % STOP_EVERY == 0)
+            if looks and (len(made) == count or stop & set(torch.cat(made).tolist())):
                 break
-            logits = step(self._sites.model, token[:, None], torch.full_like(token[:, None], at), cache)
+            logits = self._step(made[-1][:, None], at)
         self._cache = None
-        return [tokens]
+        return [cut(torch.cat(made).tolist(), stop)]
 
     def kept(self) -> dict[tuple[str, int], float]:
         """The share of neurons of each layer that the masks selected last keep."""

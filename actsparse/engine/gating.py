@@ -190,13 +190,17 @@ class GateState:
         for index in range(read.shape[1]):
             self._decoded += 1
             if self._decoded % every == 0:
-                for sequence, statistic in enumerate(self._statistics):
-                    statistic.add(read[sequence, index : index + 1])
-                    self._seen[sequence] += 1
-                self._chosen = None
+                self.join(read[:, index])
             elif self.ready:
                 masks[:, index] = self.chosen()
         return masks
+
+    def join(self, read: Float[Tensor, "batch width"]) -> None:
+        """See the activations of a decoded token that ran dense; the masks are chosen again."""
+        for sequence, statistic in enumerate(self._statistics):
+            statistic.add(read[sequence : sequence + 1])
+            self._seen[sequence] += 1
+        self._chosen = None
 
     def chosen(self) -> Bool[Tensor, "batch neurons"]:
         """The masks that the prompts chose; decided once, and again after a refresh. A prompt that showed nothing

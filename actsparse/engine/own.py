@@ -1,7 +1,6 @@
 """Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any, cast
 
@@ -15,19 +14,16 @@ from actsparse.engine.cpu.engine import CpuEngine
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import GateState, PlanState
 from actsparse.engine.step.decoder import Decoder, Engine
-from actsparse.engine.step.fold import fold
 from actsparse.engine.step.packing import share_storage, weights_from_model
-from actsparse.engine.step.plans import DensePlan, Plan
-from actsparse.engine.step.sampling import Sampling, draw
-from actsparse.engine.step.translate import NoStepError, Translator, choose
+from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
+from actsparse.engine.step.translate import Translator, choose_all
 from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan, LayerWork, Listed
 from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind
-
-STOP_EVERY = 8  # tokens between two looks at what was generated: a look waits for the device
 
 
 class OwnSteps:
@@ -71,13 +67,6 @@ class OwnRun:
         self._engine = steps.engine(batch)
         self._plan = steps.translator.plan(gates, batch) if gates else None
         self._dense = DensePlan()
-        self._folded: Plan | None = None
-        if self._plan is not None and steps.weights.device.type == "cuda":
-            if self._refreshes:
-                raise NoStepError("choosing again while decoding has no CUDA step yet")
-            # Where layers differ, or a rule is not a threshold, the engine runs the plan layer by layer.
-            with suppress(NoStepError):
-                self._folded = fold(self._plan, steps.translator, batch)
         self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
         self._prompt: PlanState | None = None
         self._state: PlanState | None = None
@@ -218,7 +207,7 @@ class OwnRun:
             found.append(self._advance(some))
             made += some
         self._decoder.sample(None)
-        return [_cut(row, stop) for row in torch.cat(found, dim=1).tolist()]
+        return [cut(row, stop) for row in torch.cat(found, dim=1).tolist()]
 
     def kept(self) -> dict[tuple[str, int], float]:
         """The share of each unit of each layer that the plan's steps have read since `forget`; empty if not counted."""
@@ -248,8 +237,7 @@ class OwnRun:
         return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
 
     def _set(self, plan: GatePlan | DensePlan) -> None:
-        known = self._folded if plan is self._plan and self._folded is not None else plan
-        self._decoder.set_plan(cast(Any, known))
+        self._decoder.set_plan(cast(Any, plan))
 
     def _advance(self, count: int) -> Tensor:
         """Decode `count` steps; the tokens [batch, count] that follow."""
@@ -273,9 +261,9 @@ class OwnRun:
         if dense:
             self._set(self._recorder(frozenset(dense)))
         following = self._decoder.decode(1)
-        self._see(due, dense)
         if dense:
             assert self._plan is not None
+            self._see(dense)
             self._fill()
             self._set(self._plan)
         return following
@@ -290,25 +278,27 @@ class OwnRun:
             self._recorders[dense] = GatePlan(layers=layers, neurons=seen)
         return self._recorders[dense]
 
-    def _see(self, due: dict[int, int], dense: list[int]) -> None:
-        """Let the gates that choose again count the token, and see its activations where it ran dense."""
+    def _see(self, dense: list[int]) -> None:
+        """Let the gates of layers that ran dense see the token's activations."""
         assert self._state is not None
-        recorded = self._recorder(frozenset(dense)).neurons if dense else None
-        shape = self._steps.weights.shape
-        for layer in due:
+        seen = self._recorder(frozenset(dense)).neurons
+        assert seen is not None
+        for layer in dense:
             state = self._state.neurons[layer]
             assert state is not None
-            a = torch.zeros(self.batch, shape.neurons) if recorded is None else recorded[layer]
-            state.masks(a[:, None], slice(0, 1), shape.neurons)
+            state.join(seen[layer])
 
     def _fill(self) -> None:
-        """List the neurons that the gates' masks keep."""
+        """List the neurons that the gates' masks keep; no decision waits for the device."""
         assert self._plan is not None
         assert self._state is not None
         neurons = self._steps.weights.shape.neurons
-        for work, state in zip(self._plan.layers, self._state.neurons, strict=True):
-            if isinstance(work.mlp, Listed) and state is not None:
-                choose(work.mlp, masks_of(state, self.batch, neurons))
+        masks = {
+            layer: masks_of(state, self.batch, neurons)
+            for layer, (work, state) in enumerate(zip(self._plan.layers, self._state.neurons, strict=True))
+            if isinstance(work.mlp, Listed) and state is not None
+        }
+        choose_all(self._plan, masks)
 
 
 def masks_of(state: GateState, batch: int, neurons: int) -> Bool[Tensor, "batch neurons"]:
@@ -321,9 +311,3 @@ def masks_of(state: GateState, batch: int, neurons: int) -> Bool[Tensor, "batch 
 def _ended(found: list[Tensor], stop: frozenset[int]) -> bool:
     """Whether every sequence has a stop token."""
     return bool(stop) and all(stop & set(row) for row in torch.cat(found, dim=1).tolist())
-
-
-def _cut(tokens: list[int], stop: frozenset[int]) -> list[int]:
-    """Tokens up to the first stop token, itself among them."""
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
-    return tokens[:end]

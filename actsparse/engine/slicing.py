@@ -51,13 +51,23 @@ class SlicedLinear(nn.Module):
         return self._units.device
 
     @torch.no_grad()
-    def keep(self, units: Int[Tensor, " kept"]) -> None:
-        """Gather these units; they are read while `sparse` is set."""
+    def keep(self, units: Int[Tensor, " kept"]) -> bool:
+        """Gather these units, which are read while `sparse` is set; whether they got another buffer than those before.
+
+        As many units as before keep their buffer, so that a captured step reads the new ones.
+        """
         stride = self._units.shape[0] // self.blocks
         chosen = torch.cat([units + block * stride for block in range(self.blocks)])
-        self._part = self._units.index_select(0, chosen)
+        moved = self._part is None or len(self._part) != len(chosen)
+        if moved:
+            self._part = self._units.new_empty(len(chosen), self._units.shape[1])
+        torch.index_select(self._units, 0, chosen, out=self._part)
         if self.rows and self._bias is not None:
-            self._part_bias = self._bias.detach().index_select(0, chosen)
+            bias = self._bias.detach()
+            if moved:
+                self._part_bias = bias.new_empty(len(chosen))
+            torch.index_select(bias, 0, chosen, out=self._part_bias)
+        return moved
 
 
 class SlicedMlps:
@@ -65,6 +75,8 @@ class SlicedMlps:
 
     def __init__(self, layers: list[list[SlicedLinear]]) -> None:
         self._layers = layers
+        self.version = 0
+        """Another one after every `keep` for which buffers had to move."""
 
     @property
     def neurons(self) -> int:
@@ -73,10 +85,12 @@ class SlicedMlps:
 
     def keep(self, masks: list[Bool[Tensor, " neurons"]]) -> None:
         """Gather the weights of the kept neurons of every layer, and run sparse."""
+        moved = False
         for linears, mask in zip(self._layers, masks, strict=True):
             units = mask.nonzero().squeeze(1)
             for linear in linears:
-                linear.keep(units.to(linear.device))
+                moved |= linear.keep(units.to(linear.device))
+        self.version += moved
         self.sparse()
 
     def sparse(self) -> None:

@@ -69,6 +69,11 @@ class SparseDecoder:
         self._mlps.dense()
 
     @property
+    def version(self) -> int:
+        """Another number whenever the kept weights lie elsewhere than before."""
+        return self._mlps.version
+
+    @property
     def masks(self) -> list[Bool[Tensor, " neurons"]]:
         """The masks selected last, one a layer."""
         return self._masks

@@ -10,14 +10,13 @@ from transformers import DynamicCache
 
 from actsparse.data.sequences import blocks_of
 from actsparse.engine.choose import Engines, tier_of
+from actsparse.engine.cuda.fold import fold
 from actsparse.engine.decode import forced, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.engine.own import OwnRun, OwnSteps
 from actsparse.engine.step.decoder import Decoder
-from actsparse.engine.step.fold import fold
 from actsparse.engine.step.plans import DensePlan
 from actsparse.engine.step.sampling import Sampling
-from actsparse.engine.step.translate import NoStepError
 from actsparse.errors import PlanError
 from actsparse.methods.gates import ChannelGate, ChannelRule, LayerGates, Threshold, TokenGate, TopK
 from actsparse.methods.plan import Plan, fit_plan
@@ -213,7 +212,8 @@ def test_what_cuda_kernels_run_means_the_same(
     expected = in_the_engine(engines, gates, ids, tokens)
     assert isinstance(engines.own, OwnSteps)
     plan = engines.own.translator.plan(gates, 1)
-    folded = fold(plan, engines.own.translator, 1)
+    folded = fold(plan)
+    assert folded is not None
     assert not isinstance(folded, DensePlan)
     with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
         assert isinstance(run, OwnRun)
@@ -235,16 +235,10 @@ def test_what_cuda_kernels_run_means_the_same(
         torch.testing.assert_close(decoder.state.logits, expected[:, at], atol=1e-4, rtol=1e-4)
 
 
-def test_what_the_kernels_cannot_do_is_refused(
+def test_what_is_no_plan_of_few_kernels_is_not_folded(
     loaded: LoadedModel, calibration: TextCalibration, engines: Engines
 ) -> None:
     assert isinstance(engines.own, OwnSteps)
-    translator = engines.own.translator
-    for name, batch, why in (
-        ("griffin:compensate=true@0.5", 1, "filled in"),
-        ("griffin@0.5", 2, "of their own"),
-        ("cett@0.5", 1, "different ways"),
-    ):
+    for name, batch in (("griffin:compensate=true@0.5", 1), ("griffin@0.5", 2), ("cett@0.5", 1)):
         gates = fitted(name, loaded, calibration).gates()
-        with pytest.raises(NoStepError, match=why):
-            fold(translator.plan(gates, batch), translator, batch)
+        assert fold(engines.own.translator.plan(gates, batch)) is None

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from actsparse.engine.cuda.operators import Caps, Epilogue, Norm, Operators, Tuning
+from actsparse.engine.cuda.column_products import Epilogue
+from actsparse.engine.cuda.launcher import Norm, Tuning
+from actsparse.engine.cuda.operators import Operators
+from actsparse.engine.cuda.row_products import Caps
+from actsparse.engine.cuda.sums import new_sums, to_sums, to_values
 from actsparse.engine.step import reference
 from actsparse.engine.step.state import Best
 from actsparse.engine.step.weights import padded
@@ -189,12 +193,11 @@ def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, 
         want = reference.input_sparse(weight.double(), x[None].double(), threshold)[0]
         if ahead == 0:
             weight[x.abs() < threshold] = torch.nan
-        parts = tuned.square_parts(outputs, inputs)
-        squares = poisoned(parts + 1)
-        tuned.columns(out, x, weight, threshold=threshold, squares_out=squares)
+        tuned.columns(out, x, weight, threshold=threshold)
         assert_near(out, want)
-        assert_near(squares[:parts].sum(), want.square().sum())
-        assert squares[parts].isnan()
+        sums = new_sums(outputs, device)
+        tuned.columns(sums, x, weight, threshold=threshold)
+        assert_near(to_values(sums), want)
 
 
 def test_kept_values_without_their_fill_and_what_is_below(operators, draw, poisoned, assert_near):
@@ -217,3 +220,62 @@ def test_rows_of_a_list_are_computed_and_the_others_stay(operators, draw, poison
     assert_near(out[listed], (weight.double() @ x.double() + bias)[listed])
     rest = torch.ones(1001, dtype=torch.bool, device="cuda").index_fill(0, listed, False)
     assert out[rest].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 11008), (11008, 4096), (577, 1001), (33, 8)])
+def test_sums_in_fixed_point(operators, device, draw, assert_near, dtype, inputs, outputs):
+    weight, x, up = padded(draw(inputs, outputs, dtype=dtype, scale=inputs**-0.5)), draw(inputs), draw(inputs)
+    bias, norm, held, other = draw(outputs), norm_for(inputs, draw), to_sums(x), to_sums(up)
+    threshold = split_value(normed(x, norm), 0.5)
+    before, zero = draw(outputs), to_sums(draw(3000))
+    sums = to_sums(before)
+    how = {"threshold": threshold, "norm": norm, "bias": bias, "scale": 0.5}
+    operators.columns(sums, held, weight, zero=zero, **how)
+    want = reference.input_sparse(weight.double(), normed(x, norm)[None], threshold, bias=bias)[0]
+    assert_near(to_values(sums), before.double() + 0.5 * want)
+    assert (zero == 0).all(), "sums of a later product were left as they were"
+    again = to_sums(before)
+    operators.columns(again, held, weight, **how)
+    assert torch.equal(sums, again), "two runs differ"
+    sums = new_sums(outputs, device)
+    operators.columns(sums, held, weight, up=other, activation="silu", skip_zeros=True)
+    assert_near(to_values(sums), (reference.activate(x.double(), "silu") * up) @ weight.double())
+
+
+def test_rows_read_and_add_to_sums(operators, device, draw, poisoned, assert_near):
+    for rows, width in SHAPES:
+        weight, x, bias, norm = (
+            draw(rows, width, dtype=torch.bfloat16, scale=width**-0.5),
+            draw(width),
+            draw(rows),
+            None,
+        )
+        weight, norm = padded(weight), norm_for(width, draw)
+        out, before = poisoned(rows), draw(rows)
+        operators.project(out, to_sums(x), weight, norm=norm, bias=bias)
+        assert_near(out, weight.double() @ normed(x, norm) + bias)
+        sums = to_sums(before)
+        operators.add(sums, x, weight, bias=bias, scale=0.3)
+        assert_near(to_values(sums), before.double() + 0.3 * (weight.double() @ x.double() + bias))
+        fixed = new_sums(width, device).fill_(7)
+        operators.fix(fixed, x)
+        assert torch.equal(fixed, to_sums(x))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e7])
+def test_what_is_no_number_is_none_in_the_sum(operators, device, draw, bad):
+    weight, x = draw(4096, 256, dtype=torch.bfloat16), draw(4096)
+    for at in (5, 4000):
+        broken = x.clone()
+        broken[at] = bad
+        sums = new_sums(256, device)
+        for _ in range(9):  # further parts do not bring it back
+            operators.columns(sums, broken, weight, skip_zeros=True)
+        values = to_values(sums)
+        assert values.isnan().sum() >= (256 if not abs(bad) < torch.inf else 200)
+        operators.columns(sums, x, weight, skip_zeros=True)
+        assert torch.equal(to_values(sums).isnan(), values.isnan())
+    sums = new_sums(8, device)
+    operators.fix(sums, torch.tensor([1.0, bad, -2.5, 0.0, 2.0**-31, 1e6, -1e6, 0.1], device=device))
+    assert to_values(sums).isnan().tolist() == [False, True] + [False] * 6

@@ -9,9 +9,11 @@ from torch import Tensor
 from actsparse.engine.cuda.availability import has_triton, native_refusal
 from actsparse.engine.cuda.fold import fold
 from actsparse.engine.cuda.graph import capture
+from actsparse.engine.cuda.launcher import Tuning
 from actsparse.engine.cuda.native_gates import NativeGateStep, refusal
+from actsparse.engine.cuda.native_inputs import native_step
 from actsparse.engine.cuda.native_step import NativeStep
-from actsparse.engine.cuda.operators import Operators, Tuning
+from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.step.decoder import Decoder, Runner
 from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
@@ -66,7 +68,7 @@ class CudaEngine:
                 return self._gates(weights, state, plan, sampled=sampled, padded=padded)
             plan = folded
         if self.operators is not None:
-            return self._captured(NativeStep(weights, state, plan, self.operators, sampled=sampled), state)
+            return self._captured(native_step(weights, state, plan, self.operators, sampled=sampled), state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
             self.warnings.append("without compiled kernels and Triton this plan masks weights but reads them all")
         products = _products()

@@ -6,22 +6,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsparse.engine.step.plans import PROJECTIONS, InputPlan, InputScores, NeuronPlan, Plan
+from actsparse.engine.step.plans import (
+    PROJECTIONS,
+    DensePlan,
+    IndexedPlan,
+    InputPlan,
+    InputScores,
+    NeuronPlan,
+    Plan,
+    Selection,
+)
 from actsparse.engine.step.weights import InputRows
-from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork
+from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork, Listed
 
 
 def fold(plan: GatePlan) -> Plan | None:
-    """`plan` as a threshold on every projection, or on the neurons of every layer; None where it is neither.
+    """`plan` as dense, lists of neurons, or a threshold on the neurons or on every projection of every layer; or None.
 
-    Thresholds are copied: a plan that is changed has to be folded again.
+    Lists are shared with `plan`; thresholds are copied, and a plan whose thresholds change has to be folded again.
     """
     works = plan.layers
     if plan.neurons is not None or any(work.heads is not None for work in works):
         return None
+    if all(work.mlp is None and not work.channels for work in works):
+        return DensePlan()
+    if all(isinstance(work.mlp, Listed) and not work.channels for work in works):
+        return _indexed_plan([work.mlp for work in works if isinstance(work.mlp, Listed)], plan.selection)
     if all(isinstance(work.mlp, Decided) and not work.channels for work in works):
         return _neuron_plan([work.mlp for work in works if isinstance(work.mlp, Decided)])
     return _input_plan(works)
+
+
+def _indexed_plan(layers: Sequence[Listed], selection: Selection | None) -> IndexedPlan | None:
+    if selection is None or any(one.fill is not None or one.mask is not None for one in layers):
+        return None
+    return IndexedPlan(down_rows=_stacked([one.down_rows for one in layers]), selection=selection)
 
 
 def _neuron_plan(layers: Sequence[Decided]) -> NeuronPlan | None:

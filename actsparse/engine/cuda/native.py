@@ -38,6 +38,7 @@ class RowsArgs(ctypes.Structure):
         ("stride", _LONG),
         *((name, _FLOAT) for name in ("epsilon", "scale", "cap")),
         *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step", "fresh")),
+        *((name, _INT) for name in ("fixed_x", "fixed_out")),
     )
 
 
@@ -52,13 +53,13 @@ class ColumnsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
-        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "squares_out")),
+        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "zero")),
         ("stride", _LONG),
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
         ("squares_count", _INT),
         ("scale", _FLOAT),
-        *((name, _INT) for name in ("ahead", "fresh", "invert")),
+        *((name, _INT) for name in ("ahead", "fresh", "invert", "fixed", "zeros")),
         ("segment", Segment * 3),
     )
 
@@ -70,7 +71,7 @@ class AttendArgs(ctypes.Structure):
         *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "out")),
         *((name, _POINTER) for name in ("q_norm", "k_norm", "groups")),
         *((name, _FLOAT) for name in ("scale", "cap", "inverse_cap", "epsilon")),
-        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits")),
+        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits", "fixed")),
     )
 
 
@@ -96,6 +97,12 @@ class PostNormArgs(ctypes.Structure):
         *((name, _FLOAT) for name in ("epsilon", "scale")),
         ("width", _INT),
     )
+
+
+class FixArgs(ctypes.Structure):
+    """Mirrors `FixArgs` in kernels/token.cu."""
+
+    _fields_ = (("values", _POINTER), ("sums", _POINTER), ("size", _INT))
 
 
 class GatherArgs(ctypes.Structure):
@@ -143,6 +150,9 @@ class Library:
 
     def post_norm(self, args: PostNormArgs, *, dependent: bool) -> None:
         self._check(self._handle.actsparse_post_norm(ctypes.byref(args), int(dependent), _stream()), "post norm")
+
+    def fix(self, args: FixArgs, *, dependent: bool) -> None:
+        self._check(self._handle.actsparse_fix(ctypes.byref(args), int(dependent), _stream()), "fix")
 
     def gather(self, args: GatherArgs, layers: int) -> None:
         self._check(self._handle.actsparse_gather(ctypes.byref(args), layers, _stream()), "gather")

@@ -6,10 +6,12 @@ A choice (top-k, a router's list) is a handful of small launches on the device b
 import torch
 from torch import Tensor
 
+from actsparse.engine.cuda.launcher import Norm
 from actsparse.engine.cuda.native_step import NativeStep
-from actsparse.engine.cuda.operators import Norm, Operators
+from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.step import gate_step, reference
-from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.plans import DensePlan, Selection
+from actsparse.engine.step.sliced import list_kept
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights, Weights
 from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, Listed, Routed, Scored
@@ -25,10 +27,8 @@ class NativeGateStep(NativeStep):
         super().__init__(weights, state, DensePlan(), operators, sampled=sampled)
         self._gates = plan
         self._seen: gate_step.Seen = {}
-        shape, device = weights.shape, weights.device
-        self._rows = torch.arange(max(shape.neurons, shape.query_width), dtype=torch.int32, device=device)
         self._vectors: dict[tuple[str, int], Tensor] = {}
-        self._routers = [self._reads(layer) for layer in range(shape.layers)]
+        self._routers = [self._reads(layer) for layer in range(weights.shape.layers)]
 
     def _reads(self, layer: int) -> set[SiteKind]:
         """The sites of a layer that routers, of it or the next one, read."""
@@ -172,7 +172,7 @@ class NativeGateStep(NativeStep):
         count = self._buffer("count", 1, torch.int32)
         with self._operators.aside():
             keep = gate_step.chosen(mlp.router, layer, self._seen, shape.neurons)[0]
-            list_kept(keep, self._rows[: shape.neurons], index, count)
+            list_kept(Selection(index=index[None], count=count), keep[None])
         known = Listed(
             gate=gate,
             up=up,
@@ -301,15 +301,6 @@ class NativeGateStep(NativeStep):
 def _row(score: Tensor | None) -> Tensor | None:
     """Scores [inputs] as those of one segment."""
     return None if score is None else score[None]
-
-
-def list_kept(keep: Tensor, rows: Tensor, index: Tensor, count: Tensor) -> None:
-    """Lists the true places of keep [units] in index [units], ascending, and their number in count [1]."""
-    running = keep.cumsum(0, dtype=torch.int32)
-    place = torch.where(keep, running - 1, len(keep)).long()
-    listed = index.new_zeros(len(keep) + 1).scatter_(0, place, rows)
-    index.copy_(listed[:-1])
-    count.copy_(running[-1:])
 
 
 def refusal(plan: GatePlan, weights: Weights) -> str | None:

@@ -1,22 +1,30 @@
 """One decode step as a fixed sequence of compiled kernels: five a layer, no host decision between them.
 
-Each kernel starts while the one before it ends and fills its registers with weights in the meantime. Activations stay
-in float32; norms, activation function, residual additions, rotation, cache write and argmax live inside the products.
+Each kernel starts while the one before it ends and fills its rings with weights in the meantime. Activations stay in
+float32, or in fixed point where several blocks add up. Norms, activation function, residual additions, rotation, cache
+write and argmax live inside the products.
 """
 
-from typing import assert_never
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
-from actsparse.engine.cuda.operators import Caps, Epilogue, Norm, Operators
-from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan, SlicedPlan
+from actsparse.engine.cuda.column_products import Epilogue
+from actsparse.engine.cuda.launcher import Norm
+from actsparse.engine.cuda.operators import Operators
+from actsparse.engine.cuda.row_products import Caps
+from actsparse.engine.cuda.sums import new_sums, to_values
+from actsparse.engine.step.plans import IndexedPlan, NeuronPlan, Plan, SlicedPlan
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.torch_step import drawn
 from actsparse.engine.step.weights import Weights
 
+Stage = Callable[[int], None]
+
 
 class NativeStep:
-    """Called, it processes the token in `state` under `plan` and leaves the next one there."""
+    """Called, it processes the token in `state` under a plan over neurons and leaves the next one there."""
 
     def __init__(
         self, weights: Weights, state: DecodeState, plan: Plan, operators: Operators, *, sampled: bool = False
@@ -27,9 +35,50 @@ class NativeStep:
         self._operators = operators
         self._sampled = sampled
         self._layers = [weights.layer(index) for index in range(weights.shape.layers)]
+        self._hidden, self._qkv, self._halves = state.hidden, state.qkv, state.halves
+        if self._sums_up and not weights.shape.post_norm:
+            self._hidden = new_sums(weights.shape.width, weights.device)
+
+    @property
+    def _sums_up(self) -> bool:
+        """Whether blocks of sparse products add to the residual, which then is held in fixed point."""
+        return isinstance(self._plan, SlicedPlan | IndexedPlan | NeuronPlan)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The residual [1, width] in float32."""
+        return _floats(self._hidden)
+
+    @property
+    def qkv(self) -> Tensor:
+        """Queries, keys and values [1, qkv_width] of the last layer in float32."""
+        return _floats(self._qkv)
+
+    @property
+    def halves(self) -> Tensor:
+        """What gate and up gave last, [1, 2 * neurons] in float32."""
+        return _floats(self._halves)
+
+    @property
+    def attention_stages(self) -> Mapping[str, Stage]:
+        """The kernels of a layer's attention in their order."""
+        return {"qkv": self._project_qkv, "attention": self._attend, "out": self._add_out}
+
+    @property
+    def mlp_stages(self) -> Mapping[str, Stage]:
+        """The kernels of a layer's MLP in their order."""
+        if isinstance(self._plan, NeuronPlan):
+            return {"first half": self._first_half, "second half": self._second_half, "down": self._add_kept}
+        return {"gate and up": self._gated, "down": self._add_down}
+
+    def begin(self) -> None:
+        """Takes the residual from `state`."""
+        if self._hidden is not self._state.hidden:
+            self._operators.fix(self._hidden, self._state.hidden)
 
     def __call__(self) -> None:
         with self._operators.chain():
+            self.begin()
             for layer in range(self._weights.shape.layers):
                 self.attention(layer)
                 self.mlp(layer)
@@ -42,54 +91,40 @@ class NativeStep:
 
     def attention(self, layer: int) -> None:
         """hidden += attention of layer `layer`."""
-        weights, state, operators = self._weights, self._state, self._operators
-        shape, one = weights.shape, self._layers[layer]
-        norm = Norm(one.attn_norm, shape.norm_epsilon)
-        plan = self._plan if isinstance(self._plan, InputPlan) else None
-        if plan is None:
-            operators.project(state.qkv, state.hidden, one.qkv, norm=norm, bias=one.qkv_bias)
-        else:
-            operators.columns(
-                state.qkv,
-                state.hidden,
-                plan.weights.qkv[layer],
-                threshold=plan.threshold[layer, :3],
-                segments=shape.qkv_widths,
-                score=plan.scores.qkv[layer] if plan.scores else None,
-                norm=norm,
-                squares=self._squares(shape.neurons, first=layer == 0),
-                bias=one.qkv_bias,
-            )
-        operators.attend(
+        for stage in self.attention_stages.values():
+            stage(layer)
+
+    def mlp(self, layer: int) -> None:
+        """hidden += MLP of layer `layer` under the plan."""
+        for stage in self.mlp_stages.values():
+            stage(layer)
+
+    def _project_qkv(self, layer: int) -> None:
+        one = self._layers[layer]
+        norm = Norm(one.attn_norm, self._weights.shape.norm_epsilon)
+        self._operators.project(self._qkv, self._hidden, one.qkv, norm=norm, bias=one.qkv_bias)
+
+    def _attend(self, layer: int) -> None:
+        state = self._state
+        self._operators.attend(
             state.mix,
-            state.qkv,
+            self._qkv,
             state.keys[layer, 0],
             state.values[layer, 0],
             position=state.position,
             angles=state.angles[layer],
-            how=one.attention,
+            how=self._layers[layer].attention,
         )
-        if plan is None:
-            self._add_rows(state.mix, one.out, one.out_bias, one.post_attn_norm)
-        else:
-            score = plan.scores.out[layer] if plan.scores else None
-            threshold = plan.threshold[layer, 3:4]
-            self._add_columns(
-                state.mix,
-                plan.weights.out[layer],
-                one.out_bias,
-                one.post_attn_norm,
-                threshold=threshold,
-                score=score,
-                atomics=plan.fast_atomics,
-                keeps_squares=True,
-            )
+
+    def _add_out(self, layer: int) -> None:
+        one = self._layers[layer]
+        self._add_rows(self._state.mix, one.out, one.out_bias, one.post_attn_norm)
 
     def _add_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None) -> None:
         """hidden += what weight [width, inputs] makes of x, normed and scaled as the family does."""
         state, shape, operators = self._state, self._weights.shape, self._operators
         if post_norm is None:
-            operators.add(state.hidden, x, weight, bias=bias, scale=shape.residual_scale)
+            operators.add(self._hidden, x, weight, bias=bias, scale=shape.residual_scale)
         else:
             operators.project(state.branch, x, weight, bias=bias)
             self._add_branch(post_norm)
@@ -110,13 +145,12 @@ class NativeStep:
         count: Tensor | None = None,
         skip_zeros: bool = False,
         atomics: bool = False,
-        keeps_squares: bool = False,
     ) -> None:
         """The same with weights stored input-major, `rows` [inputs, width]; the other arguments are `columns`'."""
         state, shape, operators = self._state, self._weights.shape, self._operators
         plain = post_norm is None
         operators.columns(
-            state.hidden if plain else state.branch,
+            self._hidden if plain else state.branch,
             x,
             rows,
             epilogue=(Epilogue.ATOMIC_ADD if atomics else Epilogue.ADD) if plain else Epilogue.WRITE,
@@ -125,7 +159,6 @@ class NativeStep:
             score=score,
             up=up,
             activation=activation,
-            squares_out=state.squares if plain and keeps_squares and not atomics else None,
             bias=bias,
             fill=fill,
             index=index,
@@ -140,28 +173,12 @@ class NativeStep:
         norm = Norm(post_norm, shape.norm_epsilon)
         self._operators.post_norm(state.hidden, state.branch, norm, squares=state.squares, scale=shape.residual_scale)
 
-    def mlp(self, layer: int) -> None:
-        """hidden += MLP of layer `layer` under the plan."""
-        match self._plan:
-            case DensePlan():
-                self._dense(layer)
-            case SlicedPlan() as plan:
-                self._sliced(layer, plan)
-            case IndexedPlan() as plan:
-                self._indexed(layer, plan)
-            case NeuronPlan() as plan:
-                self._neuron_sparse(layer, plan)
-            case InputPlan() as plan:
-                self._input_sparse(layer, plan)
-            case _ as unknown:
-                assert_never(unknown)
-
     def logits(self) -> None:
         """The logits of the residual, and every block's best."""
         weights, state, shape = self._weights, self._state, self._weights.shape
         norm = Norm(weights.final_norm, shape.norm_epsilon)
         caps = Caps(shape.logit_scale, shape.logit_softcap or 0.0)
-        self._operators.head(state.logits, state.best, state.hidden, weights.head, norm=norm, caps=caps)
+        self._operators.head(state.logits, state.best, self._hidden, weights.head, norm=norm, caps=caps)
 
     def draw(self) -> None:
         """Puts a token drawn from the logits in place of the best."""
@@ -183,107 +200,88 @@ class NativeStep:
             embed_scale=self._weights.shape.embed_scale,
         )
 
-    def _squares(self, inputs: int, *, first: bool = False) -> Tensor | None:
-        """The parts of the residual's sum of squares that the last addition, of `inputs` inputs, left; atomics none."""
-        plan, state, shape = self._plan, self._state, self._weights.shape
-        if first or shape.post_norm:
-            return state.squares[:1]
-        if not isinstance(plan, InputPlan) or plan.fast_atomics:
-            return None
-        return state.squares[: self._operators.square_parts(shape.width, inputs)]
-
     def _norm(self, layer: int) -> Norm:
         return Norm(self._layers[layer].mlp_norm, self._weights.shape.norm_epsilon)
 
-    def _dense(self, layer: int) -> None:
-        state, one = self._state, self._layers[layer]
-        self._operators.gated(
-            state.neurons,
-            state.hidden,
-            one.gate_up,
-            norm=self._norm(layer),
-            activation=self._weights.shape.activation,
-            bias=one.gate_up_bias,
-        )
-        self._add_rows(state.neurons, one.down, one.down_bias, one.post_mlp_norm)
+    def _neurons(self, layer: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where a layer's activations go, of which neurons, and how many of them are live."""
+        neurons, plan = self._state.neurons, self._plan
+        if isinstance(plan, SlicedPlan):
+            return neurons[0, : plan.down.shape[1]], None, plan.selection.count[layer : layer + 1]
+        if isinstance(plan, IndexedPlan):
+            index = plan.selection.index[layer]
+            return neurons[0, : index.numel()], index, plan.selection.count[layer : layer + 1]
+        return neurons, None, None
 
-    def _sliced(self, layer: int, plan: SlicedPlan) -> None:
-        state, one = self._state, self._layers[layer]
-        neurons, count = state.neurons[0, : plan.down.shape[1]], plan.selection.count[layer : layer + 1]
+    def _gated(self, layer: int) -> None:
+        one, plan = self._layers[layer], self._plan
+        gate_up, bias = one.gate_up, one.gate_up_bias
+        if isinstance(plan, SlicedPlan):
+            gate_up, bias = plan.gate_up[layer], None if plan.gate_up_bias is None else plan.gate_up_bias[layer]
+        neurons, index, count = self._neurons(layer)
         self._operators.gated(
             neurons,
-            state.hidden,
-            plan.gate_up[layer],
+            self._hidden,
+            gate_up,
             norm=self._norm(layer),
             activation=self._weights.shape.activation,
-            bias=None if plan.gate_up_bias is None else plan.gate_up_bias[layer],
-            count=count,
-        )
-        self._add_columns(neurons, plan.down[layer], one.down_bias, one.post_mlp_norm, count=count)
-
-    def _indexed(self, layer: int, plan: IndexedPlan) -> None:
-        state, one = self._state, self._layers[layer]
-        index, count = plan.selection.index[layer], plan.selection.count[layer : layer + 1]
-        neurons = state.neurons[0, : index.numel()]
-        self._operators.gated(
-            neurons,
-            state.hidden,
-            one.gate_up,
-            norm=self._norm(layer),
-            activation=self._weights.shape.activation,
-            bias=one.gate_up_bias,
+            bias=bias,
             index=index,
             count=count,
         )
-        rows = plan.down_rows[layer]
-        self._add_columns(neurons, rows, one.down_bias, one.post_mlp_norm, index=index, count=count)
 
-    def _neuron_sparse(self, layer: int, plan: NeuronPlan) -> None:
-        state, one, operators = self._state, self._layers[layer], self._operators
-        neurons, activation = self._weights.shape.neurons, self._weights.shape.activation
-        halves = one.gate_up.split(neurons)
+    def _add_down(self, layer: int) -> None:
+        one, plan = self._layers[layer], self._plan
+        neurons, index, count = self._neurons(layer)
+        if isinstance(plan, SlicedPlan | IndexedPlan):
+            rows = plan.down[layer] if isinstance(plan, SlicedPlan) else plan.down_rows[layer]
+            self._add_columns(neurons, rows, one.down_bias, one.post_mlp_norm, index=index, count=count)
+        else:
+            self._add_rows(neurons, one.down, one.down_bias, one.post_mlp_norm)
+
+    def _halves_of(self, layer: int, plan: NeuronPlan) -> list[tuple[Tensor, Tensor | None, str]]:
+        """Weight, bias and activation of the half that decides, and of the other."""
+        one, neurons = self._layers[layer], self._weights.shape.neurons
         biases = (None, None) if one.gate_up_bias is None else one.gate_up_bias.split(neurons)
-        order, acts = ((0, 1), (activation, "identity")) if plan.first == "gate" else ((1, 0), ("identity", activation))
-        factor, norm = state.halves[0, :neurons], self._norm(layer)
-        first, second = order
-        operators.threshold(
-            factor,
-            state.hidden,
-            halves[first],
-            plan.threshold[layer],
-            norm=norm,
-            activation=acts[0],
-            bias=biases[first],
-        )
-        operators.kept(
-            state.neurons, state.hidden, halves[second], factor, norm=norm, activation=acts[1], bias=biases[second]
-        )
-        rows = plan.down_rows[layer]
-        self._add_columns(state.neurons, rows, one.down_bias, one.post_mlp_norm, skip_zeros=True)
+        acts = (self._weights.shape.activation, "identity")
+        both = list(zip(one.gate_up.split(neurons), biases, acts, strict=True))
+        return both if plan.first == "gate" else both[::-1]
 
-    def _input_sparse(self, layer: int, plan: InputPlan) -> None:
-        state, one, operators = self._state, self._layers[layer], self._operators
-        shape = self._weights.shape
-        operators.columns(
-            state.halves,
-            state.hidden,
-            plan.weights.gate_up[layer],
-            threshold=plan.threshold[layer, 4:6],
-            segments=(shape.neurons, shape.neurons),
-            score=plan.scores.gate_up[layer] if plan.scores else None,
+    def _first_half(self, layer: int) -> None:
+        plan = self._neuron_plan
+        weight, bias, activation = self._halves_of(layer, plan)[0]
+        self._operators.threshold(
+            self._halves[0, : self._weights.shape.neurons],
+            self._hidden,
+            weight,
+            plan.threshold[layer],
             norm=self._norm(layer),
-            squares=self._squares(shape.query_width),
-            bias=one.gate_up_bias,
+            activation=activation,
+            bias=bias,
         )
-        self._add_columns(
-            state.halves[0, : shape.neurons],
-            plan.weights.down[layer],
-            one.down_bias,
-            one.post_mlp_norm,
-            up=state.halves[0, shape.neurons :],
-            activation=shape.activation,
-            threshold=plan.threshold[layer, 6:7],
-            score=plan.scores.down[layer] if plan.scores else None,
-            atomics=plan.fast_atomics,
-            keeps_squares=True,
+
+    def _second_half(self, layer: int) -> None:
+        plan = self._neuron_plan
+        weight, bias, activation = self._halves_of(layer, plan)[1]
+        self._operators.kept(
+            self._state.neurons,
+            self._hidden,
+            weight,
+            self._halves[0, : self._weights.shape.neurons],
+            norm=self._norm(layer),
+            activation=activation,
+            bias=bias,
         )
+
+    def _add_kept(self, layer: int) -> None:
+        one, rows = self._layers[layer], self._neuron_plan.down_rows[layer]
+        self._add_columns(self._state.neurons, rows, one.down_bias, one.post_mlp_norm, skip_zeros=True)
+
+    @property
+    def _neuron_plan(self) -> NeuronPlan:
+        assert isinstance(self._plan, NeuronPlan)
+        return self._plan
+
+
+def _floats(held: Tensor) -> Tensor:
+    return to_values(held)[None] if held.dtype == torch.int64 else held

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from actsparse.errors import PlanError
 
+STOP_EVERY = 8  # tokens between two looks at what was generated: a look waits for the device
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -39,3 +41,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_p: Tensor) ->
     mass = (share * kept).sum(-1, keepdim=True)
     place = (kept & (below <= uniform[:, None] * mass)).sum(-1, keepdim=True) - 1
     return order.gather(-1, place.clamp(min=0))[:, 0]
+
+
+def cut(tokens: list[int], stop: frozenset[int]) -> list[int]:
+    """Tokens up to the first stop token, itself among them."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[:end]

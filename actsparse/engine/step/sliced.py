@@ -59,7 +59,7 @@ def select_top(selection: Selection, scores: Tensor, keep: int) -> None:
     if not 0 < keep <= capacity:
         raise PlanError(f"{keep} neurons do not fit a capacity of {capacity}", "make the plan with a larger capacity")
     best = scores.topk(keep, dim=1, sorted=False).indices
-    _list_kept(selection, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True))
+    list_kept(selection, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True))
 
 
 def select_threshold(selection: Selection, scores: Tensor, threshold: Tensor) -> None:
@@ -72,10 +72,10 @@ def select_threshold(selection: Selection, scores: Tensor, threshold: Tensor) ->
     most = int(keep.sum(1).max())
     if most > capacity:
         raise PlanError(f"{most} neurons do not fit a capacity of {capacity}", "make the plan with a larger capacity")
-    _list_kept(selection, keep)
+    list_kept(selection, keep)
 
 
-def _list_kept(selection: Selection, keep: Tensor) -> None:
+def list_kept(selection: Selection, keep: Tensor) -> None:
     """Lists the neurons of keep [layers, neurons] in order; cheaper than sorting what a top-k returns."""
     capacity = selection.index.shape[1]
     running = keep.cumsum(1, dtype=torch.int32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actsparse.engine.step.plans import Selection
-from actsparse.engine.step.sliced import empty_selection
+from actsparse.engine.step.sliced import empty_selection, list_kept
 from actsparse.engine.step.weights import Weights, transpose_rows
 from actsparse.engine.step.work import (
     Channels,
@@ -243,6 +243,24 @@ def _single(threshold: Tensor | None, score: Tensor | None) -> tuple[Tensor | No
         return threshold, score
     scale = torch.where(threshold > 0, 1 / threshold, EVERYTHING)
     return torch.ones_like(threshold[:1]), scale if score is None else score * scale
+
+
+def choose_all(plan: GatePlan, masks: Mapping[int, Bool[Tensor, "batch neurons"]]) -> None:
+    """Fill the lists of layers with the neurons that any sequence keeps; in a batch each sequence's own are marked.
+
+    One stacked call for all layers, without waiting for the device. The lists of layers that are missing become empty.
+    """
+    if not masks or plan.selection is None:
+        return
+    index = plan.selection.index
+    first = next(iter(masks.values()))
+    keep = torch.zeros(len(plan.layers), first.shape[1], dtype=torch.bool, device=index.device)
+    for layer, mask in masks.items():
+        keep[layer] = mask.any(dim=0).to(index.device)
+        listed = plan.layers[layer].mlp
+        if isinstance(listed, Listed) and listed.mask is not None:
+            listed.mask.copy_(mask)
+    list_kept(plan.selection, keep)
 
 
 def choose(listed: Listed, masks: Bool[Tensor, "batch neurons"]) -> None:

@@ -1,12 +1,18 @@
 """The compiled operators' meaning in torch, so that the compiled step's order of kernels can be tested anywhere."""
 
-import math
 from contextlib import contextmanager
 
 import torch
 
-from actsparse.engine.cuda.operators import TILE, Caps, Epilogue
+from actsparse.engine.cuda.column_products import Epilogue
+from actsparse.engine.cuda.row_products import Caps
+from actsparse.engine.cuda.sums import ONE, to_sums
 from actsparse.engine.step import reference
+
+
+def held(x):
+    """Activations that may be sums in fixed point, as numbers."""
+    return x.double() / ONE if x.dtype == torch.int64 else x
 
 
 class PlainOperators:
@@ -22,7 +28,11 @@ class PlainOperators:
     def aside(self):
         yield
 
+    def fix(self, sums, values):
+        sums.copy_(to_sums(values.view(-1)))
+
     def _product(self, x, weight, norm, bias):
+        x = held(x)
         x = x.view(1, -1) if norm is None else reference.rms_norm(x.view(1, -1), norm.weight, norm.epsilon)
         return reference.project(weight, x, bias)[0]
 
@@ -30,7 +40,8 @@ class PlainOperators:
         out.view(-1).copy_(self._product(x, weight, norm, bias))
 
     def add(self, out, x, weight, *, bias=None, scale=1.0):
-        out.view(-1).add_(scale * self._product(x, weight, None, bias))
+        part = scale * self._product(x, weight, None, bias)
+        out.view(-1).add_(to_sums(part) if out.dtype == torch.int64 else part)
 
     def gated(self, out, x, gate_up, *, norm, activation, bias=None, fill=None, index=None, count=None, fresh=False):
         gate, up = self._product(x, gate_up, norm, bias).chunk(2)
@@ -72,7 +83,6 @@ class PlainOperators:
         activation="identity",
         norm=None,
         squares=None,
-        squares_out=None,
         bias=None,
         fill=None,
         index=None,
@@ -80,14 +90,15 @@ class PlainOperators:
         fresh=False,
         invert=False,
         scale=1.0,
+        zero=None,
     ):
-        x = x.reshape(-1)
+        x = held(x).reshape(-1)
         if squares is not None:
             torch.testing.assert_close(squares.sum(), x.square().sum())
         if norm is not None:
             x = reference.rms_norm(x, norm.weight, norm.epsilon)
         if up is not None:
-            x = reference.activate(x, activation) * up.reshape(-1)
+            x = reference.activate(x, activation) * held(up).reshape(-1)
         live = x.numel() if count is None else int(count)
         rows = weight_rows if index is None else weight_rows[index.long()]
         parts = []
@@ -98,20 +109,17 @@ class PlainOperators:
         y = torch.cat(parts)
         y = scale * (y if bias is None else y + bias)
         flat = out.view(-1)
-        flat.copy_(y if epilogue is Epilogue.WRITE else flat + y)
-        if squares_out is not None:
-            # All of it in the first part, and poison behind what the caller may read.
-            squares_out.fill_(torch.nan)
-            squares_out[: self.square_parts(out.numel(), x.numel())] = 0
-            squares_out[0] = flat.square().sum()
-
-    def square_parts(self, outputs, inputs):
-        return math.ceil(outputs / TILE) * max(1, min(4, inputs // 32))
+        if out.dtype == torch.int64:
+            flat.add_(to_sums(y))
+        else:
+            flat.copy_(y if epilogue is Epilogue.WRITE else flat + y)
+        if zero is not None and zero.dtype == torch.int64:
+            zero.zero_()
 
     def attend(self, out, qkv, keys, values, *, position, angles, how, groups=None):
-        y = reference.attend(qkv.view(1, -1), keys[None], values[None], position, angles.cosine, angles.sine, how).view(
-            keys.shape[0], -1
-        )
+        y = reference.attend(
+            held(qkv).view(1, -1), keys[None], values[None], position, angles.cosine, angles.sine, how
+        ).view(keys.shape[0], -1)
         if groups is not None:
             y = y * (groups != 0)[:, None]
         out.view(-1).copy_(y.flatten())

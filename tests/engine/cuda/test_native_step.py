@@ -5,7 +5,7 @@ import torch
 from plain_operators import PlainOperators
 from tiny import make_model, token_ids
 
-from actsparse.engine.cuda.native_step import NativeStep
+from actsparse.engine.cuda.native_inputs import native_step
 from actsparse.engine.step import sliced
 from actsparse.engine.step.decoder import Decoder, Runner
 from actsparse.engine.step.packing import TIER_1, weights_from_model
@@ -32,7 +32,7 @@ class PlainEngine:
         self.warnings = []
 
     def runner(self, weights, state, plan, *, sampled, padded):
-        step = NativeStep(weights, state, plan, PlainOperators(), sampled=sampled)
+        step = native_step(weights, state, plan, PlainOperators(), sampled=sampled)
         return Runner(run=lambda live: step(), kind="eager")
 
 

@@ -16,7 +16,7 @@ constexpr int kStage = 64;          // 16-byte words of a warp's stage: keys, th
 constexpr float kLowest = -1e30f;   // a maximum that survives subtraction from itself
 
 struct AttendArgs {
-  const float* qkv;     // [heads + 2 * kv_heads, head_dim]
+  const void* qkv;      // [heads + 2 * kv_heads, head_dim], floats or sums in fixed point
   const float* cosine;  // [positions, head_dim / 2]
   const float* sine;
   void* keys;           // [kv_heads, positions, head_dim]
@@ -36,6 +36,7 @@ struct AttendArgs {
   int kv_heads;
   int positions;
   int splits;
+  int fixed;            // qkv is sums in fixed point
 };
 
 struct alignas(8) Running {
@@ -43,18 +44,36 @@ struct alignas(8) Running {
   float sum;
 };
 
-// Zeros where `inside` is false.
-__device__ __forceinline__ void load_floats(const float* from, bool inside, float (&to)[kLane]) {
+// Eight neighbours, as they are in memory; zeros where `inside` is false.
+__device__ __forceinline__ void load_eight(const float* from, bool inside, float4 (&to)[2]) {
 #pragma unroll
-  for (int e = 0; e < kLane; ++e) to[e] = 0.0f;
-  if (!inside) return;
-  const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
-  const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
-  to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-  to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+  for (int i = 0; i < 2; ++i) to[i] = inside ? __ldcg(reinterpret_cast<const float4*>(from) + i) : float4{};
 }
 
-template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_eight(const Fixed* from, bool inside, longlong2 (&to)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = inside ? __ldcg(reinterpret_cast<const longlong2*>(from) + i) : longlong2{};
+}
+
+__device__ __forceinline__ void spread(const float4 (&from)[2], float (&to)[kLane]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    to[4 * i] = from[i].x, to[4 * i + 1] = from[i].y, to[4 * i + 2] = from[i].z, to[4 * i + 3] = from[i].w;
+}
+
+__device__ __forceinline__ void spread(const longlong2 (&from)[4], float (&to)[kLane]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[2 * i] = from_fixed(from[i].x), to[2 * i + 1] = from_fixed(from[i].y);
+}
+
+__device__ __forceinline__ void load_floats(const float* from, bool inside, float (&to)[kLane]) {
+  float4 held[2];
+  load_eight(from, inside, held);
+  spread(held, to);
+}
+
+// E: what qkv is.
+template <typename T, int HEAD_DIM, typename E>
 __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_constant__ AttendArgs a) {
   constexpr int kLanes = HEAD_DIM <= 32 ? 4 : HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;  // that share a position
   constexpr int kGroups = 32 / kLanes;  // positions that a warp reads at once
@@ -99,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   const int partner = !turns ? dim : dim < a.half ? dim + a.half : dim - a.half;
   const float sign = dim < a.half ? -1.0f : 1.0f;
   const int64_t angle = static_cast<int64_t>(position) * a.half + min(dim, partner);
-  float cosine[kLane], sine[kLane], query[kLane], query_partner[kLane];
+  float cosine[kLane], sine[kLane], query[kLane];
   load_floats(a.cosine + angle, turns, cosine);
   load_floats(a.sine + angle, turns, sine);
   if (!turns) {
@@ -109,42 +128,51 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   wait_for_previous();
 
   const bool appends = split == a.splits - 1 && warp == 0;
-  float new_key[kLane], key_partner[kLane], new_value[kLane];
-  load_floats(a.qkv + head * HEAD_DIM + dim, used, query);
-  load_floats(a.qkv + head * HEAD_DIM + partner, used, query_partner);
-  if (appends) {
-    const float* const from = a.qkv + (a.heads + kv_head) * HEAD_DIM;
-    load_floats(from + dim, used, new_key);
-    load_floats(from + partner, used, key_partner);
-    load_floats(from + a.kv_heads * HEAD_DIM + dim, used, new_value);
+  float new_key[kLane], new_value[kLane];
+  {
+    // All loads are under way before the first value is used.
+    typename Held<E>::Word held[3][kLane / Held<E>::kSize];
+    const E* const qkv = static_cast<const E*>(a.qkv);
+    const E* const key = qkv + (a.heads + kv_head) * HEAD_DIM + dim;
+    load_eight(qkv + head * HEAD_DIM + dim, used, held[0]);
+    load_eight(key, used && appends, held[1]);
+    load_eight(key + a.kv_heads * HEAD_DIM, used && appends, held[2]);
+    spread(held[0], query);
+    if (appends) {
+      spread(held[1], new_key);
+      spread(held[2], new_value);
+    }
   }
   auto sum_group = [&](float value) {
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(kFull, value, step);
     return value;
   };
-  auto norm_head = [&](const float* weight, float (&own)[kLane], float (&other)[kLane]) {
-    float squares = 0.0f, here[kLane], there[kLane];
+  auto norm_head = [&](const float* weight, float (&own)[kLane]) {
+    float squares = 0.0f, gain[kLane];
 #pragma unroll
     for (int e = 0; e < kLane; ++e) squares += own[e] * own[e];
     const float scale = rsqrtf(sum_group(squares) / HEAD_DIM + a.epsilon);
-    load_floats(weight + dim, used, here);
-    load_floats(weight + partner, used, there);
+    load_floats(weight + dim, used, gain);
 #pragma unroll
-    for (int e = 0; e < kLane; ++e) {
-      own[e] *= scale * here[e];
-      other[e] *= scale * there[e];
-    }
+    for (int e = 0; e < kLane; ++e) own[e] *= scale * gain[e];
   };
   if (a.q_norm) {
-    norm_head(a.q_norm, query, query_partner);
-    if (appends) norm_head(a.k_norm, new_key, key_partner);
+    norm_head(a.q_norm, query);
+    if (appends) norm_head(a.k_norm, new_key);
   }
+  const int partner_lane = lane + (partner - dim) / kLane;  // that holds what these dimensions turn with
+  auto rotate = [&](float (&own)[kLane], float scale) {
 #pragma unroll
-  for (int e = 0; e < kLane; ++e) {
-    sine[e] *= sign;
-    query[e] = (query[e] * cosine[e] + query_partner[e] * sine[e]) * a.scale;
-  }
+    for (int e = 0; e < kLane; ++e) {
+      const float other = __shfl_sync(kFull, own[e], partner_lane);
+      own[e] = (own[e] * cosine[e] + other * sine[e]) * scale;
+    }
+  };
+#pragma unroll
+  for (int e = 0; e < kLane; ++e) sine[e] *= sign;
+  rotate(query, a.scale);
+  if (appends) rotate(new_key, 1.0f);
 
   auto score_of = [&](float dot) { return a.cap > 0.0f ? a.cap * tanhf(dot * a.inverse_cap) : dot; };
   Running state = {kLowest, 0.0f};
@@ -190,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
     float dot = 0.0f;
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
-      key[e] = round_to<T>(new_key[e] * cosine[e] + key_partner[e] * sine[e]);
+      key[e] = round_to<T>(new_key[e]);
       value[e] = round_to<T>(new_value[e]);
       dot += widen<T>(key[e]) * query[e];
     }
@@ -263,22 +291,28 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   }
 }
 
+template <typename T, int HEAD_DIM>
+int launch_head_dim(const AttendArgs& a, bool dependent, cudaStream_t stream) {
+  constexpr size_t kShared = kWarps * kDepth * kStage * sizeof(uint4);
+  const int blocks = a.heads * a.splits;
+  return a.fixed ? launch(attend_kernel<T, HEAD_DIM, Fixed>, a, blocks, kThreads, kShared, a.splits, dependent, stream)
+                 : launch(attend_kernel<T, HEAD_DIM, float>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+}
+
 template <typename T>
 int launch_attend(const AttendArgs& a, int head_dim, bool dependent, cudaStream_t stream) {
   if (a.splits > kMaxSplits) return cudaErrorInvalidValue;
-  const int blocks = a.heads * a.splits;
-  constexpr size_t kShared = kWarps * kDepth * kStage * sizeof(uint4);
   switch (head_dim) {
     case 32:
-      return launch(attend_kernel<T, 32>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+      return launch_head_dim<T, 32>(a, dependent, stream);
     case 64:
-      return launch(attend_kernel<T, 64>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+      return launch_head_dim<T, 64>(a, dependent, stream);
     case 96:
-      return launch(attend_kernel<T, 96>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
-    case 256:
-      return launch(attend_kernel<T, 256>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+      return launch_head_dim<T, 96>(a, dependent, stream);
     case 128:
-      return launch(attend_kernel<T, 128>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
+      return launch_head_dim<T, 128>(a, dependent, stream);
+    case 256:
+      return launch_head_dim<T, 256>(a, dependent, stream);
     default:
       return cudaErrorInvalidValue;
   }

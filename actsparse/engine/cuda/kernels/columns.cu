@@ -1,8 +1,9 @@
 // Products with weights stored input-major [inputs, outputs]: out = sum_i x_i W[i, :], reading only the rows kept.
 //
-// A block owns 256 or 512 outputs and one slice of the inputs. It compacts its own slice of x (which rows to read, in
-// order) and gathers those rows whole; the last block of a tile to finish adds up all slices in their order, so results do
-// not depend on timing. (Slices could meet in a cluster instead, whose shared memory is closer; but clusters fill the chip
+// A block owns 256 to 1024 outputs and one slice of the inputs. It compacts its own slice of x (which rows to read, in
+// order) and gathers those rows whole. Then it adds its part to sums in fixed point, or, where floats are wanted, the last
+// block of a tile to finish adds up all slices in their order: either way results do not depend on timing. The meeting costs
+// 2 us more, since a block's part has to reach the whole chip before the block can say so. (Slices could meet in a cluster instead, whose shared memory is closer; but clusters fill the chip
 // badly: of sixteen clusters of sixteen blocks only fourteen run at once.) Between the wait for the previous kernel and the
 // first row, and after the last one, nothing else runs on the chip: every instruction there counts, and wide tiles mean that
 // fewer blocks look at the same inputs.
@@ -22,7 +23,12 @@ enum Selection {
   kAll = 0,       // every live row
   kNonzero = 1,   // rows with x_i != 0, and |x_i| * score_i >= threshold where a threshold is given
 };
-enum Epilogue { kWrite = 0, kAdd = 1, kAtomicAdd = 2 };
+enum Epilogue {
+  kWrite = 0,
+  kAdd = 1,
+  kAtomicAdd = 2,  // floats, in any order
+  kFixedAdd = 3,   // every block adds its part to sums in fixed point
+};
 
 // Outputs [begin, begin + length) share a threshold; a tile never crosses a segment.
 struct Segment {
@@ -33,8 +39,8 @@ struct Segment {
 
 struct ColumnsArgs {
   const void* weight;
-  const float* x;
-  const float* up;         // where given, x_i stands for act(x_i) * up_i
+  const void* x;           // floats, or sums in fixed point
+  const void* up;          // where given, as x is, x_i stands for act(x_i) * up_i
   const float* norm;       // RMSNorm weight, or null
   const float* squares;    // parts of the sum of x_i * x_i that the norm needs, or null to read all of x
   const float* score;      // [segments, inputs], or null for 1
@@ -43,10 +49,10 @@ struct ColumnsArgs {
   const int* count;        // live inputs, or null for all
   const float* bias;       // or null
   const float* fill;       // [inputs], taken off the values that are kept, or null
-  float* out;
+  void* out;               // floats; sums under kFixedAdd
   float* partial;          // [tiles, slices, tile]: where slices meet
   int* arrived;            // [tiles], zeros between kernels
-  float* squares_out;      // one part of the sum of out * out per block, or null
+  Fixed* zero;             // [zeros]: set to zero for a later kernel, or null
   int64_t stride;
   float epsilon;
   int inputs;
@@ -60,11 +66,13 @@ struct ColumnsArgs {
   int ahead;               // kNonzero: pairs of rows that a warp starts to read before it knows whether they are kept
   int fresh;               // index and count are made by this step, not before it
   int invert;              // keep what is below the threshold
+  int fixed;               // x and up are sums in fixed point
+  int zeros;
   Segment segment[kMaxSegments];
 };
 
-// GROUPS: tiles of 256 columns side by side in a block; UP: whether `up` is given.
-template <typename T, int SELECTION, int GROUPS, bool UP>
+// GROUPS: how many times 256 columns a block owns; UP: whether `up` is given; E: what x and `up` are.
+template <typename T, int SELECTION, int GROUPS, bool UP, typename E>
 __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_constant__ ColumnsArgs a) {
   constexpr int kTile = GROUPS * kSpan, kRows = 2 * kWarps / GROUPS;  // columns of the block, rows that it reads at once
   extern __shared__ float4 shared[];
@@ -118,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       end_group();
     }
   }
-  const int at = begin_column + threadIdx.x;  // the output that this thread writes
-  const bool writes = threadIdx.x < kTile && at < end_column;
+  constexpr int kOutputs = (kTile + kThreads - 1) / kThreads;  // that a thread writes, `kThreads` apart
+  auto writes = [&](int i) { return threadIdx.x + i * kThreads < kTile && begin_column + threadIdx.x + i * kThreads < end_column; };
   const float threshold = a.threshold ? a.threshold[owner] : 0.0f;
   const float* const score = a.score ? a.score + static_cast<int64_t>(owner) * a.inputs : nullptr;
   // A warp's inputs lie side by side, so that warps list theirs in order after one barrier.
@@ -129,23 +137,26 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
   if (a.norm) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round)
-      if (round < rounds) gain[round] = first + round * 32 < length ? a.norm[begin + first + round * 32] : 0.0f;
+      gain[round] = round < rounds && first + round * 32 < length ? a.norm[begin + first + round * 32] : 0.0f;
   }
   wait_for_previous();
 
-  float held[kRounds], up[kRounds];
+  // All loads are under way before the first value is used.
+  E x_of[kRounds], up_of[kRounds];
   auto load_inputs = [&]() {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (round >= rounds) break;
-      const bool inside = first + round * 32 < length;
+      const bool inside = round < rounds && first + round * 32 < length;
       const int from = begin + first + round * 32;
-      held[round] = inside ? __ldcg(a.x + from) : 0.0f;
-      if (UP) up[round] = inside ? __ldcg(a.up + from) : 0.0f;
+      x_of[round] = inside ? __ldcg(static_cast<const E*>(a.x) + from) : E{};
+      if (UP) up_of[round] = inside ? __ldcg(static_cast<const E*>(a.up) + from) : E{};
     }
   };
   load_inputs();
-  const float before = writes && a.epilogue == kAdd ? __ldcg(a.out + at) : 0.0f;
+  float* const out = static_cast<float*>(a.out) + begin_column + threadIdx.x;
+  float before[kOutputs];
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) before[i] = a.epilogue == kAdd && writes(i) ? __ldcg(out + i * kThreads) : 0.0f;
   float scale = 1.0f;
   if (a.norm) {
     float squares = 0.0f;
@@ -157,27 +168,24 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       }
       squares = sum_warp(squares);
     } else {
-      for (int input = threadIdx.x; input < a.inputs; input += kThreads) {
-        const float x = __ldcg(a.x + input);
-        squares += x * x;
-      }
-      squares = sum_block(squares, sums);
+      squares = sum_block(square_share(static_cast<const E*>(a.x), a.inputs), sums);
     }
     scale = rsqrtf(squares / a.inputs + a.epsilon);
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round)
-      if (round < rounds) held[round] *= gain[round] * scale;
   }
+  for (int one = (tile * slices + slice) * kThreads + threadIdx.x; one < a.zeros; one += gridDim.y * slices * kThreads)
+    a.zero[one] = 0;
   int listed = 0;
   for (int base = 0;;) {
     unsigned kept[kRounds];
+    float held[kRounds];
     int found = 0;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       if (round >= rounds) break;
       const int item = first + round * 32;
-      float x = held[round];
-      if (UP) x = activate(x, a.activation) * up[round];
+      float x = from_fixed(x_of[round]);
+      if (a.norm) x *= gain[round] * scale;
+      if (UP) x = activate(x, a.activation) * from_fixed(up_of[round]);
       if (SELECTION == kNonzero) {
         bool keep = x != 0.0f;
         if (a.threshold) {
@@ -221,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
     if (a.norm) {
 #pragma unroll
       for (int round = 0; round < kRounds; ++round)
-        if (round < rounds && first + round * 32 < length) held[round] *= a.norm[begin + first + round * 32] * scale;
+        if (round < rounds && first + round * 32 < length) gain[round] = a.norm[begin + first + round * 32];
     }
     __syncthreads();  // the counts of the last turn have been read
   }
@@ -254,16 +262,23 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
   sums_of_warp[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
   sums_of_warp[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   __syncthreads();
-  float y = 0.0f;
-  if (threadIdx.x < kTile) {
-    const float* const part =
-        reinterpret_cast<const float*>(shared + threadIdx.x / kSpan * (kRows / 2) * kRing) + threadIdx.x % kSpan;
+  float y[kOutputs];
 #pragma unroll
-    for (int other = 0; other < kRows / 2; ++other) y += part[other * kRing * 4];
+  for (int i = 0; i < kOutputs; ++i) {
+    const int column_of = threadIdx.x + i * kThreads;
+    y[i] = 0.0f;
+    if (column_of >= kTile) continue;
+    const float* const part =
+        reinterpret_cast<const float*>(shared + column_of / kSpan * (kRows / 2) * kRing) + column_of % kSpan;
+#pragma unroll
+    for (int other = 0; other < kRows / 2; ++other) y[i] += part[other * kRing * 4];
   }
-  if (slices > 1 && a.epilogue != kAtomicAdd) {
-    float* const sums_of_tile = a.partial + static_cast<int64_t>(tile) * slices * kTile;
-    if (threadIdx.x < kTile) __stcg(sums_of_tile + slice * kTile + threadIdx.x, y);
+  const bool shares = a.epilogue == kAtomicAdd || a.epilogue == kFixedAdd;
+  if (slices > 1 && !shares) {
+    float* const sums_of_tile = a.partial + static_cast<int64_t>(tile) * slices * kTile + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i)
+      if (writes(i)) __stcg(sums_of_tile + slice * kTile + i * kThreads, y[i]);
     __syncthreads();
     if (threadIdx.x == 0) {
       __threadfence();  // what the block wrote comes before its arrival
@@ -273,25 +288,26 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
     }
     __syncthreads();
     if (!last) return;
-    y = 0.0f;
-    if (threadIdx.x < kTile) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      y[i] = 0.0f;
+      if (!writes(i)) continue;
 #pragma unroll 8
-      for (int other = 0; other < slices; ++other) y += __ldcg(sums_of_tile + other * kTile + threadIdx.x);
+      for (int other = 0; other < slices; ++other) y[i] += __ldcg(sums_of_tile + other * kTile + i * kThreads);
     }
   }
-  if (writes) {
-    if (a.bias && (a.epilogue != kAtomicAdd || slice == 0)) y += a.bias[at];
-    y *= a.scale;
-    if (a.epilogue == kAtomicAdd) {
-      atomicAdd(a.out + at, y);
-    } else {
-      y += before;
-      a.out[at] = y;
-    }
-  }
-  if (a.squares_out) {  // a part per warp of the tile
-    const float squares = sum_warp(writes ? y * y : 0.0f);
-    if (lane == 0 && warp < kTile / 32) a.squares_out[tile * (kTile / 32) + warp] = squares;
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    if (!writes(i)) continue;
+    const int at = begin_column + threadIdx.x + i * kThreads;
+    if (a.bias && (!shares || slice == 0)) y[i] += a.bias[at];
+    y[i] *= a.scale;
+    if (a.epilogue == kFixedAdd)
+      add_fixed(static_cast<Fixed*>(a.out) + at, y[i]);
+    else if (a.epilogue == kAtomicAdd)
+      atomicAdd(out + i * kThreads, y[i]);
+    else
+      out[i * kThreads] = y[i] + before[i];
   }
 }
 
@@ -300,32 +316,44 @@ inline size_t shared_bytes(int inputs, int slices) {
   return kWarps * kRing * sizeof(uint4) + room * (sizeof(float) + sizeof(uint32_t));
 }
 
-template <typename T, int SELECTION, int GROUPS, bool UP>
+template <typename T, int SELECTION, int GROUPS, bool UP, typename E>
 int launch_tile(const ColumnsArgs& a, int tiles, bool dependent, cudaStream_t stream) {
   const size_t shared = shared_bytes(a.inputs, a.slices);
-  if (a.squares_out && a.epilogue == kAtomicAdd) return cudaErrorInvalidValue;
-  return launch(columns_kernel<T, SELECTION, GROUPS, UP>, a, dim3(a.slices, tiles), kThreads, shared, 1, dependent,
+  return launch(columns_kernel<T, SELECTION, GROUPS, UP, E>, a, dim3(a.slices, tiles), kThreads, shared, 1, dependent,
                 stream);
 }
 
-template <typename T, int SELECTION>
+template <typename T, int SELECTION, int GROUPS, typename E>
+int launch_up(const ColumnsArgs& a, int tiles, bool dependent, cudaStream_t stream) {
+  return a.up ? launch_tile<T, SELECTION, GROUPS, true, E>(a, tiles, dependent, stream)
+              : launch_tile<T, SELECTION, GROUPS, false, E>(a, tiles, dependent, stream);
+}
+
+template <typename T, int SELECTION, typename E>
 int launch_selection(const ColumnsArgs& a, int groups, int tiles, bool dependent, cudaStream_t stream) {
-  if (groups == 2)
-    return a.up ? launch_tile<T, SELECTION, 2, true>(a, tiles, dependent, stream)
-                : launch_tile<T, SELECTION, 2, false>(a, tiles, dependent, stream);
-  return a.up ? launch_tile<T, SELECTION, 1, true>(a, tiles, dependent, stream)
-              : launch_tile<T, SELECTION, 1, false>(a, tiles, dependent, stream);
+  switch (groups) {
+    case 1:
+      return launch_up<T, SELECTION, 1, E>(a, tiles, dependent, stream);
+    case 2:
+      return launch_up<T, SELECTION, 2, E>(a, tiles, dependent, stream);
+    case 4:
+      return launch_up<T, SELECTION, 4, E>(a, tiles, dependent, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <typename T>
 int launch_columns(const ColumnsArgs& a, int selection, int groups, int tiles, bool dependent, cudaStream_t stream) {
-  return selection == kAll ? launch_selection<T, kAll>(a, groups, tiles, dependent, stream)
-                           : launch_selection<T, kNonzero>(a, groups, tiles, dependent, stream);
+  if (selection == kAll && a.fixed) return cudaErrorInvalidValue;
+  if (selection == kAll) return launch_selection<T, kAll, float>(a, groups, tiles, dependent, stream);
+  return a.fixed ? launch_selection<T, kNonzero, Fixed>(a, groups, tiles, dependent, stream)
+                 : launch_selection<T, kNonzero, float>(a, groups, tiles, dependent, stream);
 }
 
 }  // namespace actsparse
 
-// groups: 1 or 2, for tiles of 256 or 512 columns; tiles: of all segments.
+// groups: 1, 2 or 4, for tiles of 256, 512 or 1024 columns; tiles: of all segments.
 extern "C" int actsparse_columns(const actsparse::ColumnsArgs* args, int dtype, int selection, int groups, int tiles,
                                  int dependent, void* stream) {
   using namespace actsparse;

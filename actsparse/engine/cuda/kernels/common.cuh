@@ -183,6 +183,81 @@ __device__ __forceinline__ int compact_round(bool keep, int round, int& total, i
   return start + __popc(kept & ((1u << lane) - 1));
 }
 
+// Sums that blocks share are held in fixed point: integers add up to the same bits in any order, so every block adds its
+// part and none waits for the others. A part that is no number, or two million and more, makes the sum NaN.
+using Fixed = long long;
+constexpr float kOne = 4294967296.0f;          // 2^32: 32 bits behind the point
+constexpr float kMost = 2097152.0f;            // 2^21
+constexpr int kLimit = 1 << 25;                // sums from here on are NaN
+constexpr Fixed kInvalid = Fixed{1} << 62;     // the adding of valid parts does not bring it back
+
+__device__ __forceinline__ Fixed to_fixed(float value) {
+  return fabsf(value) < kMost ? __float2ll_rn(value * kOne) : kInvalid;
+}
+
+// In two halves, since conversions of 64 bits are slow: the nearest whole number, and what is left of it.
+__device__ __forceinline__ float from_fixed(Fixed sum) {
+  const int rest = static_cast<int>(sum), whole = static_cast<int>(sum >> 32) + (rest < 0);
+  const float value = fmaf(static_cast<float>(rest), 1.0f / kOne, static_cast<float>(whole));
+  return whole < kLimit && whole > -kLimit ? value : __int_as_float(0x7fffffff);
+}
+
+__device__ __forceinline__ void add_fixed(Fixed* sum, float value) {
+  unsigned long long* const bits = reinterpret_cast<unsigned long long*>(sum);
+  const Fixed part = to_fixed(value);
+  if (part != kInvalid)
+    atomicAdd(bits, static_cast<unsigned long long>(part));
+  else
+    atomicExch(bits, static_cast<unsigned long long>(kInvalid));
+}
+
+__device__ __forceinline__ float from_fixed(float value) { return value; }
+
+// 16 bytes of activations, held as they are until all loads of a thread are under way.
+template <typename E>
+struct Held;
+template <>
+struct Held<float> {
+  using Word = float4;
+  static constexpr int kSize = 4;
+};
+template <>
+struct Held<Fixed> {
+  using Word = longlong2;
+  static constexpr int kSize = 2;
+};
+
+__device__ __forceinline__ float square_of(const float4& x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
+__device__ __forceinline__ float square_of(const longlong2& x) {
+  const float one = from_fixed(x.x), two = from_fixed(x.y);
+  return one * one + two * two;
+}
+
+// This thread's share of the sum of squares of x [size], which is aligned.
+template <typename E>
+__device__ __forceinline__ float square_share(const E* x, int size) {
+  using Word = typename Held<E>::Word;
+  constexpr int kSize = Held<E>::kSize, kWords = 4;
+  const int words = size / kSize;
+  float squares = 0.0f;
+  for (int base = threadIdx.x; base < words; base += kWords * blockDim.x) {
+    Word held[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int word = base + i * blockDim.x;
+      held[i] = word < words ? __ldcg(reinterpret_cast<const Word*>(x) + word) : Word{};
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) squares += square_of(held[i]);
+  }
+  const int tail = words * kSize + threadIdx.x;
+  if (tail < size) {
+    const float one = from_fixed(__ldcg(x + tail));
+    squares += one * one;
+  }
+  return squares;
+}
+
 // Lets `kernel` have that much shared memory and such clusters.
 template <typename Kernel>
 inline cudaError_t allow(Kernel kernel, size_t shared, int cluster) {

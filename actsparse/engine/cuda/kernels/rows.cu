@@ -21,7 +21,7 @@ enum RowsMode {
 
 struct RowsArgs {
   const void* weight;
-  const float* x;
+  const void* x;           // floats, or sums in fixed point
   const float* norm;       // RMSNorm weight, or null
   const float* bias;       // or null
   const float* factor;     // kKept
@@ -29,7 +29,7 @@ struct RowsArgs {
   const float* threshold;  // kThreshold
   const int* index;        // kGated: neurons to read; kStore: rows to compute, the others stay; null for all
   const int* count;        // how many of them are live, or null for all
-  float* out;
+  void* out;               // floats; for kResidual floats, or sums in fixed point
   float* best_value;       // kBest: one per block
   int* best_row;
   int64_t stride;          // elements from one row to the next
@@ -42,6 +42,8 @@ struct RowsArgs {
   int activation;
   int threshold_step;      // 0: one threshold; 1: one per row
   int fresh;               // index and count are made by this step, not before it
+  int fixed_x;
+  int fixed_out;
 };
 
 // DEPTH: pairs of 512-byte copies that a warp has under way.
@@ -63,6 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
   uint4* const ring = reinterpret_cast<uint4*>(shared + staged * 64) + warp * DEPTH * kStage + lane;
   int* const kept = reinterpret_cast<int*>(shared + staged * 64 + warps * DEPTH * kStage);
   const T* const weight = static_cast<const T*>(a.weight);
+  float* const out = static_cast<float*>(a.out);
   let_next_start();
 
   const int per_block = (a.rows + gridDim.x - 1) / gridDim.x;
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
       const bool keep = inside && __ldcg(a.factor + row) != 0.0f;
       const int place = compact_round(keep, round, total, counts);
       if (keep) kept[place] = row;
-      if (inside && !keep) a.out[row] = 0.0f;
+      if (inside && !keep) out[row] = 0.0f;
     }
     __syncthreads();
     live = total;
@@ -124,30 +127,52 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
   // The norm's scale is applied to the results: one barrier instead of two.
   float squares = 0.0f;
   const bool aligned = reinterpret_cast<uintptr_t>(a.norm) % sizeof(float4) == 0;
-  for (int quad = threadIdx.x; quad < staged * 64; quad += blockDim.x) {
-    const int at = quad * 4;
-    float4 value = make_float4(0, 0, 0, 0);
-    if (at + 3 < a.width) {
-      value = __ldcg(reinterpret_cast<const float4*>(a.x + at));
-    } else {
-      if (at < a.width) value.x = __ldcg(a.x + at);
-      if (at + 1 < a.width) value.y = __ldcg(a.x + at + 1);
-      if (at + 2 < a.width) value.z = __ldcg(a.x + at + 2);
-    }
-    if (a.norm) {
-      squares += value.x * value.x + value.y * value.y + value.z * value.z + value.w * value.w;
-      if (at + 3 < a.width && aligned) {
-        const float4 gain = *reinterpret_cast<const float4*>(a.norm + at);
-        value.x *= gain.x, value.y *= gain.y, value.z *= gain.z, value.w *= gain.w;
-      } else {
-        if (at < a.width) value.x *= a.norm[at];
-        if (at + 1 < a.width) value.y *= a.norm[at + 1];
-        if (at + 2 < a.width) value.z *= a.norm[at + 2];
-        if (at + 3 < a.width) value.w *= a.norm[at + 3];
+  const float* const x = static_cast<const float*>(a.x);
+  const Fixed* const sums_of_x = static_cast<const Fixed*>(a.x);
+  constexpr int kHeld = 2;  // quads of x, with their gains, that a thread has under way
+  for (int base = threadIdx.x; base < staged * 64; base += kHeld * blockDim.x) {
+    float4 value[kHeld], gain[kHeld];
+    auto inside = [&](int i) { return 4 * (base + i * static_cast<int>(blockDim.x)) + 3 < a.width; };
+    auto place = [&](int i) { return 4 * (base + i * static_cast<int>(blockDim.x)); };
+    if (a.fixed_x) {
+      longlong2 one[kHeld], two[kHeld];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        one[i] = inside(i) ? __ldcg(reinterpret_cast<const longlong2*>(sums_of_x + place(i))) : longlong2{};
+        two[i] = inside(i) ? __ldcg(reinterpret_cast<const longlong2*>(sums_of_x + place(i)) + 1) : longlong2{};
       }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        gain[i] = a.norm && aligned && inside(i) ? __ldg(reinterpret_cast<const float4*>(a.norm + place(i))) : float4{};
+        value[i] = make_float4(from_fixed(one[i].x), from_fixed(one[i].y), from_fixed(two[i].x), from_fixed(two[i].y));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) value[i] = inside(i) ? __ldcg(reinterpret_cast<const float4*>(x + place(i))) : float4{};
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        gain[i] = a.norm && aligned && inside(i) ? __ldg(reinterpret_cast<const float4*>(a.norm + place(i))) : float4{};
     }
-    const int inside = quad & 63;
-    (inside & 1 ? high : low)[(quad >> 6) * 32 + (inside >> 1)] = value;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int quad = base + i * blockDim.x, at = 4 * quad;
+      if (quad >= staged * 64) break;
+      float* const of = &value[i].x;
+      float* const by = &gain[i].x;
+      if (!inside(i) && at < a.width) {
+        for (int e = 0; e < 3; ++e)
+          if (at + e < a.width) of[e] = a.fixed_x ? from_fixed(__ldcg(sums_of_x + at + e)) : __ldcg(x + at + e);
+      }
+      if (a.norm) {
+        squares += square_of(value[i]);
+        if (!aligned || !inside(i)) {
+          for (int e = 0; e < 4; ++e) by[e] = at + e < a.width ? a.norm[at + e] : 0.0f;
+        }
+        value[i].x *= gain[i].x, value[i].y *= gain[i].y, value[i].z *= gain[i].z, value[i].w *= gain[i].w;
+      }
+      const int lane_quad = quad & 63;
+      (lane_quad & 1 ? high : low)[(quad >> 6) * 32 + (lane_quad >> 1)] = value[i];
+    }
   }
   float scale = 1.0f;
   if (a.norm)
@@ -167,14 +192,23 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
         one += a.bias[row];
         two += a.bias[a.second + row];
       }
-      a.out[task] = activate(one, a.activation) * two - (a.fill ? a.fill[row] : 0.0f);
+      out[task] = activate(one, a.activation) * two - (a.fill ? a.fill[row] : 0.0f);
       return;
     }
     const int row = row_of(task);
     float y = sum_warp(one + two) * scale;
     if (lane != 0) return;
     if (a.bias) y += a.bias[row];
-    if (MODE == kResidual) y = y * a.scale + __ldcg(a.out + row);
+    if (MODE == kResidual) {
+      y *= a.scale;
+      if (a.fixed_out) {  // no other block has this row
+        Fixed* const sum = static_cast<Fixed*>(a.out) + row;
+        const Fixed part = to_fixed(y);
+        *sum = part == kInvalid ? kInvalid : __ldcg(sum) + part;
+        return;
+      }
+      y += __ldcg(out + row);
+    }
     if (MODE == kKept) y = __ldcg(a.factor + row) * activate(y, a.activation) - (a.fill ? a.fill[row] : 0.0f);
     if (MODE == kThreshold) {
       y = activate(y, a.activation);
@@ -184,7 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
       y *= a.scale;
       if (a.cap > 0.0f) y = a.cap * tanhf(y / a.cap);
     }
-    a.out[row] = y;
+    out[row] = y;
     if (MODE == kBest && y > best) best = y, best_at = row;
   };
 

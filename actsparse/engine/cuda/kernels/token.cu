@@ -104,6 +104,19 @@ __global__ void __launch_bounds__(kThreads) post_norm_kernel(const __grid_consta
   if (threadIdx.x == 0) *a.squares = squares;
 }
 
+struct FixArgs {
+  const float* values;
+  Fixed* sums;             // become the values
+  int size;
+};
+
+__global__ void __launch_bounds__(kThreads) fix_kernel(const __grid_constant__ FixArgs a) {
+  let_next_start();
+  wait_for_previous();
+  const int at = blockIdx.x * kThreads + threadIdx.x;
+  if (at < a.size) a.sums[at] = to_fixed(__ldcg(a.values + at));
+}
+
 struct GatherArgs {
   const uint4* source;     // [layers, parts, rows, quads]
   uint4* target;           // [layers, parts, capacity, quads]
@@ -152,6 +165,12 @@ extern "C" int actsparse_token(const actsparse::TokenArgs* args, int dtype, int 
 extern "C" int actsparse_post_norm(const actsparse::PostNormArgs* args, int dependent, void* stream) {
   using namespace actsparse;
   return launch(post_norm_kernel, *args, 1, kThreads, 0, 1, dependent, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int actsparse_fix(const actsparse::FixArgs* args, int dependent, void* stream) {
+  using namespace actsparse;
+  const int blocks = (args->size + kThreads - 1) / kThreads;
+  return launch(fix_kernel, *args, blocks, kThreads, 0, 1, dependent, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" int actsparse_gather(const actsparse::GatherArgs* args, int layers, void* stream) {

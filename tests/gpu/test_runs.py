@@ -1,0 +1,177 @@
+"""Runs as the commands open them, on the GPU: a step of our own, or the model's own forward in a CUDA graph."""
+
+import copy
+
+import pytest
+import torch
+from tiny import make_model, token_ids
+
+from actsparse.engine.choose import Engines
+from actsparse.engine.decode import forced, new_cache, prefill
+from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.methods.gates import (
+    ChannelGate,
+    ChannelRule,
+    FixedGate,
+    LayerGates,
+    PrefillGate,
+    Threshold,
+    TokenGate,
+    TopK,
+)
+from actsparse.models.sites import resolve
+from actsparse.results import SiteKind, Unit
+
+pytestmark = pytest.mark.gpu
+PROMPT, NEW, SINK, ROOM = 24, 12, 2, 64
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+TIER_2 = ("opt", "phi", "olmo2", "gpt_neox")
+
+
+class Sizes:
+    """The sum of squares, GRIFFIN's statistic without its normalisation."""
+
+    def __init__(self):
+        self._sum = 0.0
+
+    def add(self, rows):
+        self._sum = self._sum + rows.float().square().sum(0)
+
+    def value(self):
+        return self._sum
+
+
+def top_half(values):
+    keep = torch.zeros_like(values, dtype=torch.bool)
+    return keep.scatter_(0, values.topk(len(values) // 2).indices, True)
+
+
+def gates_of(kind, neurons, layers):
+    match kind:
+        case "sequence":
+            gates = LayerGates(neurons=PrefillGate(Sizes, top_half))
+        case "refreshed":
+            gates = LayerGates(neurons=PrefillGate(Sizes, top_half, refresh_every=3))
+        case "fixed":
+            mask = torch.rand(neurons, generator=torch.Generator().manual_seed(0)) < 0.5
+            gates = LayerGates(neurons=FixedGate(mask))
+        case "filled":
+            mask = torch.rand(neurons, generator=torch.Generator().manual_seed(0)) < 0.5
+            gates = LayerGates(neurons=FixedGate(mask, fill=torch.full((neurons,), 0.1)))
+        case "gate":
+            gates = LayerGates(neurons=TokenGate(SiteKind.GATE, Threshold(0.3)))
+        case "top":
+            gates = LayerGates(neurons=TokenGate(SiteKind.NEURON, TopK(neurons // 2)))
+        case "channels":
+            units = (Unit.Q, Unit.V, Unit.O, Unit.GATE, Unit.UP, Unit.DOWN)
+            gates = LayerGates(channels=ChannelGate({unit: ChannelRule(Threshold(0.3)) for unit in units}))
+    return [gates] * layers
+
+
+def opened(model, gates, **more):
+    return Engines(resolve(model), share=False).open(gates, sink_tokens=SINK, max_length=ROOM, **more)
+
+
+def run_of(run, ids, tokens):
+    run.prefill(ids, watch=True)
+    run.select()
+    run.use(sparse=True)
+    run.rewind()
+    first = run.forced(tokens)
+    run.use(sparse=False)
+    run.rewind()
+    dense = run.forced(tokens)
+    run.use(sparse=True)
+    run.rewind()
+    assert torch.equal(run.forced(tokens), first), "a run left something behind"
+    return first, dense
+
+
+def in_the_masked_path(model, gates, ids, tokens):
+    sites, cache = resolve(model), new_cache(model, ROOM)
+    with torch.no_grad(), masked(sites, MaskedPlan(gates, prompt_length=ids.shape[1], sink_tokens=SINK)):
+        prefill(model, ids, cache)
+        return forced(model, tokens, cache, ids.shape[1])
+
+
+def texts():
+    return token_ids(1, PROMPT, seed=5).cuda(), token_ids(1, NEW, seed=6).cuda()
+
+
+@pytest.mark.parametrize("kind", ["sequence", "refreshed", "filled", "top", "gate", "channels"])
+def test_in_float32_a_run_is_the_masked_path(kind):
+    model = make_model("llama").cuda()
+    ids, tokens = texts()
+    gates = gates_of(kind, model.config.intermediate_size, model.config.num_hidden_layers)
+    want = in_the_masked_path(model, gates, ids, tokens)
+    with opened(model, gates) as run:
+        assert run.tier == 1
+        found, dense = run_of(run, ids, tokens)
+        assert "graph" in run.path, run.announced
+    torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(
+        dense, in_the_masked_path(model, gates_of_none(model), ids, tokens), atol=2e-4, rtol=2e-4
+    )
+
+
+def gates_of_none(model):
+    return [LayerGates()] * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["sequence", "refreshed", "fixed", "filled"])
+def test_in_bfloat16_compiled_kernels_run_and_stay_near(kind, assert_near):
+    exact = make_model("llama", **WIDE).cuda().bfloat16()
+    model = copy.deepcopy(exact)
+    exact.float()
+    ids, tokens = texts()
+    gates = gates_of(kind, 512, model.config.num_hidden_layers)
+    with opened(model, gates) as run:
+        found, dense = run_of(run, ids, tokens)
+        assert run.announced == []
+        assert run.path == "own step on cuda, graph"
+        greedy = run.generate(20)
+        assert len(greedy[0]) == 20
+    # The prompt runs in bfloat16, so neurons at the margin differ.
+    assert_near(found, in_the_masked_path(exact, gates, ids, tokens), limit=0.1)
+    assert_near(dense, in_the_masked_path(exact, gates_of_none(model), ids, tokens), limit=0.05)
+
+
+@pytest.mark.parametrize("kind", ["gate", "top", "channels"])
+def test_in_bfloat16_token_plans_run_in_a_graph(kind):
+    model = make_model("llama", **WIDE).cuda().bfloat16()
+    with opened(model, gates_of(kind, 512, model.config.num_hidden_layers)) as run:
+        found, _ = run_of(run, *texts())
+        assert run.announced == []
+        assert run.path == "own step on cuda, graph"
+        assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("family", TIER_2)
+def test_the_models_own_forward_is_captured(family):
+    model = make_model(family).cuda()
+    assert model._can_compile_fullgraph
+    ids, tokens = texts()
+    neurons = resolve(model).layers[0].neurons
+    gates = gates_of("sequence", neurons, model.config.num_hidden_layers)
+    prompts = (ids, ids.flip(1))  # the second fills the first's buffers again
+    both = [[in_the_masked_path(model, one, ids, tokens) for one in (gates, gates_of_none(model))] for ids in prompts]
+    want = model.generate(prompts[1], max_new_tokens=10, do_sample=False, eos_token_id=None)[0, PROMPT:]
+    with opened(model, gates) as run:
+        assert run.tier == 2
+        for prompt, wanted in zip(prompts, both, strict=True):
+            for found, one in zip(run_of(run, prompt, tokens), wanted, strict=True):
+                torch.testing.assert_close(found, one, atol=2e-4, rtol=2e-4)
+            assert "in a CUDA graph" in run.path, run.announced
+        run.use(sparse=False)
+        assert run.generate(10) == [want.tolist()]
+
+
+def test_a_batch_is_run_each_for_itself_and_says_what_it_costs():
+    model = make_model("llama").cuda()
+    ids, tokens = token_ids(3, PROMPT, seed=5).cuda(), token_ids(3, NEW, seed=6).cuda()
+    gates = gates_of("sequence", model.config.intermediate_size, model.config.num_hidden_layers)
+    alone = [in_the_masked_path(model, gates, ids[i : i + 1], tokens[i : i + 1]) for i in range(3)]
+    with opened(model, gates, batch=3) as run:
+        found, _ = run_of(run, ids, tokens)
+        torch.testing.assert_close(found, torch.cat(alone), atol=2e-4, rtol=2e-4)
+        assert run.announced
