@@ -7,18 +7,14 @@ from gpu_bench import POSITION, Bench, ready_decoder, step_ms
 from gpu_calibrate import fit_inputs, fit_neurons
 
 from actsparse.engine.cuda.launcher import Tuning
-from actsparse.engine.step.plans import DensePlan, InputPlan, NeuronPlan, Plan
+from actsparse.engine.step.plans import InputPlan, NeuronPlan, Plan
 
-DENSE = ((512, 2, False), (512, 2, True))
+AHEAD = (0, 1, 2)
 SHARES = (0.25, 0.5, 0.7)
 
 
 def part_tune(bench: Bench) -> None:
     report, weights = bench.report, bench.decoder.weights
-    for threads, blocks, deep in DENSE:
-        tuning = Tuning(rows_threads=threads, rows_blocks_per_sm=blocks, rows_deep=deep)
-        ms = tuned_ms(bench, tuning, DensePlan())
-        report.add(f"tune: dense, {threads} threads, {blocks} blocks, {'long' if deep else 'short'} rings", ms, "ms")
     plans: list[Plan] = []
     for share in SHARES:
         teal = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device=weights.device))
@@ -29,8 +25,7 @@ def part_tune(bench: Bench) -> None:
     bench.decoder.start(1, POSITION)
     fit_neurons(bench.decoder, cats, 0.5)
     plans.append(cats)
-    tunings = {f"tiles of {256 * n}": Tuning(max_groups=n) for n in (1, 2, 4)}
-    tunings |= {f"tiles of 1024, {n} rows ahead": Tuning(ahead=n) for n in (1, 2)}
+    tunings = {f"{n} rows ahead": Tuning(ahead=n) for n in AHEAD}
     for name, tuning in tunings.items():
         found = [tuned_ms(bench, tuning, plan) for plan in plans]
         report.add(

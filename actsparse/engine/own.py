@@ -15,9 +15,10 @@ from actsparse.engine.decode import prefill
 from actsparse.engine.gating import GateState, PlanState
 from actsparse.engine.step.decoder import Decoder, Engine
 from actsparse.engine.step.packing import share_storage, weights_from_model
-from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.plans import DensePlan, SlicedPlan
 from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
 from actsparse.engine.step.translate import Translator, choose_all
+from actsparse.engine.step.unions import PAYS, gather_union, lists_alone, union_density
 from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan, LayerWork, Listed
 from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
@@ -76,6 +77,7 @@ class OwnRun:
         self._counted = 0
         self._logits = torch.zeros(0)
         self._recorders: dict[frozenset[int], GatePlan] = {}
+        self._union: SlicedPlan | None = None
 
     @property
     def path(self) -> str:
@@ -148,6 +150,8 @@ class OwnRun:
         self._state = deepcopy(self._prompt) if self._refreshes else self._prompt
         self._fed = 0
         self._fill()
+        if self._sparse:
+            self._set(self._plan)
 
     def use(self, *, sparse: bool) -> None:
         """Decode under the plan, or dense, from now on."""
@@ -237,7 +241,7 @@ class OwnRun:
         return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
 
     def _set(self, plan: GatePlan | DensePlan) -> None:
-        self._decoder.set_plan(cast(Any, plan))
+        self._decoder.set_plan(cast(Any, self._union if plan is self._plan and self._union is not None else plan))
 
     def _advance(self, count: int) -> Tensor:
         """Decode `count` steps; the tokens [batch, count] that follow."""
@@ -299,6 +303,19 @@ class OwnRun:
             if isinstance(work.mlp, Listed) and state is not None
         }
         choose_all(self._plan, masks)
+        if self.batch > 1 and self._steps.weights.device.type == "cuda" and lists_alone(self._plan):
+            self._unite(self._plan)
+
+    def _unite(self, plan: GatePlan) -> None:
+        """Gather what any sequence keeps, where that is little enough to pay."""
+        before, density = self._union, union_density(plan)
+        self._union = gather_union(plan, self._steps.translator, before) if density <= PAYS else None
+        if before is not None and before is not self._union:
+            self._decoder.forget_plan(before)
+        if self._union is None:
+            warning = f"the batch keeps {density:.0%} of the neurons in all: this plan is no faster than dense"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
 
 
 def masks_of(state: GateState, batch: int, neurons: int) -> Bool[Tensor, "batch neurons"]:

@@ -27,16 +27,16 @@ class Tuning:
     `ahead`: pairs of rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which
     are kept.
     `rows_deep`: longer rings in the dense products. `max_slices`: of the inputs of a sparse product whose blocks meet.
-    `max_groups`: how many times 256 outputs a block of a sparse product owns; wide tiles read longer pieces of a row.
+    `max_groups`: how many times 256 outputs a block of a sparse product owns.
     """
 
     rows_threads: int = 512
     rows_blocks_per_sm: int = 2
     rows_deep: bool = False
     columns_blocks_per_sm: int = 2
-    ahead: int = 0
+    ahead: int = 1
     max_slices: int = 16
-    max_groups: int = 4
+    max_groups: int = 2
 
 
 class Launcher:

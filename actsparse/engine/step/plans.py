@@ -26,13 +26,15 @@ class Selection:
 class SlicedPlan:
     """The kept neurons' weights: gate_up [layers, 2 * capacity, width], gate first; down [layers, capacity, width].
 
-    Rows from `selection.count` on are zero. gate_up_bias [layers, 2 * capacity] where the model has one.
+    Rows from `selection.count` on are zero. gate_up_bias [layers, 2 * capacity] where the model has one. mask [layers,
+    batch, capacity] float32: which of them a sequence of a batch keeps, where sequences keep different ones.
     """
 
     gate_up: Tensor
     down: Tensor
     selection: Selection
     gate_up_bias: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

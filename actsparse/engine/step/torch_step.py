@@ -4,7 +4,7 @@ All layers share one compiled function a part, since their tensors differ in add
 """
 
 from collections.abc import Callable
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -90,7 +90,10 @@ class TorchStep:
                 return self._dense(hidden, one, shape, products)
             case SlicedPlan() as plan:
                 bias = None if plan.gate_up_bias is None else plan.gate_up_bias[layer]
-                return self._sliced(hidden, plan.gate_up[layer], bias, plan.down[layer], one, shape, products)
+                kept = Kept(
+                    plan.gate_up[layer], bias, plan.down[layer], None if plan.mask is None else plan.mask[layer]
+                )
+                return self._sliced(hidden, kept, one, shape, products)
             case IndexedPlan() | NeuronPlan() | InputPlan():
                 x = reference.rms_norm(hidden, one.mlp_norm, shape.norm_epsilon)
                 branch = self._sparse_mlp(self._plan, layer, x)
@@ -172,18 +175,20 @@ def _dense(hidden: Tensor, one: LayerWeights, shape: Shape, products: Products) 
     return add_branch(hidden, products.project(one.down, neurons, one.down_bias), one.post_mlp_norm, shape)
 
 
-def _sliced(
-    hidden: Tensor,
-    gate_up: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    one: LayerWeights,
-    shape: Shape,
-    products: Products,
-) -> Tensor:
+class Kept(NamedTuple):
+    """A layer's kept neurons: gate_up and its bias, down's rows, and what each sequence keeps of them."""
+
+    gate_up: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    mask: Tensor | None
+
+
+def _sliced(hidden: Tensor, kept: Kept, one: LayerWeights, shape: Shape, products: Products) -> Tensor:
     x = reference.rms_norm(hidden, one.mlp_norm, shape.norm_epsilon)
-    neurons = products.gated(gate_up, x, shape.activation, bias)
-    return add_branch(hidden, products.project_rows(rows, neurons, one.down_bias), one.post_mlp_norm, shape)
+    neurons = products.gated(kept.gate_up, x, shape.activation, kept.bias)
+    neurons = neurons if kept.mask is None else neurons * kept.mask
+    return add_branch(hidden, products.project_rows(kept.rows, neurons, one.down_bias), one.post_mlp_norm, shape)
 
 
 def add_branch(hidden: Tensor, branch: Tensor, post_norm: Tensor | None, shape: Shape) -> Tensor:
