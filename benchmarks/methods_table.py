@@ -110,7 +110,7 @@ def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
     allocated = {target: [*plans.allocation[target], *plans.layers[target]] for target in tables}
     every = {target: [*found, *allocated[target]] for target, found in tables.items()}
     sections = [
-        heading(asked),
+        heading(asked, book),
         *(budget_section(book, target, found, plans.missed[target]) for target, found in tables.items()),
         heads_section(book, plans.heads),
         control_section(book, tables),
@@ -121,7 +121,7 @@ def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def heading(asked: argparse.Namespace) -> str:
+def heading(asked: argparse.Namespace, book: Book) -> str:
     """What was measured and how to repeat it."""
     command = (
         f"python benchmarks/methods_table.py --model {asked.model} --corpus {Path(asked.corpus).name} -n {asked.n}"
@@ -129,7 +129,7 @@ def heading(asked: argparse.Namespace) -> str:
     rank = f"{asked.router_rank}" if asked.router_rank else "a quarter of the hidden size, as the paper's is"
     return (
         f"# Results: methods at equal bytes on {asked.model}\n\n"
-        f"Made by `{command}`{_machine(asked)}. Decode regime ([metrics](../metrics.md)): the first {asked.n} blocks of"
+        f"Made by `{command}`{_machines(book)}. Decode regime ([metrics](../metrics.md)): the first {asked.n} blocks of"
         f" 512 tokens, prompts of 256 tokens dense, calibration on the next {asked.n} blocks. Trained routers"
         f" (`dejavu`, `moefication`, `heads-router`) learn from {asked.router_tokens} tokens of the next"
         f" {asked.router_blocks} blocks in at most {asked.router_epochs} epochs at a rate of"
@@ -140,9 +140,10 @@ def heading(asked: argparse.Namespace) -> str:
     )
 
 
-def _machine(asked: argparse.Namespace) -> str:
-    told = [f"{name} {value}" for name, value in (("device", asked.device), ("dtype", asked.dtype)) if value != "auto"]
-    return f" ({', '.join(told)})" if told else ""
+def _machines(book: Book) -> str:
+    """Where the parts were measured, and in which numbers."""
+    told = {f"{run.summary['device']['name']}, {run.summary['model']['dtype']}" for run in book.runs}
+    return f" on {' and '.join(sorted(told))}" if told else ""
 
 
 def _model(asked: argparse.Namespace) -> ModelSpec:
