@@ -53,7 +53,7 @@ class PlanLook:
 
     def opened(self) -> "PlanLook":
         """The same look with an open symbol: the plan in a second run."""
-        return replace(self, symbol=f"{self.symbol}-open")
+        return replace(self, symbol=f"{self.symbol.removesuffix('-open')}-open")
 
 
 Looks = dict[str, PlanLook]

@@ -139,6 +139,18 @@ def test_two_evaluations_of_one_model_share_a_panel(tmp_path: Path) -> None:
     assert view.looks["griffin@0.5 (B)"].symbol != view.looks["griffin@0.5"].symbol
 
 
+def test_an_untimed_plan_of_a_second_run_is_drawn(tmp_path: Path) -> None:
+    """Its symbol is open for both reasons, which plotly knows one name of."""
+    plans = (ExamplePlan(plan="oracle-a@0.5", ppl=23.2),)
+    view = build_view(
+        ReportSpec(runs=tuple(example.eval_run(tmp_path / name, plans=plans) for name in ("a", "b", "c")))
+    )
+    assert {"oracle-a@0.5", "oracle-a@0.5 (B)", "oracle-a@0.5 (C)"} <= set(view.looks)
+    for figure in view.figures:
+        figure.row.draw(figure.frame, view.looks)
+    assert view.looks["oracle-a@0.5 (B)"].opened() == view.looks["oracle-a@0.5 (B)"]
+
+
 def test_the_same_run_twice_is_read_once(runs: tuple[Path, ...]) -> None:
     assert len(build_view(ReportSpec(runs=(runs[2], runs[2]))).origins) == 1
 

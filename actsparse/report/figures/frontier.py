@@ -116,7 +116,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
 def _point(figure: go.Figure, row: dict[str, Any], place: str, top: float, looks: Looks) -> None:
     plan, ppl = str(row["plan"]), float(str(row["ppl"]))
     look, beyond = look_of(looks, plan), ppl > top
-    symbol = "triangle-up" if beyond else look.symbol if row["timed"] else f"{look.symbol}-open"
+    symbol = "triangle-up" if beyond else look.symbol if row["timed"] else look.opened().symbol
     interval = between(row["speedup_low"], row["speedup_high"]) if row["timed"] else "not timed: at its byte ceiling"
     named = row["timed"] or not look.baseline
     figure.add_scatter(

@@ -66,7 +66,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             marker={
                 "size": 9,
                 "color": look.colour,
-                "symbol": [f"{look.symbol}-open" if empty else look.symbol for empty in hollow],
+                "symbol": [look.opened().symbol if empty else look.symbol for empty in hollow],
                 "line": {"width": 1.5, "color": look.colour},
             },
             hovertemplate=f"%{{y}}: %{{x:.1%}}<extra>{plain(plan)}</extra>",
