@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.forward import forward_run
@@ -22,6 +22,7 @@ from actsparse.errors import ModelError, PlanError
 from actsparse.methods.gates import LayerGates
 from actsparse.models.families import FAMILIES
 from actsparse.models.sites import ModelSites
+from actsparse.results import Unit
 
 OWN_DEVICES = ("cpu", "cuda")
 
@@ -82,6 +83,12 @@ class Run(Protocol):
 
     def forced(self, tokens: Int[Tensor, "batch count"]) -> Float[Tensor, "batch count vocab"]:
         """The same, with the logits after each."""
+        ...
+
+    def chosen(
+        self, tokens: Int[Tensor, "batch count"]
+    ) -> tuple[Float[Tensor, "batch count vocab"], dict[tuple[Unit, int], Bool[Tensor, "batch count units"]]] | None:
+        """The same under the plan, with what its rules chose for each token; None where an engine does not tell."""
         ...
 
     def generate(

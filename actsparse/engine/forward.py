@@ -144,6 +144,9 @@ class ForwardRun:
         self._cache = None
         return torch.stack(found, dim=1)
 
+    def chosen(self, tokens: Int[Tensor, "1 count"]) -> None:
+        """Masks hold for the whole sequence here; no rule chooses token by token."""
+
     @torch.no_grad()
     def generate(
         self, count: int, *, sampling: Sampling | None = None, stop: frozenset[int] = frozenset()

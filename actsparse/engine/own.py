@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from actsparse.engine.step.work import GatePlan, LayerWork, Listed
 from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
-from actsparse.results import Site, SiteKind
+from actsparse.results import Site, SiteKind, Unit
 
 
 class OwnSteps:
@@ -191,6 +192,26 @@ class OwnRun:
             self._advance(1)
             found.append(self._decoder.state.logits.clone())
         return torch.stack(found, dim=1)
+
+    def chosen(
+        self, tokens: Int[Tensor, "batch count"]
+    ) -> tuple[Float[Tensor, "batch count vocab"], dict[tuple[Unit, int], Bool[Tensor, "batch count units"]]] | None:
+        """The same under the plan, with what its rules chose for each token by unit and layer; None where an engine
+        does not tell."""
+        if self._plan is None or self._refreshes or not isinstance(self._engine, CpuEngine):
+            return None
+        plan = replace(self._plan, records=True)
+        self.begin(tokens)
+        self._set(plan)
+        logits, masks = [], {}
+        for _ in range(tokens.shape[1]):
+            self._decoder.decode(1)
+            logits.append(self._decoder.state.logits.clone())
+            for one in self._engine.choices[id(plan)]:
+                masks.setdefault((Unit(one.unit), one.layer), []).append(one.kept)
+        self._decoder.forget_plan(cast(Any, plan))
+        self.use(sparse=self._sparse)
+        return torch.stack(logits, dim=1), {place: torch.stack(found, dim=1) for place, found in masks.items()}
 
     def generate(
         self, count: int, *, sampling: Sampling | None = None, stop: frozenset[int] = frozenset()

@@ -89,7 +89,7 @@ FREE = ("exact_match_tokens", "diverged_frac", "dense_text_kl", "repetition")
 QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1", "delta_nll", "delta_nll_low", "delta_nll_high")
 DENSE_SPEED = ("ms_per_token", "generate_ms_per_token", "prefill_ms", "gb_per_s", "ceiling_share")
 SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
-         "break_even_tokens", "path_check", "gb_per_s", "ceiling_share")  # fmt: skip
+         "break_even_tokens", "path_check", "path_flips", "gb_per_s", "ceiling_share")  # fmt: skip
 
 
 def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
@@ -267,6 +267,8 @@ def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
     rows = []
     if found.path_check is not None:
         rows.append(EvalRow(plan=found.plan, metric="path_check", value=found.path_check, unit="nats", n=1))
+    if found.path_flips is not None:
+        rows.append(EvalRow(plan=found.plan, metric="path_flips", value=found.path_flips, unit="share", n=1))
     speed: Speed | None = found.speed
     if speed is None:
         return rows

@@ -104,7 +104,7 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     for text in eval_tables.not_finite(tokens):
         session.warn(text)
     items = score_all_tasks(session, groups, tasks)
-    speeds = measure_all(session, groups, tokens)
+    speeds = measure_all(session, groups)
     speeds = along_dense_text(session, groups, speeds)
     seed = session.spec.data.seed
     rows = eval_tables.result_rows(groups, tokens, layers, session.cost, speeds, seed)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import polars as pl
-import torch
 from torch import Tensor
 
 from actsparse.engine import timing
@@ -15,6 +13,7 @@ from actsparse.engine.choose import Engines, Run
 from actsparse.engine.decode import end_tokens
 from actsparse.engine.forward import forward_run
 from actsparse.engine.masked import MaskedPlan, masked
+from actsparse.engine.path_check import PathCheck, path_check
 from actsparse.engine.step.sampling import Sampling
 from actsparse.errors import DataError, ModelError, PlanError
 from actsparse.methods.gates import LayerGates
@@ -27,6 +26,7 @@ from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 
 NLL_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+FLIPS_TOLERANCE = 1e-2
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
 UNITS = frozenset(unit.value for unit in Unit)
@@ -47,13 +47,15 @@ class PlanSpeed:
 
     `engine`: how decode ran, `tier` how good that is (1 best), `warnings` which better path could not be taken.
     `useful_kept`: what the engine read, over all timed laps. `path_check`: largest difference in NLL between engine and
-    masked path on the checked tokens. `read_bandwidth` (dense only): bytes a second of a read-only reduction.
+    masked path on the checked tokens, both with the engine's choices; `path_flips`: share that the masked path would
+    choose otherwise. `read_bandwidth` (dense only): bytes a second of a read-only reduction.
     """
 
     plan: str
     speed: timing.Speed | None = None
     reason: str | None = None
     path_check: float | None = None
+    path_flips: float | None = None
     engine: str | None = None
     tier: int | None = None
     warnings: tuple[str, ...] = ()
@@ -75,9 +77,9 @@ class Speeds:
         return [self.dense, *self.plans.values()]
 
 
-def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFrame) -> Speeds:
-    """Dense first, then every plan; what was finished before is not repeated. `tokens`: the masked path's scores."""
-    runner = _Runner(session, tokens, Engines(session.loaded.sites, session.progress.note))
+def measure_all(session: Session, groups: Sequence[PlanGroup]) -> Speeds:
+    """Dense first, then every plan; what was finished before is not repeated."""
+    runner = _Runner(session, Engines(session.loaded.sites, session.progress.note))
     total = 1 + len(groups)
     with session.progress.task("generating and timing", total, "plans") as advance:
         dense = runner.kept("dense", runner.dense)
@@ -94,6 +96,8 @@ def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFr
                 f"{one.plan}: engine and masked path differ by {one.path_check:.2g} nats on a token"
                 f" (tolerance {tolerance:g})"
             )
+        if one.path_flips is not None and one.path_flips > FLIPS_TOLERANCE:
+            session.warn(f"{one.plan}: engine and masked path choose otherwise at {one.path_flips:.2%} of the entries")
         if one.speed is not None and one.speed.verdict is Verdict.SLOWER:
             session.warn(f"{one.plan} does not pay here: {one.speed.speedup:.2f}x of dense decode; run dense instead")
     for text in dict.fromkeys(text for one in (dense, *plans.values()) for text in one.warnings):
@@ -104,7 +108,6 @@ def measure_all(session: Session, groups: Sequence[PlanGroup], tokens: pl.DataFr
 @dataclass(frozen=True)
 class _Runner:
     session: Session
-    tokens: pl.DataFrame
     engines: Engines
 
     def kept(self, name: str, make: Callable[[], PlanSpeed]) -> PlanSpeed:
@@ -169,7 +172,7 @@ class _Runner:
         laps: dict[int, list[timing.Lap]] = {}
         shares: list[dict[tuple[str, int], float]] = []
         with self.opened(group.plan.gates()) as run:
-            difference = self.path_check(group.name, run)
+            check = self.path_check(group, run)
             if spec.timing_pairs:
                 for prompt, ids in self.timed_prompts():
                     laps[prompt] = timing.measure(
@@ -186,7 +189,8 @@ class _Runner:
             plan=group.name,
             speed=timing.summary(laps) if laps else None,
             reason=None if laps else "timing was left out (--timing-pairs 0)",
-            path_check=difference,
+            path_check=None if check is None else check.difference,
+            path_flips=None if check is None else check.flips,
             engine=path,
             tier=tier,
             warnings=announced,
@@ -195,23 +199,17 @@ class _Runner:
             generations=samples,
         )
 
-    def path_check(self, name: str, run: Run) -> float | None:
-        """The largest difference in NLL between the engine and the masked pass, over tokens of the first block."""
-        count = self.session.spec.path_check_tokens
+    def path_check(self, group: PlanGroup, run: Run) -> PathCheck | None:
+        """Engine against masked path on tokens of the first block; None where that was left out, or is not finite."""
+        count, texts = self.session.spec.path_check_tokens, self.session.texts
         if not count:
             return None
-        start = self.session.texts.prompt_length
-        block = self.session.texts.quality.ids[0].to(self.session.loaded.model.device)
-        targets = block[start + 1 : start + 1 + count]
-        run.prefill(block[None, :start], watch=True)
-        run.select()
-        run.use(sparse=True)
-        logits = run.forced(block[None, start : start + len(targets)])[0]
-        found = -logits.float().log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
-        rows = self.tokens.filter(plan=name, replica=0, block=0).sort("position")["nll"][1 : 1 + len(targets)]
-        difference = float((found.double().cpu() - torch.from_numpy(rows.to_numpy().copy())).abs().max())
-        run.use(sparse=False)
-        return difference if isfinite(difference) else None
+        block = texts.quality.ids[0][: texts.prompt_length + 1 + count].to(self.session.loaded.model.device)
+        found = path_check(
+            run, self.session.loaded.sites, group.plan.gates(), block, texts.prompt_length,
+            sink_tokens=texts.quality.record.sink_tokens,
+        )  # fmt: skip
+        return found if isfinite(found.difference) else None
 
     def sparse_text(self, run: Run, prompt: int, ids: Tensor) -> list[int]:
         """The continuation of one prompt by sparse decode."""

@@ -22,18 +22,37 @@ class Counter:
     total: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """What a rule of a layer chose for the last token: [batch, units], 0 where it did not keep, or where it did with
+    `of_dropped`."""
+
+    layer: int
+    unit: str
+    values: Tensor
+    of_dropped: bool = False
+
+    @property
+    def kept(self) -> Tensor:
+        """[batch, units] bool; a unit whose value is exactly 0 adds nothing either way."""
+        return (self.values != 0) ^ self.of_dropped
+
+
 class Emitter:
     """The operators so far (`ops`), scratch that they share, and counters of what they will have read.
 
-    What is written into the residual stream is multiplied by the family's residual scale.
+    What is written into the residual stream is multiplied by the family's residual scale. `records`: rules leave what
+    they chose in `choices`, in buffers of their own.
     """
 
-    def __init__(self, shape: Shape, state: DecodeState) -> None:
+    def __init__(self, shape: Shape, state: DecodeState, *, records: bool = False) -> None:
         self.shape = shape
         self.batch = state.batch
         self.hidden = state.hidden
         self.ops: list[Op] = []
         self.counters: list[Counter] = []
+        self.choices: list[Choice] = []
+        self.records = records
         widest = max(sliced.capacity_for(shape.neurons), shape.width, shape.query_width)
         widest_out = max(widest, shape.qkv_width)
         self._scratch = torch.zeros(self.batch * (widest + chunks_of(widest) * widest_out))
@@ -124,6 +143,9 @@ class Emitter:
     ) -> None:  # fmt: skip
         """A product that skips inputs, counted as `unit` of `layer`, see `ops.Columns`."""
         inputs, outputs = weight.shape
+        if self.records and not keep:
+            dropped = self.floats(inputs)
+            self.chose(layer, unit, dropped, of_dropped=True)
         self.ops.append(
             Columns(
                 weight=weight,
@@ -160,6 +182,11 @@ class Emitter:
     def floats(self, width: int) -> Tensor:
         """A buffer of its own, [batch, width]."""
         return torch.zeros(self.batch, width)
+
+    def chose(self, layer: int, unit: str, values: Tensor, *, of_dropped: bool = False) -> None:
+        """Note where a rule leaves its choice, see `Choice`."""
+        if self.records:
+            self.choices.append(Choice(layer=layer, unit=unit, values=values, of_dropped=of_dropped))
 
     def counter(self, layer: int, unit: str, total: int) -> Tensor:
         """A new counter's number, [1] int64."""

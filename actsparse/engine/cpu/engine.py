@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cpu import build
+from actsparse.engine.cpu.emit import Choice, Counter
 from actsparse.engine.cpu.ops import MAX_BATCH
 from actsparse.engine.cpu.program import Program
-from actsparse.engine.cpu.step import Counter, StepBuilder
+from actsparse.engine.cpu.step import StepBuilder
 from actsparse.engine.step.decoder import Runner
 from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan, SlicedPlan
 from actsparse.engine.step.state import DecodeState, embed, set_hidden
@@ -28,6 +29,7 @@ class CpuEngine:
     warnings: list[str] = field(default_factory=list)
     candidates: int = 1
     counters: dict[int, list[Counter]] = field(default_factory=dict)
+    choices: dict[int, list[Choice]] = field(default_factory=dict)
 
     def runner(
         self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
@@ -42,6 +44,7 @@ class CpuEngine:
         builder = StepBuilder(weights, state, plan if isinstance(plan, GatePlan) else as_gate_plan(plan, weights))
         ops = builder.layers()
         self.counters[id(plan)] = builder.counters
+        self.choices[id(plan)] = builder.choices
         if not sampled:
             program = Program([*ops, *builder.next_token()], handle)
             return Runner(run=lambda _live: program.run(), kind="compiled" if handle else "eager")

@@ -110,6 +110,8 @@ class MlpBuilder:
         biases = (None, None) if layer.gate_up_bias is None else layer.gate_up_bias.chunk(2)
         order = slice(None) if mlp.gate_first else slice(None, None, -1)
         (first, second), (first_bias, second_bias) = layer.gate_up.chunk(2)[order], biases[order]
+        out = self._emit.floats(shape.neurons) if self._emit.records else self._neurons
+        self._emit.chose(one.index, "neuron", out)
         self._emit.ops.append(
             NeuronSparse(
                 first=first,
@@ -119,7 +121,7 @@ class MlpBuilder:
                 second_bias=second_bias,
                 threshold=mlp.threshold,
                 fill=mlp.fill,
-                out=self._neurons,
+                out=out,
                 read=self._emit.counter(one.index, "second", shape.neurons),
                 bfloat=bfloat(first),
                 batch=self._emit.batch,
@@ -131,7 +133,7 @@ class MlpBuilder:
                 gate_first=int(mlp.gate_first),
             )
         )
-        self._down_of_kept(one, mlp)
+        self._down_of_kept(one, mlp, out)
 
     def _decided_by_channels(self, one: Branch, mlp: Decided) -> None:
         """The same where gate or up skips channels too: the second one is read by kept channels, or by kept rows."""
@@ -153,13 +155,14 @@ class MlpBuilder:
             activation=ACTIVATIONS[shape.activation if mlp.gate_first else "identity"],
         )
         self._emit.ops.append(decide)
+        self._emit.chose(one.index, "neuron", decide.mask)
         self._half(one, second, decide.index, decide.count)
         self._multiply(decide.mask, mlp.fill)
-        self._down_of_kept(one, mlp)
+        self._down_of_kept(one, mlp, self._neurons)
 
-    def _down_of_kept(self, one: Branch, mlp: Decided) -> None:
+    def _down_of_kept(self, one: Branch, mlp: Decided, neurons: Tensor) -> None:
         self._emit.columns(
-            one.index, "neuron", mlp.down_rows, self._neurons, one.target,
+            one.index, "neuron", mlp.down_rows, neurons, one.target,
             base=total(one.layer.down_bias, mlp.base), keep=1, add=one.add,
         )  # fmt: skip
 

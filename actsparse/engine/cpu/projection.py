@@ -33,6 +33,7 @@ class Projector:
             dropped=dropped, add=add,
         )  # fmt: skip
         if rule.correction is not None and dropped is not None:
+            dropped = emit.choices[-1].values if emit.records else dropped
             outer, inner_rows = rule.correction
             inner = emit.floats(len(inner_rows))
             emit.rows(inner_rows, dropped, inner)

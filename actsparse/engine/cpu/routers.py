@@ -43,6 +43,7 @@ class Routers:
             neurons=neurons,
         )
         emit.ops.append(chosen)
+        emit.chose(index, "neuron" if unit == "router" else unit, chosen.mask)
         return chosen
 
     def members(self, chosen: Top, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from actsparse.engine.cpu.emit import Counter, Emitter
+from actsparse.engine.cpu.emit import Choice, Counter, Emitter
 from actsparse.engine.cpu.mlp import Branch, MlpBuilder
 from actsparse.engine.cpu.ops import Attend, Embed, Next, Op, Top, bfloat
 from actsparse.engine.cpu.projection import Projector
@@ -22,7 +22,7 @@ class StepBuilder:
         self.state = state
         self.plan = plan
         self.batch = state.batch
-        self.emit = Emitter(weights.shape, state)
+        self.emit = Emitter(weights.shape, state, records=plan.records)
         shape = weights.shape
         # what routers read: two buffers a site, since a lookahead reads the layer before
         sites = (SiteKind.ATTN_IN, SiteKind.MLP_IN)
@@ -38,6 +38,11 @@ class StepBuilder:
     def counters(self) -> list[Counter]:
         """What the operators will have read."""
         return self.emit.counters
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Where the rules of a plan that records leave what they chose."""
+        return self.emit.choices
 
     def layers(self) -> list[Op]:
         """The operators from the residual stream to the logits."""

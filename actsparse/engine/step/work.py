@@ -130,9 +130,10 @@ class GatePlan:
     """The work of every layer.
 
     neurons [layers, batch, neurons], where given, receives the activations of layers whose MLP runs dense. selection:
-    the lists of all `Listed` layers, one a row.
+    the lists of all `Listed` layers, one a row. records: the step keeps what every rule chose for the last token.
     """
 
     layers: tuple[LayerWork, ...]
     neurons: Tensor | None = None
     selection: Selection | None = None
+    records: bool = False
