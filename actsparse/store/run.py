@@ -130,8 +130,7 @@ class RunWriter:
             provenance=_finished(self.manifest.provenance),
         )
         write_bytes(self.path / MANIFEST, pretty(self.manifest).encode())
-        (self.path / UNFINISHED).unlink(missing_ok=True)
-        remove_shards(self.path)
+        _tidy(self.path)
         self.complete = True
         return self.manifest
 
@@ -225,6 +224,12 @@ def remove_shards(path: Path) -> None:
             folder.rmdir()
 
 
+def _tidy(path: Path) -> None:
+    """Remove from a complete run what only a run at work needs; an earlier attempt may have ended just before."""
+    (path / UNFINISHED).unlink(missing_ok=True)
+    remove_shards(path)
+
+
 def _make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, not a directory", "choose another place with --output")
@@ -252,6 +257,7 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         raise RunError(_other_run(path, found, draft), "overwrite it with --force, or choose another --output")
     same = found is not None and found.fingerprint == request.fingerprint and not request.force
     if same and found and found.status == COMPLETE:
+        _tidy(path)
         return RunWriter(path=path, manifest=found, complete=True, warnings=list(found.warnings))
     resumed = bool(same and request.resume and (path / SHARDS).is_dir())
     if not resumed:

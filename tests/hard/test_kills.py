@@ -1,0 +1,154 @@
+"""Commands that are killed for good at moments drawn by a seed: what is resumed equals what was never interrupted."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from actsparse.errors import RunError
+from actsparse.store.runs import open_any
+
+KILLS = int(os.environ.get("SOAK_KILLS", "3"))
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+STAMP = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?")
+SPEED = frozenset({"ms_per_token", "generate_ms_per_token", "prefill_ms", "select_ms", "ttft_ms", "speedup",
+                   "speedup_low", "speedup_high", "break_even_tokens", "gb_per_s", "ceiling_share"})  # fmt: skip
+
+
+@dataclass
+class Zygote:
+    """A warm process that runs commands as its children."""
+
+    process: subprocess.Popen[str]
+
+    def run(self, argv: list[str], cwd: Path, **when: float | None) -> tuple[int, int]:
+        """Exit code (negative: the signal) and the number of touched files."""
+        assert self.process.stdin
+        assert self.process.stdout
+        job = {"argv": argv, "cwd": str(cwd), "log": str(cwd.with_suffix(".log")), **when}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["code"], answer["events"]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    yield Zygote(process)
+    assert process.stdin
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def commands(
+    zygote: Zygote,
+    tiny_folder: Callable,
+    prompts_file: Path,
+    corpus_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, list[str]]:
+    """The command lines; each writes `out` in its working directory, or what it says."""
+    place = tmp_path_factory.mktemp("given")
+    (place / "w").mkdir()
+    model = ["--model", str(tiny_folder("llama")), "--device", "cpu"]
+    text = ["--prompts", str(prompts_file), "--block-length", "32", "--prompt-length", "12"]
+    profile = ["profile", *model, *text, "--batch-size", "2", "--probes", "uncertainty", "-o", "out", "-q"]
+    code, _ = zygote.run([*profile[:-2], str(place / "profile"), "-q"], place / "w")
+    assert code == 0, (place / "w.log").read_text()
+    evaluate = ["evaluate", *model, "--corpus", str(corpus_file), "-n", "3", "--block-length", "32", "--prompt-length",
+                "12", "--timing-pairs", "0", "--generations", "2", "--max-new-tokens", "3", "--plan", "griffin@0.5",
+                "--plan", "cats@0.5", "-o", "out", "-q"]  # fmt: skip
+    threshold = ["threshold", str(place / "profile"), "--method", "dejavu", "--sparsity", "0.5", "-o", "out", "-q"]
+    run = ["run", *model, *text, "-n", "3", "--plan", "static@0.5", "--probes", "none", "--timing-pairs", "0", "-q"]
+    report = ["report", str(place / "profile"), "-o", "out.html", "-q"]
+    return {"profile": profile, "threshold": threshold, "evaluate": evaluate, "report": report, "run": run}
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run directories below a folder, half-written ones too."""
+    marks = [path for name in ("manifest.json", "unfinished.json") for path in folder.rglob(name)]
+    return sorted({mark.parent for mark in marks})
+
+
+def results(folder: Path) -> dict[str, object]:
+    """Everything that a command wrote, by name, but for what tells time and place."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+        name = str(path.relative_to(folder))
+        if path.name == "manifest.json":
+            manifest = json.loads(path.read_bytes())
+            found[name] = {key: manifest[key] for key in ("fingerprint", "status", "identity", "warnings")}
+        elif path.suffix == ".html":
+            found[name] = STAMP.sub("", path.read_text())
+        elif path.name in ("timing.parquet", "summary.json"):
+            found[name] = None
+        elif path.name == "results.parquet":
+            found[name] = pl.read_parquet(path).filter(~pl.col("metric").is_in(SPEED)).rows()
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def check_not_accepted_half_written(folder: Path) -> None:
+    """A run either opens whole or is refused; a report is whole or absent."""
+    for run in runs_in(folder):
+        if (run / "manifest.json").exists():
+            open_any(run)
+        else:
+            with pytest.raises(RunError, match="incomplete"):
+                open_any(run)
+    for page in folder.glob("*.html"):
+        assert page.read_text().rstrip().endswith("</html>")
+
+
+@pytest.mark.parametrize("name", ["profile", "threshold", "evaluate", "report", "run"])
+def test_a_command_that_is_killed_again_and_again_ends_as_if_it_never_was(
+    name: str, zygote: Zygote, commands: dict[str, list[str]], tmp_path: Path, record_property: Callable
+) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    began = time.monotonic()
+    code, events = zygote.run(commands[name], whole)
+    seconds = time.monotonic() - began
+    assert code == 0, whole.with_suffix(".log").read_text()
+    expected = results(whole)
+    draw = random.Random(f"{name} {SEED}")
+    killed = at_work = 0
+    while killed < KILLS:
+        # three kills on top of each other, then the command is left alone
+        place = tmp_path / f"killed-{killed}"
+        place.mkdir()
+        for _ in range(min(3, KILLS - killed)):
+            by_event = KILLS == 3 or draw.random() < 0.5
+            when = {"event": draw.randrange(events)} if by_event else {"seconds": draw.uniform(0, seconds)}
+            code, _ = zygote.run(commands[name], place, **when)
+            assert code in (0, -signal.SIGKILL), place.with_suffix(".log").read_text()
+            killed += 1
+            at_work += code != 0
+            check_not_accepted_half_written(place)
+        code, _ = zygote.run(commands[name], place)
+        assert code == 0, place.with_suffix(".log").read_text()
+        assert results(place) == expected
+        assert not [path for path in place.rglob("*") if path.suffix == ".tmp" or path.name == "shards"]
+        shutil.rmtree(place)
+    assert at_work
+    record_property("kills", f"{name}: {killed} kills, {at_work} of them at work, all resumed to the same results")
