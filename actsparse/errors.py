@@ -44,3 +44,13 @@ class QualityGateMissed(ActsparseError):
     """The evaluation ran, and a plan missed the quality that was asked of it."""
 
     exit_code = 3
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice: Python's, torch's on a device, or torch's on a CPU."""
+    said = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said))
+    )

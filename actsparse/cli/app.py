@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from actsparse import __version__
 from actsparse.cli.output import Output, printable
-from actsparse.errors import ActsparseError
+from actsparse.errors import ActsparseError, is_out_of_memory
 from actsparse.store.provenance import again
 
 INTERRUPTED = 130
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
 
 def _unforeseen(error: Exception) -> ActsparseError:
     """The message for an exception that no part of the project turned into one."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return ActsparseError(
             "out of memory; what was written so far is kept",
             "give a smaller --batch-size or --limit, or --dtype bfloat16, and start the same command again",

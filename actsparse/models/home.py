@@ -33,9 +33,10 @@ def make_folder(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The hex sha256 of a file, remembered by path, size and modification time."""
+    """The hex sha256 of a file, remembered by path, inode, size and times."""
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    # a clock that jumps back, or a copied time, may repeat the one of modification; that of the last change is not set
+    key = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
     try:
         memory = home() / "hashes.json"
         known: dict[str, str] = msgspec.json.decode(memory.read_bytes(), type=dict[str, str])

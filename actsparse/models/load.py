@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from actsparse.errors import ModelError
+from actsparse.errors import ModelError, is_out_of_memory
 from actsparse.models.cost import embedding_rows
 from actsparse.models.families import Family, family_of
 from actsparse.models.family_file import FamilyFile, read_family
@@ -168,16 +168,8 @@ def _weights(
             **({} if spec.device_map is None else {"device_map": spec.device_map}),
             **({} if settings is None else {"quantization_config": settings}),
         )
-    except torch.OutOfMemoryError:
-        raise ModelError(
-            f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
-        ) from None
-    except MemoryError:
-        raise ModelError(
-            f"{source.resolved} does not fit into memory", "try --dtype bfloat16 or --device-map auto"
-        ) from None
     except Exception as error:  # whatever a model class and the readers of weights do with damaged files
-        raise _unreadable(source, config, error) from error
+        raise (_no_room(source, device) if is_out_of_memory(error) else _unreadable(source, config, error)) from error
     finally:
         if quiet:
             logging.enable_progress_bar()
@@ -195,10 +187,13 @@ def _weights(
 def _move(model: PreTrainedModel, device: torch.device, source: Source) -> PreTrainedModel:
     try:
         return model.to(device)  # pyright: ignore[reportArgumentType]
-    except torch.OutOfMemoryError:
-        raise ModelError(
-            f"{source.resolved} does not fit on {device}", "try --device cpu or --dtype bfloat16"
-        ) from None
+    except torch.OutOfMemoryError as error:
+        raise _no_room(source, device) from error
+
+
+def _no_room(source: Source, device: torch.device) -> ModelError:
+    others = "--device-map auto" if device.type == "cpu" else "--device cpu, --device-map auto"
+    return ModelError(f"{source.resolved} does not fit on {device}", f"try {others} or --dtype bfloat16")
 
 
 def _unreadable(source: Source, config: Any, error: Exception) -> ModelError:

@@ -21,6 +21,7 @@ from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, Tap, tapped
 from actsparse.pipelines.batches import Batch, PaddingSide, groups, padded
 from actsparse.pipelines.distributed import ALONE, Team
+from actsparse.pipelines.halving import halving
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Progress
 from actsparse.results import Site, SiteKind
@@ -201,8 +202,39 @@ def record_sequences(
 
     `feed` says what is fed for the sequences of a batch, and the first position of each that counts (default: the
     sequences themselves, after the sink tokens). In a team, rank 0's state has everything and the others' their own
-    share. With `strict`, raises ModelError at the first batch whose activations are not finite.
+    share. With `strict`, raises ModelError at the first batch whose activations are not finite. A process that is alone
+    halves its batches once where memory does not suffice.
     """
+
+    def attempt(size: int | None) -> ProfileState:
+        return _recorded(
+            loaded, sequences, layers=layers, slots=slots, seed=seed, batch_size=size, what=what, progress=progress,
+            kinds=kinds, shards=shards, team=team, strict=strict, feed=feed,
+        )  # fmt: skip
+
+    if team.size > 1:
+        return attempt(batch_size)
+    largest = max((len(group) for group in groups([len(x) for x in sequences.ids], batch_size)), default=1)
+    return halving(attempt, batch_size, largest, progress)
+
+
+def _recorded(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    *,
+    layers: tuple[int, ...],
+    slots: int,
+    seed: int,
+    batch_size: int | None,
+    what: str,
+    progress: Progress,
+    kinds: tuple[SiteKind, ...],
+    shards: Shards | None,
+    team: Team,
+    strict: bool,
+    feed: Feed | None,
+) -> ProfileState:
+    """`record_sequences` with batches of this size."""
     state = ProfileState.empty(loaded, layers, slots, kinds)
     if shards is not None and team.leads:
         _take_up(state, shards, lambda: ProfileState.empty(loaded, layers, slots, kinds))

@@ -6,15 +6,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
+from processes import Zygote
 
 from actsparse.errors import RunError
 from actsparse.store.runs import open_any
@@ -24,38 +22,6 @@ SEED = int(os.environ.get("SOAK_SEED", "0"))
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?")
 SPEED = frozenset({"ms_per_token", "generate_ms_per_token", "prefill_ms", "select_ms", "ttft_ms", "speedup",
                    "speedup_low", "speedup_high", "break_even_tokens", "gb_per_s", "ceiling_share"})  # fmt: skip
-
-
-@dataclass
-class Zygote:
-    """A warm process that runs commands as its children."""
-
-    process: subprocess.Popen[str]
-
-    def run(self, argv: list[str], cwd: Path, **when: float | None) -> tuple[int, int]:
-        """Exit code (negative: the signal) and the number of touched files."""
-        assert self.process.stdin
-        assert self.process.stdout
-        job = {"argv": argv, "cwd": str(cwd), "log": str(cwd.with_suffix(".log")), **when}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["code"], answer["events"]
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    yield Zygote(process)
-    assert process.stdin
-    process.stdin.close()
-    process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")

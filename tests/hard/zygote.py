@@ -7,10 +7,12 @@ Reads one JSON object a line: `argv`, `cwd`, and when to die: `event` (before th
 import json
 import mmap
 import os
+import resource
 import signal
 import struct
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers  # noqa: F401
@@ -38,10 +40,13 @@ def child(job: dict) -> None:
         if not os.path.abspath(os.fsdecode(details[0])).startswith(root):
             return
         (seen,) = struct.unpack("q", COUNT[:8])
-        if seen == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
         COUNT[:8] = struct.pack("q", seen + 1)
+        if seen == die_at:
+            os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
 
+    if job.get("memory"):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + job["memory"],) * 2)
     sys.argv = ["actsparse", *job["argv"]]
     sys.addaudithook(count)
     code = main(job["argv"])

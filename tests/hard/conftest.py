@@ -1,0 +1,32 @@
+"""A warm process that runs commands, for the tests that kill them or take something away from them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import Zygote
+
+import actsparse
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("zygote.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _checkout()},
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    yield Zygote(process)
+    assert process.stdin
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+def _checkout() -> str:
+    """Where the package under test lies, whatever is installed."""
+    return str(Path(actsparse.__file__).parents[1])

@@ -1,0 +1,273 @@
+"""Disks, memory, clocks and signals that fail a command: what is said, and that nothing finished is lost."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Zygote
+
+from actsparse.cli.app import main
+from actsparse.errors import ModelError, is_out_of_memory
+from actsparse.models.home import file_sha256
+from actsparse.pipelines import recording
+from actsparse.pipelines.profile import profile
+from actsparse.pipelines.progress import Silent
+from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
+from actsparse.store import provenance
+from actsparse.store.runs import ProfileRun
+
+
+@pytest.fixture
+def command(tiny_folder: Callable, prompts_file: Path) -> list[str]:
+    return ["profile", "--model", str(tiny_folder("llama")), "--device", "cpu", "--prompts", str(prompts_file),
+            "--batch-size", "2", "--probes", "none", "-q"]  # fmt: skip
+
+
+def spec(tiny_folder: Callable, prompts_file: Path, output: Path, **changes: object) -> ProfileSpec:
+    return ProfileSpec(
+        model=ModelSpec(name=str(tiny_folder("llama")), device="cpu"),
+        data=DataSpec(prompts=(str(prompts_file),)),
+        output=output,
+        probes=(),
+        **changes,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], said: str) -> None:
+    found = capsys.readouterr()
+    assert said in found.err
+    assert "hint:" in found.err
+    assert "Traceback" not in found.err
+    assert found.out == ""
+
+
+# Disks
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
+    command: list[str],
+    small_disk: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recording, "CHECKPOINT_SECONDS", -1.0)
+    subprocess.run(["mount", "-o", "remount,size=160k", str(small_disk)], check=True)
+    command = [*command, "-o", str(small_disk / "run")]
+    assert main(command) == 1
+    refused(capsys, "no disk space left")
+    assert not (small_disk / "run" / "manifest.json").exists()
+    assert not list(small_disk.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert main(command) == 0
+    assert main([*command[:-1], str(tmp_path / "whole")]) == 0
+    run, whole = ProfileRun.open(small_disk / "run"), ProfileRun.open(tmp_path / "whole")
+    assert run.all_measures.equals(whole.all_measures)
+    assert run.neurons.equals(whole.neurons)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_read_only_place_is_said(
+    command: list[str], small_disk: Path, there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if there:
+        (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert main([*command, "-o", str(small_disk / "run")]) == 1
+    refused(capsys, "cannot be written: Read-only file system")
+    assert main(["report", str(small_disk / "run"), "-o", str(small_disk / "r.html")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_read_only_home_costs_the_memory_of_hashes_and_nothing_else(
+    tiny_folder: Callable, prompts_file: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monkeypatch.setenv("ACTSPARSE_HOME", str(small_disk / "home"))
+    assert profile(spec(tiny_folder, prompts_file, tmp_path / "run")).measures.height
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "link"])
+def test_a_shard_that_was_damaged_is_made_again_and_said(
+    damage: str, tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = profile(spec(tiny_folder, prompts_file, tmp_path / "whole", batch_size=2))
+    monkeypatch.setattr(recording, "CHECKPOINT_SECONDS", -1.0)
+    record, left = recording.Recorder.record, iter(range(3))
+
+    def failing(self: recording.Recorder, batch: object) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        record(self, batch)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(recording.Recorder, "record", failing)
+    asked = spec(tiny_folder, prompts_file, tmp_path / "run", batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        profile(asked)
+    monkeypatch.setattr(recording.Recorder, "record", record)
+    shard = tmp_path / "run" / "shards" / "prefill-0.safetensors"
+    data = bytearray(shard.read_bytes())
+    shard.unlink()
+    data[-7] ^= 4
+    if damage == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        shard.symlink_to(tmp_path / "elsewhere")
+    else:
+        shard.write_bytes(data if damage == "flipped" else data[: len(data) // 2] if damage == "cut" else b"")
+    run = profile(asked)
+    assert "shard prefill-0.safetensors was damaged" in run.warnings[0]
+    assert run.all_measures.equals(whole.all_measures)
+    assert (run.path / "reservoir.safetensors").read_bytes() == (whole.path / "reservoir.safetensors").read_bytes()
+
+
+# Signals and pipes
+
+
+def test_sigterm_keeps_what_is_finished_and_says_how_to_go_on(
+    zygote: Zygote, command: list[str], tmp_path: Path
+) -> None:
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    command = [*command, "-o", "out"]
+    code, events = zygote.run(command, tmp_path / "whole")
+    assert code == 0
+    code, _ = zygote.run(command, tmp_path / "stopped", event=events // 2, signal=signal.SIGTERM)
+    said = (tmp_path / "stopped.log").read_text()
+    assert code == 130, said
+    assert "Resume with:" in said
+    assert "actsparse profile" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "stopped").rglob("*.tmp"))
+    code, _ = zygote.run(command, tmp_path / "stopped")
+    assert code == 0
+    one, other = (ProfileRun.open(tmp_path / name / "out") for name in ("whole", "stopped"))
+    assert one.all_measures.equals(other.all_measures)
+
+
+# Clocks
+
+
+def test_a_clock_that_jumps_back_changes_nothing_but_its_own_record(
+    tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = profile(spec(tiny_folder, prompts_file, tmp_path / "whole"))
+    times = iter(datetime(2030, 1, 1, tzinfo=UTC) - timedelta(days=400 * i) for i in range(10))
+    monkeypatch.setattr(provenance, "now", lambda: next(times).isoformat())
+    run = profile(spec(tiny_folder, prompts_file, tmp_path / "run"))
+    assert run.manifest.provenance.seconds == 0
+    assert run.all_measures.equals(whole.all_measures)
+    assert run.manifest.fingerprint == whole.manifest.fingerprint
+
+
+def test_a_hash_is_not_taken_from_memory_when_only_the_clock_says_that_nothing_changed(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    before, stat = file_sha256(path), path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file_sha256(path) != before
+
+
+# Memory
+
+
+class Telling(Silent):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, batch: int, error: Exception) -> list[int]:
+    """Let every batch of more sequences fail half-way through the model; returns the sizes that were tried."""
+    record, tried = recording.Recorder.record, []
+    on_value = recording.Recorder._on_value
+
+    def failing(self: recording.Recorder, given: recording.Batch) -> None:
+        tried.append(len(given.sequences))
+        record(self, given)
+
+    def seen(self: recording.Recorder, site: object, x: torch.Tensor) -> None:
+        on_value(self, site, x)  # pyright: ignore[reportArgumentType]
+        if tried[-1] > batch and getattr(site, "layer", 0) == 1:
+            raise error
+
+    monkeypatch.setattr(recording.Recorder, "record", failing)
+    monkeypatch.setattr(recording.Recorder, "_on_value", seen)
+    return tried
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu"])
+@pytest.mark.parametrize("checkpoint", [-1.0, 30.0])
+def test_a_batch_that_does_not_fit_is_halved_once_and_the_numbers_are_the_same(
+    error: Exception, checkpoint: float, tiny_folder: Callable, prompts_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    whole = profile(spec(tiny_folder, prompts_file, tmp_path / "whole", batch_size=4))
+    monkeypatch.setattr(recording, "CHECKPOINT_SECONDS", checkpoint)
+    tried, telling = out_of_memory_above(monkeypatch, 3, error), Telling()
+    run = profile(spec(tiny_folder, prompts_file, tmp_path / "run", batch_size=4), telling)
+    assert telling.said == ["out of memory in batches of 4 sequences: going on with batches of 2"]
+    assert tried == [4, 2, 2, 2, 2, 2, 2]
+    places = ["metric", "layer", "kind", "param", "n"]
+    assert run.all_measures.select(places).equals(whole.all_measures.select(places))
+    found, expected = (one.all_measures["value"].fill_null(-1).to_list() for one in (run, whole))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "said"), [(8, "a batch of 4 sequences does not fit"), (1, "one sequence does not")])
+def test_a_half_batch_that_does_not_fit_either_is_a_clear_error(
+    batch: int, said: str, tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_above(monkeypatch, 0, NO_MEMORY[0])
+    with pytest.raises(ModelError, match=said) as error:
+        profile(spec(tiny_folder, prompts_file, tmp_path / "run", batch_size=batch))
+    assert "--device-map auto" in error.value.hint
+
+
+def test_real_exhaustion_of_memory_is_recognised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+    try:
+        with pytest.raises(RuntimeError, match="allocate memory") as of_torch:
+            torch.ones(2**30)
+        with pytest.raises(MemoryError) as of_python:
+            bytearray(2**31)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert is_out_of_memory(of_torch.value)
+    assert is_out_of_memory(of_python.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_command_without_memory_says_so(zygote: Zygote, command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    long = tmp_path / "long.jsonl"
+    line = json.dumps({"text": "w1 " * 120})
+    long.write_text(f"{line}\n" * 1_000)
+    words = ["profile", *command[1:5], "--prompts", str(long), "--batch-size", "1000", "--probes", "none", "-o", "out"]
+    code, _ = zygote.run(words, tmp_path / "w", memory=2**25)
+    said = (tmp_path / "w.log").read_text()
+    assert code == 1, said
+    assert "out of memory" in said or "does not fit" in said
+    assert "hint:" in said
+    assert "Traceback" not in said
