@@ -9,7 +9,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-gpu lint check format docs cli-reference pictures install clean
+.PHONY: demo test test-gpu soak fresh lint check format docs cli-reference errors pictures install clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,19 @@ test: install
 test-gpu:
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest tests/gpu tests/engine/cuda
 
+# What takes longer than a test may: kills at drawn moments, many fuzzed inputs, and hours in one process with flat memory.
+SOAK_KILLS ?= 50
+SOAK_MINUTES ?= 60
+FUZZ_EXAMPLES ?= 5000
+soak: install
+	SOAK_KILLS=$(SOAK_KILLS) $(BIN)/python -m pytest -rA --timeout 0 tests/hard/test_kills.py
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --timeout 0 tests/hard/test_fuzz_parsers.py tests/hard/test_fuzz_runs.py
+	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest -rA --timeout 0 tests/hard/test_long_run.py
+
+# An empty environment, wheel and sdist, no network, a read-only HOME; prints the seconds of every step.
+fresh:
+	PYTHON=$(PYTHON) packaging/fresh_machine.sh
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,12 +55,16 @@ format: install
 	$(BIN)/ruff check --fix .
 
 # The reference of the command line, from its own help, and the pictures of a report (they need chromium).
-docs: install cli-reference pictures
+docs: install cli-reference errors pictures
+
+# Every error message with its way out, from the source.
+errors: install
+	$(BIN)/python packaging/error_page.py
 
 cli-reference: install
 	( printf '# Command line\n\nMade by `make docs` from the commands themselves. Exit codes: 0 done; 1 failure, with a hint;'; \
 	  printf ' 2 a command line that cannot be parsed; 3 a missed quality gate; 130 interrupted, finished work kept.\n'; \
-	  for command in profile threshold evaluate report run methods models; do \
+	  for command in profile threshold evaluate report run methods models doctor; do \
 	    printf '\n## actsparse %s\n\n```text\n' $$command; \
 	    COLUMNS=110 NO_COLOR=1 TERM=dumb $(BIN)/actsparse $$command --help | sed 's/ *$$//' | cat -s; \
 	    printf '```\n'; \

@@ -23,7 +23,7 @@ from actsparse.store.provenance import again
 
 INTERRUPTED = 130
 LARGEST_CONFIG = 1 << 20
-COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods", "models")
+COMMANDS = ("profile", "threshold", "evaluate", "report", "run", "methods", "models", "doctor")
 
 
 class _Commands(TyperGroup):

@@ -25,7 +25,10 @@ class Sampling:
         if self.temperature <= 0:
             raise PlanError(f"a temperature of {self.temperature} cannot be sampled at", "decode greedily instead")
         if not 0 < self.top_p <= 1:
-            raise PlanError(f"top_p is {self.top_p}, and a share of probability is above 0 and at most 1")
+            raise PlanError(
+                f"top_p is {self.top_p}, and a share of probability is above 0 and at most 1",
+                "write for example top_p=0.9",
+            )
 
     def uniform(self, batch: int, length: int) -> Tensor:
         """[batch, length] numbers in [0, 1), the same for a seed whatever the device."""
