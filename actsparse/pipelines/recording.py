@@ -209,7 +209,7 @@ def record_sequences(
     def attempt(size: int | None) -> ProfileState:
         return _recorded(
             loaded, sequences, layers=layers, slots=slots, seed=seed, batch_size=size, what=what, progress=progress,
-            kinds=kinds, shards=shards, team=team, strict=strict, feed=feed,
+            kinds=kinds, shards=shards, team=team, strict=strict, feed=feed, padding_side=padding_side,
         )  # fmt: skip
 
     if team.size > 1:
@@ -233,6 +233,7 @@ def _recorded(
     team: Team,
     strict: bool,
     feed: Feed | None,
+    padding_side: PaddingSide,
 ) -> ProfileState:
     """`record_sequences` with batches of this size."""
     state = ProfileState.empty(loaded, layers, slots, kinds)

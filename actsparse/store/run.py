@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 LOCK = ".lock"
 COMPLETE = "complete"
+LITTER = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 DUMP = re.compile(r"dump-\d{5}\.safetensors")
 SHARD_SUFFIXES = ("", ".parquet", ".safetensors", ".json", ".tmp")
 FILES = {
@@ -230,6 +231,14 @@ def _tidy(path: Path) -> None:
     remove_shards(path)
 
 
+def _sweep(path: Path) -> None:
+    """Remove what a killed process of the safetensors library left: it writes beside our own temporary file."""
+    for folder in (path, path / SHARDS):
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if LITTER.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+                entry.unlink()
+
+
 def _make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, not a directory", "choose another place with --output")
@@ -251,6 +260,8 @@ def _enter(path: Path, request: RunRequest) -> RunWriter:
         provenance=provenance.gather(device=request.device, threads=request.threads),
     )
     found = _existing(path, request.force)
+    if found is not None:
+        _sweep(path)
     if found is None and not ((path / MANIFEST).exists() or (path / UNFINISHED).exists()):
         _refuse_foreign_files(path, request)
     if found is not None and found.fingerprint != request.fingerprint and not request.force:
