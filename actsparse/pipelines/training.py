@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from actsparse.data.sequences import Sequences
-from actsparse.errors import DataError
+from actsparse.errors import ActsparseError, DataError, PlanError
 from actsparse.methods.training import LayerPairs
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
@@ -143,7 +143,13 @@ class TrainingReplay:
 
     def read_file(self, path: Path) -> dict[str, Tensor]:
         """See `methods.training.Training`."""
-        return tensors.read(path)
+        try:
+            return tensors.read(path)
+        except ActsparseError as error:
+            raise PlanError(
+                f"no routers can be read: {error.what}",
+                "give the plan.safetensors of a plan for this model, or leave weights out to train",
+            ) from None
 
     def task(self, what: str, total: int, unit: str) -> AbstractContextManager[Advance]:
         """See `methods.training.Training`."""
