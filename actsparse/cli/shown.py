@@ -59,6 +59,18 @@ def _show_routers(run: ProfileRun, output: Output) -> None:
     output.table(title, ("", "entropy, nats", "most used expert", "least used expert"), rows)
 
 
+THROUGHPUT = {
+    "tokens/s": "tokens_per_s",
+    "ms p50": "ms_p50",
+    "p90": "ms_p90",
+    "p99": "ms_p99",
+    "first token ms": "ttft_ms",
+    "speed-up": "speedup",
+    "GB/s": "gb_per_s",
+}
+"""The columns of the throughput table, and their metrics."""
+
+
 def show_plan(run: PlanRun, output: Output) -> None:
     """A plan: what it drops, on every basis."""
     if output.json:
@@ -107,8 +119,26 @@ def show_eval(run: EvalRun, output: Output) -> None:
     for plan in document["plans"]:
         if plan["speed_reason"] and not plan["control"]:
             output.note(f"{plan['plan']}: not timed: {plan['speed_reason']}")
+    _show_throughput(run.throughput, output)
     output.line(f"written to {run.path}")
     output.note(f"next: actsparse report {shlex.quote(str(run.path))}")
+
+
+def _show_throughput(rows: pl.DataFrame, output: Output) -> None:
+    """One line a plan, batch size, prompt length and generated length; nothing where none was asked for."""
+    shape = ["batch_size", "prompt_length", "gen_length", "plan"]
+    found: dict[tuple[Any, ...], dict[str, float | None]] = {}
+    for *place, metric, value in (
+        rows.select(*shape, "metric", "value").sort(shape[:3], maintain_order=True).iter_rows()
+    ):
+        found.setdefault(tuple(place), {})[metric] = value
+    if not found:
+        return
+    lines = [
+        [str(batch), str(prompt), str(gen), plan, *(_number(one.get(metric)) for metric in THROUGHPUT.values())]
+        for (batch, prompt, gen, plan), one in found.items()
+    ]
+    output.table("Throughput", ["batch", "prompt", "new", "plan", *THROUGHPUT], lines)
 
 
 def show_study(run: StudyRun, output: Output) -> None:

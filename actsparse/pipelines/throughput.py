@@ -138,7 +138,7 @@ def _rows(
 
 def _say_whether_it_pays(session: Session, name: str, arms: dict[str, _Arm], batch: int, prompt: int, gen: int) -> None:
     ratios = [dense / sparse for dense, sparse in zip(arms[DENSE].decode(gen), arms[name].decode(gen), strict=True)]
-    if max(ratios) < 1:
+    if _median(ratios) < 1:
         session.warn(
             f"{name} does not pay at batch {batch}, prompt {prompt}: {_median(ratios):.2f}x of dense; run dense there"
         )

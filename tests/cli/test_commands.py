@@ -191,6 +191,8 @@ def test_throughput_is_a_table_over_batch_prompt_and_generated_lengths(
                      "--timing-pairs", 0, "--throughput", *sizes, "-o", tmp_path / "e")  # fmt: skip
     assert done.code == 0, done.err
     assert "no throughput at prompt 4000" in done.err
+    table = done.out[done.out.index("Throughput") :]
+    assert len([line for line in table.splitlines() if " griffin@0.5 " in line]) == 4
     rows = EvalRun.open(tmp_path / "e").throughput
     assert set(rows["plan"]) == {"dense", "griffin@0.5"}
     places = rows.select("batch_size", "prompt_length", "gen_length").unique()
