@@ -190,9 +190,10 @@ def test_routers_come_from_a_file_that_fits(loaded: LoadedModel, calibration: Te
     path = tmp_path / "plan.safetensors"
     tensors.write(path, trained.fit.tensors)
     plan = fitted(f"dejavu:weights={path}@0.75", loaded, calibration)
-    path.write_bytes(b"no tensors at all")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"no tensors at all")
     with pytest.raises(PlanError, match="no routers can be read"):
-        fitted(f"dejavu:weights={path}@0.5", loaded, calibration)
+        fitted(f"dejavu:weights={damaged}@0.5", loaded, calibration)
     assert plan.fit.layers[0].kept == FFN // 4
     assert plan.fit.layers[0].recall is None
     assert torch.equal(plan.fit.tensors["layers.1.router.second"], trained.fit.tensors["layers.1.router.second"])
