@@ -16,7 +16,7 @@ from actsparse.cli.options import (
 from actsparse.cli.output import Output
 from actsparse.core.mask_rules import mask_kinds
 from actsparse.errors import ActsparseError
-from actsparse.pipelines.probes.names import GRADIENTS, left_out, probe_names
+from actsparse.pipelines.probes.names import GRADIENTS, OF_EXPERTS, left_out, probe_names
 from actsparse.pipelines.ranks import leads
 from actsparse.specs import DUMP_KINDS, DumpSpec, ProfileSpec
 
@@ -93,7 +93,9 @@ def command(
     if leads():
         show_profile(found, output)
         asked_for = (cast(list[str], found.manifest.spec[name]) for name in ("probes", "masks"))
-        output.note(left_out(*asked_for))
+        model = found.manifest.model
+        mixed = model is not None and model.experts is not None
+        output.note(OF_EXPERTS if mixed else left_out(*asked_for))
 
 
 def dump_spec(text: str | None, tokens: int) -> DumpSpec | None:

@@ -20,6 +20,11 @@ BY_DEFAULT = ("uncertainty", "inertia", "union")
 CHEAP_PARAMETERS = 50_000_000
 NOT_HERE = "HU3, SI4 (actsparse evaluate --study moyu --only HU3,M5)"
 
+OF_EXPERTS = (
+    "left out: the probes, spread over tokens and positions: in a mixture of experts two tokens' neurons are of"
+    " different experts"
+)
+
 
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
     """The asked probes, each once, in the order of `PROBES`; raises ActsparseError with the nearest name.
