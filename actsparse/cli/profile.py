@@ -93,8 +93,8 @@ def command(
     if leads():
         show_profile(found, output)
         asked_for = (cast(list[str], found.manifest.spec[name]) for name in ("probes", "masks"))
-        model = found.manifest.model
-        mixed = model is not None and model.experts is not None
+        record = found.manifest.model
+        mixed = record is not None and record.experts is not None
         output.note(OF_EXPERTS if mixed else left_out(*asked_for))
 
 
