@@ -16,7 +16,8 @@ from actsparse.engine.gating import READER, Edit, PlanState, SiteValues
 from actsparse.engine.heads import kv_kept
 from actsparse.engine.points import Replaced, visited
 from actsparse.methods.gates import LayerGates
-from actsparse.models.sites import Ffn, ModelSites, Projection
+from actsparse.models.projections import Projection
+from actsparse.models.sites import Ffn, ModelSites
 from actsparse.models.taps import ForwardPass, watched
 from actsparse.results import Unit
 

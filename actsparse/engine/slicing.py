@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actsparse.models.sites import LayerSites, ModelSites, dense_weight
+from actsparse.models.projections import dense_weight
+from actsparse.models.sites import LayerSites, ModelSites
 
 
 class SlicedLinear(nn.Module):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 from actsparse.errors import ModelError, PlanError
-from actsparse.models.sites import LayerSites, ModelSites, is_plain
+from actsparse.models.projections import is_plain
+from actsparse.models.sites import LayerSites, ModelSites
 
 WIDTH_NAMES = {"opt": "ffn_dim", "gpt2": "n_inner", "gptj": "n_inner", "falcon": "ffn_hidden_size"}
 """The configuration's name for the width of the FFN, where it is not `intermediate_size`."""

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from actsparse.models.cost import embedding_and_head, step_bytes
 from actsparse.models.experts import IMPLEMENTATION, observed
 from actsparse.models.families import FAMILIES
-from actsparse.models.sites import LayerSites, MlpWeights, resolve
+from actsparse.models.projections import MlpWeights
+from actsparse.models.sites import LayerSites, resolve
 from actsparse.models.taps import tapped
 from actsparse.results import SHARED_EXPERT, Site, SiteKind
 

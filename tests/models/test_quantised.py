@@ -14,8 +14,9 @@ from actsparse.engine.slicing import sliceable
 from actsparse.errors import ModelError
 from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.models.load import LoadedModel, dequantized
+from actsparse.models.projections import materialise
 from actsparse.models.record import quantization_name, record
-from actsparse.models.sites import materialise, resolve
+from actsparse.models.sites import resolve
 from actsparse.models.sources import Source
 from actsparse.pipelines.profile import record_sequences
 from actsparse.pipelines.progress import Silent

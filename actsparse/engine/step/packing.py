@@ -10,7 +10,8 @@ from actsparse.engine.step.rope import Rope, model_rope
 from actsparse.engine.step.shape import Shape
 from actsparse.engine.step.weights import Weights
 from actsparse.errors import ModelError
-from actsparse.models.sites import ModelSites, dense_weight, resolve
+from actsparse.models.projections import dense_weight
+from actsparse.models.sites import ModelSites, resolve
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
