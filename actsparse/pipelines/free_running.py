@@ -3,6 +3,7 @@ plan's predictions differ along the dense text. Teacher forcing alone hides how 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import isfinite
 
 import torch
 
@@ -69,20 +70,21 @@ def _rows(plan: str, metric: str, unit: str, numbers: list[float], seed: int) ->
     ]
 
 
-def _kept(session: Session, place: int, make: Callable[[], list[float]]) -> list[float]:
+def _kept(session: Session, place: int, make: Callable[[], list[float | None]]) -> list[float | None]:
     shard = session.writer.shard(f"free-{place:03d}.json")
     if not shard.exists():
         write_bytes(shard, encode(make()))
-    return decode(shard.read_bytes(), list[float], str(shard))
+    return decode(shard.read_bytes(), list[float | None], str(shard))
 
 
-def _divergences(session: Session, group: PlanGroup, dense: PlanSpeed, found: PlanSpeed) -> list[float]:
-    """Mean KL over the tokens of the dense continuation, prompt by prompt; 0 where it is empty."""
+def _divergences(session: Session, group: PlanGroup, dense: PlanSpeed, found: PlanSpeed) -> list[float | None]:
+    """Mean KL over the tokens of the dense continuation, prompt by prompt; 0 where it is empty, None where it is no
+    number."""
     sink = session.texts.quality.record.sink_tokens
     plain = Continuations(session.loaded, None, sink)
     sparse = Continuations(session.loaded, group.plan.gates(), sink)
     texts = {one.prompt: one for one in dense.generations}
-    values = []
+    values: list[float | None] = []
     for sample in found.generations:
         prompt = session.texts.prompts.ids[sample.prompt].tolist()
         text = list(texts[sample.prompt].token_ids)
@@ -90,5 +92,6 @@ def _divergences(session: Session, group: PlanGroup, dense: PlanSpeed, found: Pl
             values.append(0.0)
             continue
         reference, mine = (one.log_probs(prompt, text).log_probs for one in (plain, sparse))
-        values.append(float((reference.exp() * (reference - mine)).sum(dim=-1).double().mean()))
+        divergence = float((reference.exp() * (reference - mine)).sum(dim=-1).double().mean())
+        values.append(divergence if isfinite(divergence) else None)
     return values

@@ -45,7 +45,7 @@ def commands(
                 "--plan", "cats@0.5", "-o", "out", "-q"]  # fmt: skip
     threshold = ["threshold", str(place / "profile"), "--method", "dejavu", "--sparsity", "0.5", "-o", "out", "-q"]
     run = ["run", *model, *text, "-n", "3", "--plan", "static@0.5", "--probes", "none", "--timing-pairs", "0", "-q"]
-    report = ["report", str(place / "profile"), "-o", "out.html", "-q"]
+    report = ["report", str(place / "profile"), "-o", "out.html", "--force", "-q"]
     return {"profile": profile, "threshold": threshold, "evaluate": evaluate, "report": report, "run": run}
 
 
@@ -63,9 +63,9 @@ def results(folder: Path) -> dict[str, object]:
         if path.name == "manifest.json":
             manifest = json.loads(path.read_bytes())
             found[name] = {key: manifest[key] for key in ("fingerprint", "status", "identity", "warnings")}
-        elif path.suffix == ".html":
+        elif path.name == "out.html":
             found[name] = STAMP.sub("", path.read_text())
-        elif path.name in ("timing.parquet", "summary.json"):
+        elif path.name in ("timing.parquet", "summary.json", "report.html"):
             found[name] = None
         elif path.name == "results.parquet":
             found[name] = pl.read_parquet(path).filter(~pl.col("metric").is_in(SPEED)).rows()
