@@ -44,32 +44,12 @@ struct alignas(8) Running {
   float sum;
 };
 
-// Eight neighbours, as they are in memory; zeros where `inside` is false.
-__device__ __forceinline__ void load_eight(const float* from, bool inside, float4 (&to)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) to[i] = inside ? __ldcg(reinterpret_cast<const float4*>(from) + i) : float4{};
-}
-
-__device__ __forceinline__ void load_eight(const Fixed* from, bool inside, longlong2 (&to)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = inside ? __ldcg(reinterpret_cast<const longlong2*>(from) + i) : longlong2{};
-}
-
-__device__ __forceinline__ void spread(const float4 (&from)[2], float (&to)[kLane]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    to[4 * i] = from[i].x, to[4 * i + 1] = from[i].y, to[4 * i + 2] = from[i].z, to[4 * i + 3] = from[i].w;
-}
-
-__device__ __forceinline__ void spread(const longlong2 (&from)[4], float (&to)[kLane]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[2 * i] = from_fixed(from[i].x), to[2 * i + 1] = from_fixed(from[i].y);
-}
-
+// Eight neighbours; zeros where `inside` is false.
 __device__ __forceinline__ void load_floats(const float* from, bool inside, float (&to)[kLane]) {
-  float4 held[2];
-  load_eight(from, inside, held);
-  spread(held, to);
+  const float4* const quads = reinterpret_cast<const float4*>(from);
+  const float4 low = inside ? __ldcg(quads) : float4{}, high = inside ? __ldcg(quads + 1) : float4{};
+  to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+  to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
 }
 
 // E: what qkv is.
@@ -82,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   __shared__ float warp_mix[kWarps][HEAD_DIM];
   __shared__ Running states[kMaxSplits];  // of every split
   __shared__ float mixes[HEAD_DIM];       // [splits, head_dim / splits], the dimensions of this block
+  __shared__ alignas(16) float token[3 * HEAD_DIM];  // this position's query, key and value
   __shared__ uint64_t mailbox;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int group = lane / kLanes, dim = lane % kLanes * kLane;
@@ -127,21 +108,34 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   }
   wait_for_previous();
 
+  // The token's query (and key and value, in the block that appends them) come through shared memory: a value a thread, so
+  // that each is converted once.
   const bool appends = split == a.splits - 1 && warp == 0;
-  float new_key[kLane], new_value[kLane];
   {
-    // All loads are under way before the first value is used.
-    typename Held<E>::Word held[3][kLane / Held<E>::kSize];
+    constexpr int kLoads = (3 * HEAD_DIM + kThreads - 1) / kThreads;
+    const int wanted = split == a.splits - 1 ? 3 * HEAD_DIM : HEAD_DIM;
     const E* const qkv = static_cast<const E*>(a.qkv);
-    const E* const key = qkv + (a.heads + kv_head) * HEAD_DIM + dim;
-    load_eight(qkv + head * HEAD_DIM + dim, used, held[0]);
-    load_eight(key, used && appends, held[1]);
-    load_eight(key + a.kv_heads * HEAD_DIM, used && appends, held[2]);
-    spread(held[0], query);
-    if (appends) {
-      spread(held[1], new_key);
-      spread(held[2], new_value);
+    E held[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = threadIdx.x + i * kThreads, part = at / HEAD_DIM;
+      const int row = part == 0 ? head : a.heads + kv_head + (part == 1 ? 0 : a.kv_heads);
+      held[i] = at < wanted ? __ldcg(qkv + row * HEAD_DIM + at % HEAD_DIM) : E{};
     }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (threadIdx.x + i * kThreads < wanted) token[threadIdx.x + i * kThreads] = from_fixed(held[i]);
+    __syncthreads();
+  }
+  auto take = [&](int part, float (&to)[kLane]) {
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) to[e] = used ? token[part * HEAD_DIM + dim + e] : 0.0f;
+  };
+  float new_key[kLane], new_value[kLane];
+  take(0, query);
+  if (appends) {
+    take(1, new_key);
+    take(2, new_value);
   }
   auto sum_group = [&](float value) {
 #pragma unroll
