@@ -115,13 +115,18 @@ def family_of(model_type: str) -> Family:
             f"model type '{model_type}' has an encoder: only decoders that continue a text are served",
             "choose a causal language model; `actsparse models` lists the families",
         )
-    alike = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.5)
-    near = alike[0] if alike else "mixtral" if "moe" in model_type else "llama"
+    near = nearest_row(model_type)
     raise ModelError(
         f"model type '{model_type}' is not supported: no row of the family table describes it",
         f"the nearest row is '{near}': write `actsparse models {near} > row.toml`, correct it,"
         " and pass it with --family row.toml",
     )
+
+
+def nearest_row(model_type: str) -> str:
+    """The row to start from for a type that the table lacks: the one of the most alike name, or that of most models."""
+    alike = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.5)
+    return alike[0] if alike else "mixtral" if "moe" in model_type else "llama"
 
 
 def _has_encoder(model_type: str) -> bool:

@@ -1,5 +1,6 @@
 """From a ModelSpec to a model that is ready to be read: weights, tokenizer, sites and record."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from actsparse.errors import ModelError, is_out_of_memory
 from actsparse.models.cost import embedding_rows
-from actsparse.models.families import Family, family_of
+from actsparse.models.families import Family, family_of, nearest_row
 from actsparse.models.family_file import FamilyFile, read_family
 from actsparse.models.preflight import check_counts, check_size, weight_files
 from actsparse.models.record import record
@@ -111,11 +113,27 @@ def _check_device_map(spec: ModelSpec) -> None:
         )
 
 
+def _unknown_type(directory: Path) -> str | None:
+    """The model type that a config.json names, where transformers has no such type."""
+    try:
+        named = json.loads((directory / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return named if isinstance(named, str) and named not in CONFIG_MAPPING else None
+
+
 def _config(source: Source, spec: ModelSpec) -> Any:
     check_counts(source.directory)
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # whatever a configuration class does with values that make no sense
+        if (typed := _unknown_type(source.directory)) is not None:
+            near = nearest_row(typed)
+            raise ModelError(
+                f"model type '{typed}' is not supported: this version of transformers does not know it",
+                f"if the model brings its own code, write `actsparse models {near} > row.toml` (the nearest row),"
+                " correct it, and pass --family row.toml --trust-remote-code",
+            ) from None
         raise ModelError(
             f"{source.resolved}: config.json cannot be used: {_reason(error)}", "check config.json"
         ) from error

@@ -23,6 +23,7 @@ from tiny import (
     WIDTHS,
     make_model,
     make_tokenizer,
+    save_tiny,
 )  # fmt: skip
 
 from actsparse.errors import ModelError
@@ -343,3 +344,13 @@ def test_a_spread_or_offloaded_model_records_what_it_does_in_one_place(
         for other in states[1:]:
             torch.testing.assert_close(other.moments[site].sums, moments.sums, rtol=1e-4, atol=1e-3)
             assert other.moments[site].count == moments.count
+
+
+def test_a_type_that_transformers_does_not_know_names_a_row_and_how_to_bring_it(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "odd")
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"model_type": "llama"', '"model_type": "qwen22"'))
+    with pytest.raises(ModelError, match="'qwen22' is not supported") as caught:
+        load(ModelSpec(name=str(folder), device="cpu"))
+    assert "`actsparse models qwen2 > row.toml`" in caught.value.hint
+    assert "--family row.toml" in caught.value.hint
