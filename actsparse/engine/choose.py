@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.forward import forward_run
+from actsparse.engine.memory import is_out_of_memory
 from actsparse.engine.own import OwnRun, OwnSteps
 from actsparse.engine.sparse import why_not_sliced
 from actsparse.engine.step.sampling import Sampling
@@ -140,7 +141,9 @@ class Engines:
             return OwnSteps(self.sites, self.note, share=self.share)
         except ModelError as error:
             return error.what
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             return "there is no memory for a packed copy of the weights"
 
     @contextmanager
@@ -155,6 +158,10 @@ class Engines:
                 run = OwnRun(own, gates, sink_tokens=sink_tokens, batch=batch, max_length=max_length)
             except NoStepError as error:
                 reason = error.what
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = "there is no memory for the copies of weights, or the cache, that its step needs"
             else:
                 with torch.no_grad():
                     yield run

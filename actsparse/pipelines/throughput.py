@@ -10,7 +10,7 @@ from torch import Tensor
 from actsparse.core.cost import saved
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
-from actsparse.engine.memory import memory_bytes
+from actsparse.engine.memory import is_out_of_memory, memory_bytes
 from actsparse.errors import PlanError
 from actsparse.methods.plan import drops_of
 from actsparse.methods.short import DENSE
@@ -52,7 +52,9 @@ def measure_throughput(session: Session, groups: Sequence[PlanGroup], read_bandw
             for group in named or [None]:
                 try:
                     rows += _one(session, engines, group, ids, read_bandwidth)
-                except (PlanError, torch.OutOfMemoryError) as error:
+                except (PlanError, RuntimeError, MemoryError) as error:
+                    if not isinstance(error, PlanError) and not is_out_of_memory(error):
+                        raise
                     name = DENSE if group is None else group.name
                     session.warn(f"{name} at batch {batch}, prompt {prompt}: no throughput ({error})")
                 advance(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from actsparse import sparsify
+from actsparse.engine.choose import Engines
 from actsparse.engine.decode import greedy, new_cache, prefill
 from actsparse.engine.generation import sparse_generation
 from actsparse.engine.own import OwnRun
@@ -199,3 +200,36 @@ def test_a_cache_that_the_caller_cuts_is_followed() -> None:
         again = model(input_ids=ids[:, 20:21], past_key_values=cache).logits
     assert cache.get_seq_length() == 21
     torch.testing.assert_close(again, once)
+
+
+@pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan"])
+def test_without_memory_for_copies_the_models_own_forward_decodes(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    sites, gates, ids = resolve(model), half_gates(model), token_ids(1, 20)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 1 EB")
+
+    monkeypatch.setattr(f"actsparse.engine.own.{place}", full)
+    with Engines(sites).open(gates, sink_tokens=SINK, max_length=40) as run:
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        text = run.generate(NEW)
+    assert run.tier > 1
+    assert "no memory" in run.announced[0]
+    with sparse_decoder(sites, gates, sink_tokens=SINK) as decoder:
+        cache = new_cache(model, 40)
+        logits = decoder.prefill(ids, cache)
+        decoder.select()
+        assert text == greedy(model, logits, cache, 20, NEW).tolist()
+
+
+def test_other_faults_of_an_engine_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a size is wrong")
+
+    monkeypatch.setattr("actsparse.engine.own.weights_from_model", broken)
+    engines = Engines(resolve(make_model("llama")))
+    with pytest.raises(RuntimeError, match="size is wrong"), engines.open((), sink_tokens=SINK, max_length=40):
+        pass

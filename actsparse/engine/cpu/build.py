@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -64,7 +65,8 @@ def _place() -> Path:
     for part in (SOURCE.read_bytes(), HEADER.read_bytes(), cpu_flags().encode(), " ".join(FLAGS).encode()):
         digest.update(part)
     name = f"actsparse_cpu_{digest.hexdigest()[:16]}"
-    return Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / f"torch{torch.__version__}" / name
 
 
 _memory: dict[str, ctypes.CDLL | BuildError] = {}
