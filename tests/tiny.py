@@ -97,7 +97,9 @@ def make_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMode
     """A model of a type with every weight and bias drawn, so that nothing is hidden behind zeros or ones."""
     config = AutoConfig.for_model(model_type, **(CONFIGS[model_type] | IDS | changes))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # sdpa leaves gemma2's soft caps out before transformers 5.23; the loader asks for eager attention too
+    eager = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -104,7 +104,8 @@ def add_entries(rows: Rows, into: EntrySums, first: int) -> None:
         blocks = min(len(rows), torch.cuda.get_device_properties(rows.flat.device).multi_processor_count)
         totals = torch.zeros(blocks, dtype=torch.float64, device=rows.flat.device)
         gpu("actsparse_patterns", found, totals, c_int32(blocks))
-        _add_patterns(found, _patterns(rows.flat.dtype, rows.flat.device)[: 1 << 15], totals.sum(), into, first)
+        known = _patterns(rows.flat.dtype, rows.flat.device, first, len(into.counts))
+        _add_patterns(found, known, totals.sum(), into)
         return
     if rows.flat.dtype in HALVES:
         _add_halves(rows.values(), into, first)
@@ -125,33 +126,43 @@ def _add_halves(x: Float[Tensor, "rows width"], into: EntrySums, first: int) -> 
     patterns = x.contiguous().view(torch.int16).view(-1).long().bitwise_and_(0xFFFF)
     found = torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
     found.scatter_add_(0, patterns, torch.ones(1, dtype=torch.int32, device=x.device).expand_as(patterns))
-    values = _patterns(x.dtype, x.device)
-    _add_patterns(found.long(), values, (found * values.nan_to_num(0.0, 0.0, 0.0)).sum(), into, first)
+    known = _patterns(x.dtype, x.device, first, len(into.counts))
+    _add_patterns(found.long(), known, (found * known.value).sum(), into)
 
 
-def _add_patterns(
-    found: Int[Tensor, " patterns"], values: Float[Tensor, " patterns"], total: Tensor, into: EntrySums, first: int
-) -> None:
-    """Add entries of which `found` hold each of `values`, and whose finite ones sum to `total`."""
-    finite, bins = values.isfinite(), len(into.counts)
-    bad = found[~finite].sum()
-    found = torch.where(finite, found, 0)
-    size = torch.where(finite, values, 0.0).abs()
-    place = (((size.float().view(torch.int32)) >> 13) - (first - 1)).clamp_(0, bins + 1).long()
-    counted = torch.zeros(bins + 2, dtype=torch.int64, device=found.device).index_add_(0, place, found)
-    zeros = found[size == 0].sum()
-    into.seen[1] += bad
-    into.counts.add_(counted[1:-1])
-    into.apart.add_(torch.stack([zeros + bad, counted[0] - zeros, counted[-1]]))
-    exact = found.double()
-    into.sums[:3] += torch.stack([total, (exact * size).sum(), (exact * size.square()).sum()])
-    into.sums[3] = torch.maximum(into.sums[3], torch.where(found > 0, size, 0.0).max())
+@dataclass(frozen=True)
+class _Patterns:
+    """What every pattern of a 16-bit type stands for: its `value` and `powers` (|x|, x^2) in float64, 0 where it is NaN
+    or infinite, and its `slot`: 0 not finite, 1 zero, 2 below the bins, then the bins, the last above them."""
+
+    value: Float[Tensor, "65536"]
+    powers: Float[Tensor, "65536 2"]
+    slot: Int[Tensor, "65536"]
 
 
 @cache
-def _patterns(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " patterns"]:
-    """The number behind every pattern of a 16-bit type, in float64."""
-    return torch.arange(1 << 16, device=device).to(torch.int16).view(dtype).double()
+def _patterns(dtype: torch.dtype, device: torch.device, first: int, bins: int) -> _Patterns:
+    raw = torch.arange(1 << 16, device=device).to(torch.int16).view(dtype).double()
+    value = torch.where(raw.isfinite(), raw, 0.0)
+    size = value.abs()
+    slot = ((size.float().view(torch.int32) >> 13) - (first - 1)).clamp_(0, bins + 1).long() + 2
+    slot = torch.where(raw.isfinite(), torch.where(size == 0, 1, slot), 0)
+    return _Patterns(value, torch.stack([size, size.square()], dim=1), slot)
+
+
+def _add_patterns(found: Int[Tensor, " patterns"], known: _Patterns, total: Tensor, into: EntrySums) -> None:
+    """Add entries of which `found` hold each of the first `patterns` patterns, and whose finite ones sum to `total`.
+
+    Nothing here picks by a mask: a GPU would have to be waited for.
+    """
+    powers, count = known.powers[: len(found)], len(into.counts)
+    slots = torch.zeros(count + 4, dtype=torch.int64, device=found.device)
+    slots.index_add_(0, known.slot[: len(found)], found)
+    into.seen[1] += slots[0]
+    into.counts.add_(slots[3:-1])
+    into.apart.add_(torch.stack([slots[0] + slots[1], slots[2], slots[-1]]))
+    into.sums[:3] += torch.cat([total.view(1), found.double() @ powers])
+    into.sums[3] = torch.maximum(into.sums[3], torch.where(found > 0, powers[:, 0], 0.0).max())
 
 
 def add_counts(x: Float[Tensor, "..."], counts: Int[Tensor, " bins"], apart: Int[Tensor, "3"], first: int) -> None:

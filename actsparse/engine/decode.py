@@ -3,15 +3,27 @@
 from collections.abc import Callable
 
 import torch
+import transformers
 from jaxtyping import Float, Int
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+# Types whose forward says that it takes a static cache, and the first version of transformers in which it does.
+STATIC_SINCE = {"bloom": "5.23"}
+
+
+def takes_static_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's own forward decodes from a cache of fixed size."""
+    since = STATIC_SINCE.get(model.config.model_type)
+    declared = getattr(model, "_can_compile_fullgraph", False)
+    return declared and (since is None or Version(transformers.__version__) >= Version(since))
+
 
 def new_cache(model: PreTrainedModel, length: int) -> Cache:
     """A cache of fixed size where the model supports one, else a growing one."""
-    if getattr(model, "_can_compile_fullgraph", False):
+    if takes_static_cache(model):
         return StaticCache(config=model.config, max_cache_len=length)
     return DynamicCache(config=model.config)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from actsparse.engine.decode import new_cache, prefill, step
+from actsparse.engine.decode import new_cache, prefill, step, takes_static_cache
 from actsparse.engine.forward_graph import GraphedSteps, refill, why_not_captured
 from actsparse.engine.sparse import SparseDecoder, sparse_decoder
 from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
@@ -40,7 +40,7 @@ class ForwardRun:
     @property
     def path(self) -> str:
         """How the step at work runs."""
-        kind = "a static cache" if getattr(self._sites.model, "_can_compile_fullgraph", False) else "a growing cache"
+        kind = "a static cache" if takes_static_cache(self._sites.model) else "a growing cache"
         captured = self._graphs is not None and self._graphs.kind(self._key) == "graph"
         return f"the model's own forward, {kind}{', in a CUDA graph' if captured else ''}"
 

@@ -165,6 +165,11 @@ def _row_of(config: Any, family: FamilyFile | None) -> Family:
     return family.row
 
 
+def _caps_scores(config: Any) -> bool:
+    """Whether attention scores are soft-capped (gemma2): transformers before 5.23 leaves that out in sdpa, silently."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def _weights(
     source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, pickled: bool
 ) -> PreTrainedModel:
@@ -185,6 +190,7 @@ def _weights(
             output_loading_info=True,
             **({} if spec.device_map is None else {"device_map": spec.device_map}),
             **({} if settings is None else {"quantization_config": settings}),
+            **({"attn_implementation": "eager"} if _caps_scores(config) else {}),
         )
     except Exception as error:  # whatever a model class and the readers of weights do with damaged files
         raise (_no_room(source, device) if is_out_of_memory(error) else _unreadable(source, config, error)) from error
