@@ -89,7 +89,7 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "The relative error of each layer's MLP output (of its projections' or attention's, for plans that "
             "drop channels or heads) on dense inputs: what the mask does by itself, before errors pile up. At "
-            "most four baselines are drawn; the table has all."
+            "most twelve plans and four baselines are drawn; the table has all."
         ),
     ),
     Row(
@@ -120,8 +120,8 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "The share that each plan kept in each layer, counted over the scored positions: neurons, input "
             "channels (the mean of a layer's projections) or KV groups, whichever it drops. Threshold plans "
-            "spread their budget unevenly; top-k plans keep the same everywhere. At most four baselines are "
-            "drawn; the table has all."
+            "spread their budget unevenly; top-k plans keep the same everywhere. At most twelve plans and "
+            "four baselines are drawn; the table has all."
         ),
     ),
     Row(
@@ -152,7 +152,7 @@ ROWS: tuple[Row, ...] = (
         wide=False,
         how_to_read=(
             "The KL from dense at each position after the prompt. A rising line is a mask that goes stale as the "
-            "text moves on. At most four baselines are drawn; the table has all."
+            "text moves on. At most twelve plans and four baselines are drawn; the table has all."
         ),
     ),
     Row(

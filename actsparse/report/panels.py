@@ -13,6 +13,8 @@ from actsparse.report.wording import one_line
 from actsparse.results import Generation, ModelRecord, RunKind, TextRecord, ThresholdPlan
 from actsparse.store.runs import PlanRun
 
+SAME_DENSE = 1e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilePanel:
@@ -109,16 +111,21 @@ def _eval_panel(label: str, sources: tuple[Source, ...], fitted: dict[str, str])
         taken = {outcome.label for outcome in outcomes}
         renamed: dict[str, str] = {}
         timing = source.table("timing")
-        for outcome in outcomes_of(source, fitted):
+        found = outcomes_of(source, fitted)
+        again = {outcome.name.plan for outcome in found if _same_dense(outcome, outcomes)}
+        for outcome in found:
             name = outcome.name
+            if name.plan in again:
+                continue
             shown = f"{name.short} ({source.letter})" if name.short in taken else name.short
             if shown in renamed.values():
                 shown = f"{name.short} ({PurePath(name.plan).name})"
             renamed[name.plan] = shown
             outcomes.append(replace(beside_its_own_dense(outcome, timing), label=shown))
         for table, frames in parts.items():
-            frames.append(source.table(table).with_columns(pl.col("plan").replace(renamed)))
-        generations += [_relabel(generation, renamed) for generation in source.generations()]
+            rows = source.table(table).filter(~pl.col("plan").is_in(list(again)))
+            frames.append(rows.with_columns(pl.col("plan").replace(renamed)))
+        generations += [_relabel(one, renamed) for one in source.generations() if one.plan not in again]
         vocabulary |= source.vocabulary()
     return EvalPanel(
         label=label,
@@ -131,6 +138,15 @@ def _eval_panel(label: str, sources: tuple[Source, ...], fitted: dict[str, str])
         generations=tuple(generations),
         vocabulary=vocabulary,
     )
+
+
+def _same_dense(outcome: Outcome, before: list[Outcome]) -> bool:
+    """Whether this is the dense model that an earlier run scored too, to rounding: it stands there once."""
+    known = next((one for one in before if one.name.role is Role.DENSE), None)
+    if known is None or outcome.name.role is not Role.DENSE:
+        return False
+    one, other = known.ppl.value, outcome.ppl.value
+    return one is not None and other is not None and abs(other - one) <= SAME_DENSE * one
 
 
 def beside_its_own_dense(outcome: Outcome, timing: pl.DataFrame) -> Outcome:

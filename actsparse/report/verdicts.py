@@ -10,7 +10,7 @@ from actsparse.report.wording import between, change, number, one_line, percent,
 from actsparse.results import Verdict
 
 NEUTRAL, USABLE, COSTLY = 0.01, 0.05, 0.20
-SAME_SIZE = 0.08
+SAME_SIZE, FEW = 0.08, 6
 
 
 class Grade(StrEnum):
@@ -53,15 +53,27 @@ def grade(outcome: Outcome) -> Grade:
 def verdicts(outcomes: tuple[Outcome, ...]) -> tuple[Sentence, ...]:
     """A sentence for each compared plan, methods before baselines, and one that says what to use.
 
-    The plan to use comes first, the others as they were run.
+    The plan to use comes first, the others as they were run, or where they are many by grade and what they can gain.
     """
     compared = [outcome for outcome in outcomes if outcome.name.role is not Role.DENSE]
     best = best_usable(compared)
-    ordered = sorted(compared, key=lambda outcome: (outcome is not best, outcome.name.role is not Role.METHOD))
+    methods = [outcome for outcome in compared if outcome.name.role is Role.METHOD]
+    ranked = (
+        {id(one): place for place, one in enumerate(sorted(methods, key=_usefulness))} if len(methods) > FEW else {}
+    )
+    ordered = sorted(
+        compared,
+        key=lambda outcome: (outcome is not best, outcome.name.role is not Role.METHOD, ranked.get(id(outcome), 0)),
+    )
     sentences = [_verdict(outcome, compared) for outcome in ordered]
     if any(outcome.name.role is Role.METHOD for outcome in compared):
         sentences.append(Sentence(plan="", title="", text=recommendation(compared), grade="", role="advice"))
     return tuple(sentences)
+
+
+def _usefulness(outcome: Outcome) -> tuple[int, float]:
+    """Less loss first, then more speed: measured, else what the unread bytes allow."""
+    return list(Grade).index(grade(outcome)), -(outcome.speedup.value or outcome.reach or 0.0)
 
 
 def _verdict(outcome: Outcome, compared: list[Outcome]) -> Sentence:

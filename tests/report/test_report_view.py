@@ -243,3 +243,40 @@ def test_one_profile_beside_one_evaluation_is_no_comparison(runs: tuple[Path, ..
     assert mixed is not None
     assert all(column.name for column in mixed.columns)
     assert all(cell.text != "\u2013" for row in mixed.rows for cell in row)
+
+
+def many(*amounts: float) -> tuple[ExamplePlan, ...]:
+    names = ("griffin", "cats", "teal", "wina")
+    return tuple(
+        ExamplePlan(plan=f"{name}@{amount}", ppl=22.6 + 10 * amount + 20 * amount * place, neurons=amount)
+        for place, name in enumerate(names)
+        for amount in amounts
+    )
+
+
+def test_the_dense_model_of_several_evaluations_stands_there_once(tmp_path: Path) -> None:
+    runs = tuple(
+        example.eval_run(tmp_path / name, plans=(ExamplePlan(plan=f"cats@0.{name}", ppl=27.0),)) for name in "35"
+    )
+    view = build_view(ReportSpec(runs=runs))
+    assert [row[0].text for row in view.plan_grids[0].rows] == ["dense", "cats@0.3", "cats@0.5"]
+    assert figures(view)["bytes-0"].frame["plan"].to_list().count("dense") == 3  # its three components, once each
+    other = example.eval_run(tmp_path / "7", plans=(ExamplePlan(plan="cats@0.7", ppl=27.0),), dense=25.0)
+    labels = [row[0].text for row in build_view(ReportSpec(runs=(runs[0], other))).plan_grids[0].rows]
+    assert labels == ["dense", "cats@0.3", "dense (B)", "cats@0.7"]
+
+
+def test_many_plans_keep_figures_and_captions_readable(tmp_path: Path) -> None:
+    run = example.eval_run(tmp_path / "e", plans=many(0.1, 0.2, 0.3, 0.4, 0.5))
+    view = build_view(ReportSpec(runs=(run,)))
+    drawn = figures(view)["rel-err-0"].row.draw(figures(view)["rel-err-0"].frame, view.looks)
+    assert [trace.name for trace in drawn.data] == ["griffin@0.3", "cats@0.3", "teal@0.3", "wina@0.3"]
+    assert figures(view)["rel-err-0"].frame["plan"].n_unique() == 20
+    assert "and 14 more. n = 20 plans" in caption(view, "frontier-0")
+    frontier = figures(view)["frontier-0"].row.draw(figures(view)["frontier-0"].frame, view.looks)
+    assert 1 <= sum(trace.mode == "markers+text" for trace in frontier.data) <= 14
+    methods = [sentence for sentence in view.verdicts[0].sentences if sentence.role == "method"]
+    assert methods[0].grade == "usable"
+    assert [one.grade for one in methods] == sorted(
+        (one.grade for one in methods), key=("neutral", "usable", "costly", "unusable").index
+    )

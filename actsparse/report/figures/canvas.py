@@ -14,7 +14,7 @@ from actsparse.report.wording import one_line
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 LONGEST, LONGEST_TITLE = 40, 120
-BASELINES = 4
+BASELINES, METHODS = 4, 12
 _AXIS = {
     "gridcolor": RULE,
     "linecolor": MUTED,
@@ -154,12 +154,27 @@ def set_variants(figure: go.Figure, *, name: str, variants: Sequence[dict[str, A
 
 
 def without_crowd(frame: pl.DataFrame, looks: Looks) -> list[str]:
-    """The plans of a frame that are drawn as lines, in the report's order: of the baselines only the largest four."""
+    """The plans of a frame that are drawn as lines, in the report's order: of the baselines only the largest four, and
+    of more than twelve methods' plans the middle one of each series."""
     present = set(frame["plan"])
     plans = [plan for plan in looks if plan in present] + sorted(present - set(looks))
     baselines = [plan for plan in plans if look_of(looks, plan).baseline]
     largest = sorted(baselines, key=lambda plan: -(parse_plan(plan).amount or 0.0))[:BASELINES]
-    return [plan for plan in plans if plan not in baselines or plan in largest]
+    methods = [plan for plan in plans if plan not in baselines]
+    if len(methods) > METHODS:
+        methods = _middle_of_each(methods)[:METHODS]
+    return [plan for plan in plans if plan in methods or plan in largest]
+
+
+def _middle_of_each(plans: list[str]) -> list[str]:
+    """Of each series the plan with the middle amount, in order of the series."""
+    series: dict[str, list[str]] = {}
+    for plan in plans:
+        series.setdefault(parse_plan(plan.split(" (")[0]).series, []).append(plan)
+    ordered = [
+        sorted(group, key=lambda plan: parse_plan(plan.split(" (")[0]).amount or 0.0) for group in series.values()
+    ]
+    return [group[(len(group) - 1) // 2] for group in ordered]
 
 
 def spread(places: Sequence[int], count: int = 5) -> list[int]:

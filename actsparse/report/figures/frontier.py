@@ -19,6 +19,7 @@ from actsparse.report.verdicts import USABLE
 from actsparse.report.wording import between, listed, number, percent, times
 
 CAP = 10.0
+NAMED, LISTED = 14, 6
 WIDTH, HEIGHT = 860, 330
 COLUMNS = {
     "plan": pl.String,
@@ -104,28 +105,42 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     def pixel(x: float, ppl: float) -> tuple[float, float]:
         return (x - low_x) / (high_x - low_x) * WIDTH, (high_y - math.log10(min(ppl, top))) / (high_y - low_y) * HEIGHT
 
+    named = _named(frame)
     marks = [_mark(row, top, pixel) for row in frame.iter_rows(named=True)]
     steps = _steps([pixel(speed, ppl) for speed, ppl in best.select("speedup", "ppl").iter_rows()])
     places = place_labels(marks, width=WIDTH, height=HEIGHT, lines=steps)
     for row, place in zip(frame.iter_rows(named=True), places, strict=True):
-        _point(figure, row, place, top, looks)
+        _point(figure, row, place, top, looks, named=row["plan"] in named)
     figure.update_layout(showlegend=False, meta={"named": True})
     return figure
 
 
-def _point(figure: go.Figure, row: dict[str, Any], place: str, top: float, looks: Looks) -> None:
+def _named(frame: pl.DataFrame) -> set[str]:
+    """The plans whose names stand beside their points: timed ones and methods, of too many only those that no other
+    plan beats at both ends, timed or not."""
+    wanted = frame.filter(pl.col("timed") | (pl.col("role") == Role.METHOD))
+    if wanted.height <= NAMED:
+        return set(wanted["plan"])
+    points = wanted.select("plan", "speedup", "ppl").rows()
+    best = [
+        (ppl, plan) for plan, speed, ppl in points
+        if not any(s >= speed and p <= ppl and (s, p) != (speed, ppl) for _, s, p in points)
+    ]  # fmt: skip
+    return {plan for _, plan in sorted(best)[:NAMED]}
+
+
+def _point(figure: go.Figure, row: dict[str, Any], place: str, top: float, looks: Looks, *, named: bool) -> None:
     plan, ppl = str(row["plan"]), float(str(row["ppl"]))
     look, beyond = look_of(looks, plan), ppl > top
     symbol = "triangle-up" if beyond else look.symbol if row["timed"] else look.opened().symbol
     interval = between(row["speedup_low"], row["speedup_high"]) if row["timed"] else "not timed: at its byte ceiling"
-    named = row["timed"] or not look.baseline
     figure.add_scatter(
         x=floats([row["speedup"]]),
         y=floats([min(ppl, top)]),
         error_x=_error(row, "speedup", look.colour) if row["timed"] else None,
         error_y=_error(row, "ppl", look.colour) if not beyond else None,
         mode="markers+text" if named else "markers",
-        showlegend=bool(named),
+        showlegend=named,
         name=plain(plan),
         text=[plain(plan) + (f" ({number(ppl, 2)})" if beyond else "")],
         textposition=place,
@@ -186,6 +201,13 @@ def _x_range(frame: pl.DataFrame) -> tuple[float, float]:
     return low - 0.06 * (high - low) - 0.01, high + 0.12 * (high - low)
 
 
+def _some(plans: list[str]) -> str:
+    """The plans, of many the first and how many more."""
+    if len(plans) <= LISTED + 1:
+        return listed(plans)
+    return listed([*plans[:LISTED], f"{len(plans) - LISTED} more"])
+
+
 def caption(frame: pl.DataFrame) -> str:
     """The plans that nothing else beats at both ends, and which lie within the usable band."""
     best = frame.filter(pl.col("best") & (pl.col("role") != Role.DENSE)).sort("speedup")
@@ -207,7 +229,7 @@ def caption(frame: pl.DataFrame) -> str:
     )
     beyond = frame.filter(pl.col("ppl") > _top(frame, _dense(frame)))
     if beyond.height:
-        text += f" Beyond the axis: {listed(beyond['plan'].to_list())}."
+        text += f" Beyond the axis: {_some(beyond['plan'].to_list())}."
     waiting = frame.filter(~pl.col("timed"))["plan"].to_list()
-    text += f" Hollow, not timed, at the byte ceiling: {listed(waiting)}." if waiting else ""
+    text += f" Hollow, not timed, at the byte ceiling: {_some(waiting)}." if waiting else ""
     return f"{text} n = {frame.height - 1} plans beside dense."

@@ -114,7 +114,7 @@ def draw_by_layer(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     values: dict[float, list[list[float | None]]] = {density: [] for density in densities}
     bars: dict[float, list[dict[str, Any] | None]] = {density: [] for density in densities}
     for control, (colour, name) in LINES.items():
-        for pop, (chance, _, symbol) in POPS.items():
+        for pop, symbol, chance in (("", "circle", "uniform"), ("nat", "diamond", "popularity")):
             lines = frame.filter((pl.col("control") == control) & (pl.col("pop") == pop))
             if lines.is_empty():
                 continue
@@ -123,7 +123,7 @@ def draw_by_layer(frame: pl.DataFrame, looks: Looks) -> go.Figure:
                 values[density].append(rows["value"].to_list())
                 bars[density].append(ends(rows["value"], rows["low"], rows["high"], colour))
             add_line(
-                figure, by_density[densities[0]], x="layer", y="value", name=f"{name}, {chance}", colour=colour,
+                figure, by_density[densities[0]], x="layer", y="value", name=f"{name} ({chance})", colour=colour,
                 dash="dash" if pop else "solid", symbol=symbol, width=1.2 if pop else 1.9, hover="layer %{x}: %{y:.3f}",
             )  # fmt: skip
     if len(densities) > 1:
