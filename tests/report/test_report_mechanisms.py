@@ -118,7 +118,7 @@ def test_hu1_by_layer_stands_above_both_chance_levels_with_intervals(panel: Prof
     assert frame["low"].null_count() == frame["high"].null_count() == 0
     figure = BY_ID["hu1-layers"].draw(frame, {})
     names = [trace.name for trace in figure.data]
-    assert sum("uniform chance" in name for name in names) == sum("popularity" in name for name in names) >= 2
+    assert sum("(uniform)" in name for name in names) == sum("(popularity)" in name for name in names) >= 2
     assert all(trace.error_y.array is not None for trace in figure.data)
     rows = frame.filter((pl.col("control") == "") & (pl.col("pop") == "nat") & (pl.col("r") == 0.2)).sort("value")
     text = said(BY_ID["hu1-layers"], panel)
