@@ -55,6 +55,16 @@ function withVariant(figure, id) {
   return figure;
 }
 
+/** Height for a legend of many lines, which plotly would squeeze into a box to scroll. */
+function growForLegend({ data, layout }, width) {
+  const listed = layout.showlegend === false ? [] : data.filter((trace) => trace.showlegend !== false && trace.name);
+  const longest = Math.max(1, ...listed.map((trace) => trace.name.length));
+  const lines = Math.ceil(listed.length / Math.max(1, Math.floor((width - 90) / (46 + 6.5 * longest))));
+  if (lines <= 4) return;
+  layout.height += 19 * (lines - 4);
+  layout.legend = { ...layout.legend, maxheight: 0.75 };
+}
+
 /** Break the title of the vertical axis in two where it is longer than the axis. */
 function wrapUpright({ data, layout }, width) {
   const listed = layout.showlegend === false ? 0 : data.filter((trace) => trace.showlegend !== false).length;
@@ -72,7 +82,7 @@ function wrapUpright({ data, layout }, width) {
 function wrapTitle(figure, width) {
   const { data, layout } = figure;
   const names = layout.yaxis.type === "category" ? data.flatMap((trace) => trace.y).map((name) => String(name).length) : [0];
-  const room = Math.max(14, Math.floor((width - 70 - 6.4 * Math.max(0, ...names)) / 6.6));
+  const room = Math.max(14, Math.floor((width - 92 - 6.4 * Math.max(0, ...names)) / 6.6));
   const lines = [""];
   for (const word of layout.xaxis.title.text.split(" ")) {
     if (lines.at(-1) && lines.at(-1).length + word.length >= room) lines.push("");
@@ -96,8 +106,6 @@ function forNarrow(figure, width) {
     }
   }
   if (named) layout.showlegend = true;
-  const listed = data.filter((trace) => trace.showlegend !== false).length;
-  if (listed > 2) layout.height += 11 * listed;
   return figure;
 }
 
@@ -148,6 +156,7 @@ function makeRoom(plot, again = true) {
 function prepared(id, width) {
   let figure = withVariant(payload(id), id);
   if (width < NARROW) figure = forNarrow(figure, width);
+  growForLegend(figure, width);
   wrapUpright(figure, width);
   reserveRoom(figure);
   if (dark() && !printing) figure = inDark(figure, "");

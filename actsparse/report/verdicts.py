@@ -97,7 +97,8 @@ def _verdict(outcome: Outcome, compared: list[Outcome]) -> Sentence:
 
 def title_of(outcome: Outcome) -> str:
     """The plan in words, with what it was counted to drop where its name does not say it."""
-    title = one_line(outcome.name.title) + one_line(outcome.label.removeprefix(outcome.name.short))
+    again = one_line(outcome.label.removeprefix(outcome.name.short))
+    title = f"{one_line(outcome.name.title)} {again}".strip()
     if outcome.name.amount is None and (share := outcome.realised.get("neuron_frac")) is not None:
         title += f" ({percent(share, 0)} of neurons)"
     return title

@@ -126,7 +126,7 @@ def _named(frame: pl.DataFrame) -> set[str]:
         (ppl, plan) for plan, speed, ppl in points
         if not any(s >= speed and p <= ppl and (s, p) != (speed, ppl) for _, s, p in points)
     ]  # fmt: skip
-    return {plan for _, plan in sorted(best)[:NAMED]}
+    return {plan for _, plan in sorted(best)[:NAMED]} | set(frame.filter(pl.col("role") == Role.DENSE)["plan"])
 
 
 def _point(figure: go.Figure, row: dict[str, Any], place: str, top: float, looks: Looks, *, named: bool) -> None:

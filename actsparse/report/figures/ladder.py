@@ -105,6 +105,8 @@ def _rung_axis(rungs: list[str]) -> dict[str, Any]:
         "categoryarray": rungs,
         "showgrid": False,
         "tickvals": rungs,
+        "tickangle": 0,
+        "tickfont": {"size": 11},
         "ticktext": [rung.replace("-", "-<br>") for rung in rungs],
     }
 
