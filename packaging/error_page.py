@@ -92,18 +92,18 @@ def page() -> str:
         if not (name := path.relative_to(PACKAGE).as_posix()).startswith(LEFT_OUT)
     }
     classes = error_classes(trees)
-    areas: dict[str, set[tuple[str, str, str]]] = {}
+    areas: dict[str, set[tuple[str, str]]] = {}
     for name, tree in trees.items():
         for what, hint in messages(tree, classes):
             if not hint and name.startswith("engine/"):
                 hint = SLOWER
             if what.strip("… "):
-                areas.setdefault(name.split("/")[0], set()).add((what, hint, name))
+                areas.setdefault(name.split("/")[0], set()).add((what, hint))
     parts = [HEAD]
     for area in [*AREAS, *sorted(areas.keys() - AREAS.keys())]:
         if area in areas:
-            parts.append(f"\n## {AREAS.get(area, area)}\n\n| message | way out | from |\n|---|---|---|\n")
-            parts += [f"| {cell(what)} | {cell(hint)} | `{name}` |\n" for what, hint, name in sorted(areas[area])]
+            parts.append(f"\n## {AREAS.get(area, area)}\n\n| message | way out |\n|---|---|\n")
+            parts += [f"| {cell(what)} | {cell(hint)} |\n" for what, hint in sorted(areas[area])]
     return "".join(parts)
 
 
