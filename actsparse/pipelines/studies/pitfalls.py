@@ -118,8 +118,8 @@ def _conclude_quality(out: Outcome, bench: Bench, share: float, kept: dict[tuple
     }
     out.conclude(
         f"with {share:.0%} of the neurons dropped by the prompt's mask (griffin), of the dense quality remain:"
-        f" {told['griffin']}; SwiGLU's loss less ReLU's is {shown(gaps['griffin'])} nats a token. With the best mask for"
-        f" every token (oracle-n): {told['oracle-n']}; {shown(gaps['oracle-n'])} nats.",
+        f" {told['griffin']}; SwiGLU's loss less ReLU's is {shown(gaps['griffin'])} nats a token. With the best mask of"
+        f" each token (oracle-n): {told['oracle-n']}; {shown(gaps['oracle-n'])} nats.",
         above(gaps["griffin"], 0.0),
         gaps["griffin"],
         "nats",
