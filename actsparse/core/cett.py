@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from actsparse.core.quantiles import rank
+from actsparse.core.stats import mean_stderr
 from actsparse.core.tail_norms import Tail, chunks
 
 SOLVE_STEPS = 30
@@ -31,35 +32,46 @@ CURVE_SHARES = (0.01, *(round(0.03 * i, 2) for i in range(1, 31)), 0.95, 0.98)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CettPoint:
-    """A threshold with its mean CETT over tokens (stderr over tokens) and its sparsity (share of neurons dropped)."""
+    """A threshold with its mean CETT over tokens and its sparsity (share of neurons dropped).
+
+    Standard errors are over sequences where these are known, else over tokens; None where they cannot be told.
+    """
 
     eps: float
     cett: float
     sparsity: float
     tokens: int
-    cett_stderr: float
-    sparsity_stderr: float
+    cett_stderr: float | None
+    sparsity_stderr: float | None
 
 
 @dataclass(frozen=True)
 class CettLayer:
     """The neuron activations of one layer, ready for CETT at any threshold.
 
-    Tokens whose output is zero or not finite are left out; `output_norms` [tokens] are those of the others.
+    Tokens whose output is zero or not finite are left out; `output_norms` [tokens] are those of the others, and
+    `sequences` [tokens] say which of them stand in one text (None: not known).
     """
 
     tail: Tail
     output_norms: Float[Tensor, " tokens"]
+    sequences: Int[Tensor, " tokens"] | None = None
 
     @classmethod
-    def of(cls, a: Float[Tensor, "tokens neurons"], down: Float[Tensor, "hidden neurons"]) -> "CettLayer":
+    def of(
+        cls,
+        a: Float[Tensor, "tokens neurons"],
+        down: Float[Tensor, "hidden neurons"],
+        sequences: Int[Tensor, " tokens"] | None = None,
+    ) -> "CettLayer":
         """Prepare activations; in float32."""
         a, rows = a.float(), down.float().t().contiguous()
         outputs = torch.cat([(part @ rows).norm(dim=1) for part in chunks(a)]) if len(a) else a.new_zeros(0)
         used = (outputs > 0) & outputs.isfinite() & a.isfinite().all(dim=1)
         if not used.all():
             a, outputs = a[used], outputs[used]
-        return cls(Tail(a.contiguous(), rows, rows.norm(dim=1)), outputs)
+            sequences = None if sequences is None else sequences[used.cpu()]
+        return cls(Tail(a.contiguous(), rows, rows.norm(dim=1)), outputs, sequences)
 
     @property
     def tokens(self) -> int:
@@ -67,7 +79,8 @@ class CettLayer:
 
     def head(self, tokens: int) -> "CettLayer":
         """The first `tokens` tokens only."""
-        return CettLayer(self.tail.head(tokens), self.output_norms[:tokens])
+        sequences = None if self.sequences is None else self.sequences[:tokens]
+        return CettLayer(self.tail.head(tokens), self.output_norms[:tokens], sequences)
 
     def largest_score(self) -> float:
         """The largest |a|*||w||."""
@@ -86,15 +99,13 @@ class CettLayer:
     def point(self, eps: float, norms: Float[Tensor, " tokens"], shares: Float[Tensor, " tokens"]) -> CettPoint:
         """The means over tokens, from norm and share of what `eps` drops."""
         ratio, share = (norms / self.output_norms).double(), shares.double()
-        root = max(1, len(ratio)) ** 0.5
-        spread = (float(ratio.std()) / root, float(share.std()) / root) if len(ratio) > 1 else (0.0, 0.0)
         return CettPoint(
             eps=eps,
             cett=float(ratio.mean()),
             sparsity=float(share.mean()),
             tokens=len(ratio),
-            cett_stderr=spread[0],
-            sparsity_stderr=spread[1],
+            cett_stderr=mean_stderr(ratio.cpu(), self.sequences),
+            sparsity_stderr=mean_stderr(share.cpu(), self.sequences),
         )
 
     def rho(self) -> float:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.core.cett import SOLVE_STEPS, CettPoint
+from actsparse.core.stats import mean_stderr
 
 CHUNK_ENTRIES = 1 << 23
 
@@ -51,15 +52,13 @@ class HeadCett:
         dropped = (self.norms < eps).double()
         left_out = torch.einsum("th,thk,tk->t", dropped, self.products, dropped).clamp_min(0).sqrt()
         ratio, share = left_out / self.products.sum(dim=(1, 2)).sqrt(), dropped.mean(dim=1)
-        root = max(1, self.tokens) ** 0.5
-        spread = (float(ratio.std()) / root, float(share.std()) / root) if self.tokens > 1 else (0.0, 0.0)
         return CettPoint(
             eps=eps,
             cett=float(ratio.mean()),
             sparsity=float(share.mean()),
             tokens=self.tokens,
-            cett_stderr=spread[0],
-            sparsity_stderr=spread[1],
+            cett_stderr=mean_stderr(ratio),
+            sparsity_stderr=mean_stderr(share),
         )
 
     def solve(self, target: float) -> CettPoint:

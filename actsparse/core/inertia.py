@@ -28,6 +28,7 @@ from actsparse.core.bootstrap import (
     weighted_pair_means,
     weighted_pair_ratio,
 )
+from actsparse.core.griffin import share_squares
 from actsparse.core.overlap import MIN_ROOM, Overlaps, pairwise_overlaps, topk_masks
 
 PREFIXES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,14 +47,13 @@ def prefix_masks(
     """
     densities = [density] * len(prefixes) if isinstance(density, (int, float)) else list(density)
     exact = activations.double()
-    norms = exact.norm(dim=-1)
-    usable = norms.isfinite() & (norms > 0)
-    squares = torch.where(usable[:, None], exact / norms[:, None], 0.0).square()
     masks = exact.new_zeros(len(prefixes), activations.shape[1], dtype=torch.bool)
-    for row, (prefix, share) in enumerate(zip(prefixes, densities, strict=True)):
-        effective = int(usable[:prefix].sum())
-        if prefix <= len(activations) and effective > 0 and share > 0:
-            masks[row] = topk_masks((squares[:prefix].sum(dim=0) / effective).sqrt(), share)
+    squares, used, end = exact.new_zeros(activations.shape[1]), 0, 0
+    for row in sorted(range(len(prefixes)), key=lambda row: prefixes[row]):
+        more, rows = share_squares(exact[end : prefixes[row]])
+        squares, used, end = squares + more, used + rows, prefixes[row]
+        if end <= len(activations) and used > 0 and densities[row] > 0:
+            masks[row] = topk_masks((squares / used).sqrt(), densities[row])
     return masks
 
 

@@ -30,28 +30,34 @@ def capacity(tokens: int, megabytes: int, layers: int, width: int, element_size:
 class Reservoir:
     """Activations [slots, width] of each layer at the token positions with the smallest keys.
 
-    `keys` [slots] (2^64 - 1: empty); `positions` [slots]: where in its sequence each stood. Buffers are allocated once,
+    `keys` [slots] (2^64 - 1: empty); `positions` [slots]: where in its sequence each stood, and `sequences` [slots]
+    the digest of that sequence. Buffers are allocated once,
     at full size; each moves once, to the device that its layer's activations come from.
     """
 
     keys: NDArray[np.uint64]
     positions: NDArray[np.int64]
+    sequences: NDArray[np.int64]
     layers: dict[int, Float[Tensor, "slots width"]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, slots: int, layers: tuple[int, ...], width: int, dtype: torch.dtype) -> "Reservoir":
         """Nothing kept yet."""
         buffers = {layer: torch.zeros(slots, width, dtype=dtype) for layer in layers}
-        return cls(np.full(slots, np.iinfo(np.uint64).max), np.zeros(slots, dtype=np.int64), buffers)
+        nowhere = (np.zeros(slots, dtype=np.int64) for _ in range(2))
+        return cls(np.full(slots, np.iinfo(np.uint64).max), *nowhere, buffers)
 
     @property
     def used(self) -> int:
         return int((self.keys != np.iinfo(np.uint64).max).sum())
 
-    def admit(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def admit(
+        self, keys: NDArray[np.uint64], positions: NDArray[np.int64], sequences: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor]:
         """Decide which of the new positions enter: (their places, the slots that they take), both int64.
 
-        The slots' keys and positions change at once; the caller then writes the activations of every layer with `put`.
+        What the slots say of their tokens changes at once; the caller then writes the activations of every layer with
+        `put`.
         """
         everything = np.concatenate([self.keys, keys])
         kept = np.argsort(everything, kind="stable")[: len(self.keys)]
@@ -61,6 +67,7 @@ class Reservoir:
         slots = leaving[: len(entering)]
         self.keys[slots] = keys[entering]
         self.positions[slots] = positions[entering]
+        self.sequences[slots] = sequences[entering]
         return torch.from_numpy(entering), torch.from_numpy(slots)
 
     def put(self, layer: int, slots: Tensor, rows: Float[Tensor, "new width"]) -> None:
@@ -80,12 +87,17 @@ class Reservoir:
         return torch.from_numpy(self.positions)[self._order]
 
     @property
+    def texts(self) -> Int[Tensor, " used"]:
+        """Digests of the sequences that the kept positions stood in, in the order of their keys."""
+        return torch.from_numpy(self.sequences)[self._order]
+
+    @property
     def _order(self) -> Tensor:
         return torch.from_numpy(np.argsort(self.keys, kind="stable")[: self.used])
 
     def merge(self, other: "Reservoir") -> None:
         """Keep the smallest keys of both."""
-        places, slots = self.admit(other.keys, other.positions)
+        places, slots = self.admit(other.keys, other.positions, other.sequences)
         for layer in self.layers:
             theirs = other.layers[layer]
             self.put(layer, slots, theirs[places.to(theirs.device)].to(self.layers[layer].device))
@@ -93,12 +105,13 @@ class Reservoir:
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a shard."""
         buffers = {f"layer{layer}": rows for layer, rows in self.layers.items()}
-        keys, positions = self.keys.view(np.int64).copy(), self.positions.copy()
-        return {"keys": torch.from_numpy(keys), "positions": torch.from_numpy(positions), **buffers}
+        kept = {"keys": self.keys.view(np.int64), "positions": self.positions, "sequences": self.sequences}
+        return {name: torch.from_numpy(numbers.copy()) for name, numbers in kept.items()} | buffers
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over the state whose `tensors()` these are."""
         self.keys = state["keys"].numpy().view(np.uint64).copy()
         self.positions = state["positions"].numpy().copy()
+        self.sequences = state["sequences"].numpy().copy()
         for layer, buffer in self.layers.items():
             buffer.copy_(state[f"layer{layer}"])

@@ -9,19 +9,23 @@ from torch import Tensor
 
 @dataclass
 class RouterSums:
-    """Sums over tokens of a router's entropy H(softmax(logits)), in nats: `sums` [2] of H and H^2, `seen` [1]."""
+    """Sums of a router's entropy H(softmax(logits)), in nats, for its mean over tokens and the error over sequences.
 
-    sums: Float[Tensor, "2"]
-    seen: Int[Tensor, "1"]
+    `sums` [3]: of H over tokens; over sequences of S^2 and S * n, S being a sequence's sum of H and n its tokens.
+    `seen` [3]: tokens; over sequences the sum of n^2; sequences.
+    """
+
+    sums: Float[Tensor, "3"]
+    seen: Int[Tensor, "3"]
 
     @classmethod
     def zeros(cls) -> "RouterSums":
         """Nothing seen yet."""
-        return cls(torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+        return cls(torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64))
 
     @property
     def tokens(self) -> int:
-        return int(self.seen)
+        return int(self.seen[0])
 
     @property
     def entropy(self) -> float:
@@ -30,23 +34,26 @@ class RouterSums:
 
     @property
     def stderr(self) -> float | None:
-        """The standard error of the mean over tokens; None under two tokens."""
-        if self.tokens < 2:
+        """The standard error of the mean, linearised over whole sequences; None of fewer than two."""
+        count = int(self.seen[2])
+        if count < 2:
             return None
-        spread = float(self.sums[1]) / self.tokens - self.entropy**2
-        return (max(0.0, spread) / (self.tokens - 1)) ** 0.5
+        squares, products = self.sums[1:].tolist()
+        deviations = squares - 2 * self.entropy * products + self.entropy**2 * int(self.seen[1])
+        return (max(0.0, deviations) * count / (count - 1)) ** 0.5 / self.tokens
 
-    def add(self, logits: Float[Tensor, "tokens experts"]) -> None:
-        """Add some tokens."""
+    def add(self, logits: Float[Tensor, "tokens experts"], lengths: Int[Tensor, " sequences"]) -> None:
+        """Add the tokens of some whole sequences, which have `lengths` tokens one after the other."""
         logs = logits.detach().double().log_softmax(dim=-1)
-        entropy = -(logs.exp() * logs).sum(dim=-1)
-        self.sums += torch.stack([entropy.sum(), entropy.square().sum()]).to(self.sums.device)
-        self.seen += len(logits)
+        entropy = -(logs.exp() * logs).sum(dim=-1).cpu()
+        sums = torch.stack([part.sum() for part in entropy.split(lengths.tolist())]) if len(lengths) else entropy[:0]
+        self.sums += torch.stack([entropy.sum(), sums.square().sum(), (sums * lengths).sum()])
+        self.seen += torch.tensor([len(entropy), int(lengths.square().sum()), len(lengths)])
 
     def merge(self, other: "RouterSums") -> None:
         """Add what another accumulator saw."""
-        self.sums += other.sums.to(self.sums.device)
-        self.seen += other.seen.to(self.seen.device)
+        self.sums += other.sums
+        self.seen += other.seen
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, for a shard."""

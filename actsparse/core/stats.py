@@ -1,7 +1,7 @@
 """Small statistics of one sample."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -25,3 +25,20 @@ def median_interval(
     tail = (1 - level) / 2
     low, high = torch.quantile(medians, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return float(torch.quantile(values.double(), 0.5)), low, high
+
+
+def mean_stderr(values: Float[Tensor, " n"], groups: Int[Tensor, " n"] | None = None) -> float | None:
+    """The standard error of the mean of values that depend on each other within their group (None: not at all).
+
+    Linearised over whole groups: sqrt(G/(G-1) * sum_g (sum of g's deviations)^2) / n. None of fewer than two groups.
+    """
+    exact = values.double()
+    deviations = exact - exact.mean()
+    if groups is not None:
+        _, places = groups.unique(return_inverse=True)
+        count = int(places.max()) + 1 if len(places) else 0
+        deviations = deviations.new_zeros(count).index_add_(0, places.to(deviations.device), deviations)
+    count = len(deviations)
+    if count < 2:
+        return None
+    return float((deviations.square().sum() * count / (count - 1)).sqrt()) / len(values)

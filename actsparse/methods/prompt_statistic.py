@@ -1,17 +1,15 @@
 """The statistic of a prompt that TDA and GRIFFIN share (methods.md, section 3; GRIFFIN, arXiv 2404.01365).
 
-    s_j = sqrt( sum_t (a_tj / ||a_t||)^2 / P_eff )      rows with ||a_t|| = 0 are skipped; P_eff = rows used
-
-Dividing by P_eff is ours: without it s grows with the length of the prompt.
+`core.griffin` has its formula; here it is summed up over calls and read at last.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actsparse.core.griffin import share_squares
 from actsparse.errors import PlanError
 from actsparse.results import SiteKind
 
@@ -38,12 +36,9 @@ class PromptStatistic:
             rows = rows[: max(0, self._first - self.tokens)]
         self.tokens += len(rows)
         values = rows.float() if self._norms is None else rows.float() * self._norms.to(rows.device)
-        squares = values.square()
-        norms = squares.sum(dim=1)
-        inverse = torch.where(norms > 0, 1.0 / norms, torch.zeros_like(norms))
-        total = (inverse @ squares).double()
+        total, used = share_squares(values)
         self._squares = total if self._squares is None else self._squares + total
-        self._rows += int((norms > 0).sum())
+        self._rows += used
 
     def value(self) -> Float[Tensor, " neurons"]:
         """s [neurons], in float64; all zero when no row had a norm. Raises ValueError before the first token."""

@@ -33,9 +33,9 @@ class SolvedExpert:
         assert expert is not None
         ffn, sums = loaded.sites.ffns[place], state.neurons[place]
         down = ffn.down_matrix()
-        sample = state.experts[place].rows(place).to(down.device)
+        sample, texts = state.experts[place].rows(place).to(down.device), state.experts[place].texts
         together = co_activation(sample, ffn.down_norms(), sums.active, density=ACTIVE_DENSITY)
-        return cls(layer, expert, sums.tokens, CettSolution.of(CettLayer.of(sample, down), targets), together)
+        return cls(layer, expert, sums.tokens, CettSolution.of(CettLayer.of(sample, down, texts), targets), together)
 
 
 def expert_rows(found: list[SolvedExpert]) -> list[Measure]:
@@ -77,13 +77,14 @@ def _layer_rows(layer: int, routed: list[SolvedExpert]) -> list[Measure]:
 
 
 def _mean(points: list[CettPoint], weights: list[float]) -> CettPoint:
-    """The weighted mean of independent samples."""
+    """The weighted mean, its error as if experts' samples were independent."""
 
     def over(values: list[float]) -> float:
         return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
-    def error(values: list[float]) -> float:
-        return sum((weight * value) ** 2 for weight, value in zip(weights, values, strict=True)) ** 0.5
+    def error(values: list[float | None]) -> float | None:
+        known = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        return sum(one**2 for one in known) ** 0.5 if len(known) == len(values) else None
 
     return CettPoint(
         eps=over([one.eps for one in points]),

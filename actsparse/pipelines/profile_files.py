@@ -52,7 +52,7 @@ class Phase:
                 place = loaded.sites.ffn_index[layer, None]
                 down = loaded.sites.layers[layer].down_matrix(loaded.record.intermediate_size)
                 sample = state.reservoir.rows(layer).to(down.device)
-                cett[layer] = CettSolution.of(CettLayer.of(sample, down), targets)
+                cett[layer] = CettSolution.of(CettLayer.of(sample, down, state.reservoir.texts), targets)
                 together[layer] = co_activation(
                     sample, norms[place], state.neurons[place].active, density=ACTIVE_DENSITY
                 )

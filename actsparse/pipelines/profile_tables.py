@@ -95,7 +95,6 @@ def _expert_measures(layer: int, expert: int, sums: NeuronSums, router: RouterSu
     rows = [
         _row(
             Site(layer=layer, kind=SiteKind.ROUTER), "expert_frac", share, n, param=where, unit="share",
-            stderr=(share * (1 - share) / n) ** 0.5 if n else None,
         )
     ]  # fmt: skip
     if sums.tokens:

@@ -55,6 +55,7 @@ class Recorder:
         self._positions = self._sampled = self._rows
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._keys, self._stand = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+        self._texts, self._lengths = self._stand, torch.zeros(0, dtype=torch.int64)
         self._tap = Tap()
 
     @property
@@ -92,13 +93,16 @@ class Recorder:
         positions = [np.arange(span.start, span.stop) for _, span in batch.spans]
         begins = [row * width + batch.columns[row] for row, _ in batch.spans]
         rows = np.concatenate([none, *(begin + at for begin, at in zip(begins, positions, strict=True))])
-        keys = [
-            position_keys(_digest(batch.sequences[row]), at, self.seed)
-            for (row, _), at in zip(batch.spans, positions, strict=True)
+        digests = [_digest(batch.sequences[row]) for row, _ in batch.spans]
+        keys = [position_keys(digest, at, self.seed) for digest, at in zip(digests, positions, strict=True)]
+        texts = [
+            np.full(len(at), np.uint64(digest).view(np.int64)) for digest, at in zip(digests, positions, strict=True)
         ]
         self._stand = np.concatenate([none, *positions])
         self._keys = np.concatenate([none.view(np.uint64), *keys])
-        places, self._slots = self.state.reservoir.admit(self._keys, self._stand)
+        self._texts = np.concatenate([none, *texts])
+        self._lengths = torch.tensor([len(at) for at in positions])
+        places, self._slots = self.state.reservoir.admit(self._keys, self._stand, self._texts)
         self._rows = _Places(torch.from_numpy(rows))
         self._positions = _Places(torch.from_numpy(self._stand))
         self._sampled = _Places(torch.from_numpy(rows)[places])
@@ -106,7 +110,7 @@ class Recorder:
     def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
         state, layer = self.state, site.layer
         if site.kind is SiteKind.ROUTER:
-            state.routers[layer].add(Rows.of(x, self._rows.on(x.device)).values())
+            state.routers[layer].add(Rows.of(x, self._rows.on(x.device)).values(), self._lengths)
             return
         index, positions = self._own_rows(x.device)
         rows = Rows.of(x, index)
@@ -138,7 +142,7 @@ class Recorder:
         if routed is not None:
             mine = np.flatnonzero(routed.flatten()[rows].cpu().numpy())
         sample = self.state.experts[place]
-        chosen, slots = sample.admit(self._keys[mine], self._stand[mine])
+        chosen, slots = sample.admit(self._keys[mine], self._stand[mine], self._texts[mine])
         sample.put(place, slots, flat[rows[torch.from_numpy(mine)[chosen].to(flat.device)]])
 
     def _own_rows(self, device: torch.device) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
@@ -248,13 +252,16 @@ def _recorded(
     since = time.monotonic()
     with progress.task(what, sequences.tokens, "tokens") as advance:
         advance(sum(len(sequences.ids[i]) for i in done))
-        for group in team.share([group for group in places if group]):
+        own = team.share([group for group in places if group])
+        shown = _Share(sequences.tokens - sum(len(sequences.ids[i]) for i in done),
+                       sum(len(sequences.ids[i]) for group in own for i in group))  # fmt: skip
+        for group in own:
             batch = padded(*feed([sequences.ids[i] for i in group]), padding_side)
             recorder.record(batch)
             state.finished(group, sum(span.stop - span.start for _, span in batch.spans))
             if strict:
                 _check_finite(state)
-            advance(team.size * sum(len(sequences.ids[i]) for i in group))
+            advance(shown.more(sum(len(sequences.ids[i]) for i in group)))
             if shards is not None and time.monotonic() - since > CHECKPOINT_SECONDS:
                 tensors.write(shards.of(team.rank), state.tensors())
                 since = time.monotonic()
@@ -266,6 +273,21 @@ def _recorded(
         more.load(other)
         state.merge(more)
     return state
+
+
+@dataclass
+class _Share:
+    """How far a team is, as far as one process can tell: the share of its own `own` tokens, of `whole`."""
+
+    whole: int
+    own: int
+    seen: int = 0
+
+    def more(self, tokens: int) -> int:
+        """How many tokens of the whole the next `tokens` of one's own stand for."""
+        before = self.whole * self.seen // max(1, self.own)
+        self.seen += tokens
+        return self.whole * self.seen // max(1, self.own) - before
 
 
 def _take_up(state: ProfileState, shards: Shards, empty: Callable[[], ProfileState]) -> None:

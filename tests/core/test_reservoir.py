@@ -27,7 +27,7 @@ def fed(order: tuple[int, ...], slots: int, *, step: int = 100, seed: int = 0) -
         keys = keys_of(sequence, seed)
         for start in range(0, len(keys), step):
             piece = slice(start, start + step)
-            places, chosen = reservoir.admit(keys[piece], np.arange(len(keys))[piece])
+            places, chosen = reservoir.admit(keys[piece], np.arange(len(keys))[piece], np.arange(len(keys))[piece] // 7)
             for layer in LAYERS:
                 reservoir.put(layer, chosen, activations(sequence, layer)[piece][places])
     return reservoir

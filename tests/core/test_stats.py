@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actsparse.core.stats import gini, median_interval
+from actsparse.core.stats import gini, mean_stderr, median_interval
 
 VALUES = st.lists(st.floats(0, 1e3), min_size=1, max_size=30)
 
@@ -52,3 +52,23 @@ def test_a_higher_level_is_wider_and_the_seed_decides():
     assert median_interval(sample, seed=3) == median_interval(sample, seed=3)
     drawn = {median_interval(sample, seed=seed) for seed in range(5)}
     assert len(drawn) > 1
+
+
+def test_the_error_of_a_mean_is_that_of_its_groups():
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(40, generator=generator, dtype=torch.float64)
+    values = (own[:, None] + 0.1 * torch.randn(40, 25, generator=generator, dtype=torch.float64)).flatten()
+    groups = torch.arange(40).repeat_interleave(25)
+    order = torch.randperm(len(values), generator=generator)
+    found = mean_stderr(values[order], 7 - 3 * groups[order])
+    means = values.view(40, 25).mean(dim=1)
+    assert found == pytest.approx(float(means.std()) / 40**0.5)
+    # values taken for independent would make it five times smaller
+    assert mean_stderr(values) == pytest.approx(float(values.std()) / 1000**0.5)
+    assert found > 4 * mean_stderr(values)
+
+
+def test_one_value_or_one_group_has_no_error():
+    assert mean_stderr(torch.ones(1)) is None
+    assert mean_stderr(torch.rand(5), torch.zeros(5, dtype=torch.long)) is None
+    assert mean_stderr(torch.rand(0), torch.zeros(0, dtype=torch.long)) is None

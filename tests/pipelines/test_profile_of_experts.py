@@ -12,6 +12,7 @@ from tiny import EXPERTS, FFN, SHARED, TOP_K, make_tokenizer, save_tiny, words
 from torch import Tensor
 
 from actsparse.cli.app import main
+from actsparse.core.stats import mean_stderr
 from actsparse.data.sequences import Sequences, blocks_of
 from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel, load
@@ -118,6 +119,18 @@ def test_routing_frequencies_and_entropy(run: ProfileRun, naive: dict) -> None:
     assert entropy == pytest.approx(float(-(p * p.log()).sum(dim=1).mean()), rel=1e-5)
     assert n == tokens
     assert 0 < entropy < log(EXPERTS)
+
+
+def test_the_error_of_the_routers_entropy_is_over_sequences(
+    run: ProfileRun, naive: dict, loaded: LoadedModel, prompts_file: Path
+) -> None:
+    p = torch.stack(naive[None]).double().softmax(dim=1)
+    entropy = -(p * p.log()).sum(dim=1)
+    lengths = [len(ids) - SINK for ids in sequences_of(prompts_file, loaded, 5)]
+    expected = mean_stderr(entropy, torch.arange(5).repeat_interleave(torch.tensor(lengths)))
+    row = run.measures.filter(metric="router_entropy", layer=0).row(0, named=True)
+    assert row["stderr"] == pytest.approx(expected, rel=1e-4)
+    assert run.measures.filter(metric="expert_frac")["stderr"].null_count() == EXPERTS
 
 
 def test_moments_of_a_layer_pool_its_routed_experts(run: ProfileRun, naive: dict) -> None:

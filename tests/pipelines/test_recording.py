@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import FFN, HEADS, LAYERS, make_model, make_tokenizer, token_ids
@@ -146,6 +147,30 @@ def test_the_sample_is_the_same_for_every_batch_size_and_padding(side: PaddingSi
     assert one.used == other.used == 24
     assert sorted(one.keys.tolist()) == sorted(other.keys.tolist())
     torch.testing.assert_close(one.rows(1), other.rows(1), atol=1e-5, rtol=1e-4)
+
+
+def test_errors_of_cett_are_over_the_sequences_of_the_sample(tiny_loaded: Callable) -> None:
+    sample = recorded(tiny_loaded("llama"), batch_size=3).reservoir
+    assert len(set(sample.texts.tolist())) > 3
+    rows, places, texts_of = sample.rows(1), sample.places, sample.texts
+    whole = {}
+    loaded = tiny_loaded("llama")
+    keep = {SiteKind.NEURON: lambda _site, x: whole.setdefault(digest, x[0].clone()) is None or None}
+    with tapped(loaded.sites, keep, (1,)), torch.no_grad():
+        for ids in texts().ids:
+            digest = np.uint64(recording_module._digest(ids)).view(np.int64).item()
+            loaded.model(input_ids=ids[None], use_cache=False)
+    for row, place, text in zip(rows, places.tolist(), texts_of.tolist(), strict=True):
+        torch.testing.assert_close(row, whole[text][place], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("whole", "own"), [(100, 60), (7, 7), (10, 0), (2479, 1659)])
+def test_a_team_is_never_shown_further_than_it_is(whole: int, own: int) -> None:
+    share = recording_module._Share(whole, own)
+    parts = [own // 3, own // 3, own - 2 * (own // 3)]
+    shown = [share.more(part) for part in parts]
+    assert min(shown) >= 0
+    assert sum(shown) == (whole if own else 0)
 
 
 def test_two_recordings_merge_into_one(tiny_loaded: Callable) -> None:
