@@ -44,8 +44,8 @@ class Reservoir:
     def empty(cls, slots: int, layers: tuple[int, ...], width: int, dtype: torch.dtype) -> "Reservoir":
         """Nothing kept yet."""
         buffers = {layer: torch.zeros(slots, width, dtype=dtype) for layer in layers}
-        nowhere = (np.zeros(slots, dtype=np.int64) for _ in range(2))
-        return cls(np.full(slots, np.iinfo(np.uint64).max), *nowhere, buffers)
+        positions, sequences = (np.zeros(slots, dtype=np.int64) for _ in range(2))
+        return cls(np.full(slots, np.iinfo(np.uint64).max), positions, sequences, buffers)
 
     @property
     def used(self) -> int:
