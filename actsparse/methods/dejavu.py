@@ -5,7 +5,6 @@ kept. `input` says what it reads: the MLP's own normed input (`sequential`), the
 the same time (`parallel`), or the input of the block before (`lookahead`), whose prediction can run ahead of its use.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,22 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.core.overlap import topk_masks
-from actsparse.core.router_training import Examples, RouterWeights, weighted_bce
-from actsparse.errors import PlanError
+from actsparse.core.router_training import Examples
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, counted_fit, counted_layers
-from actsparse.methods.gates import FixedGate, LayerGates, Router, TokenGate
-from actsparse.methods.trained_method import (
-    LayerRouter,
-    Lesson,
-    TrainedMethod,
-    check_router,
-    chosen_layers,
-    judged_plan,
-    read_routers,
-    router_of,
-    router_tensors,
-    train_routers,
-)
+from actsparse.methods.gates import FixedGate, LayerGates, TokenGate
+from actsparse.methods.logit_router import LogitMethod, rule_bytes, rule_of
+from actsparse.methods.trained_method import chosen_layers, judged_plan, router_tensors
 from actsparse.methods.training import LayerPairs
 from actsparse.results import LayerPlan, SiteKind
 
@@ -37,7 +25,7 @@ RouterInput = Literal["sequential", "parallel", "lookahead"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DejaVu(TrainedMethod):
+class DejaVu(LogitMethod):
     """The k neurons that a trained router expects to be used, token by token.
 
     A token's labels are, on models whose activation makes exact zeros (ReLU), the neurons with a != 0, and on others
@@ -45,18 +33,12 @@ class DejaVu(TrainedMethod):
     """
 
     input: RouterInput = "sequential"
-    rank: int = 1000
 
     name = "dejavu"
     summary = "neurons that a trained router expects the token to use"
     paper = "arXiv 2310.17157"
     decides = Decides.TOKEN
     needs = (SiteKind.MLP_IN,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise PlanError(f"dejavu: rank must be at least 1, not {self.rank}", "the paper's is 1000")
 
     @property
     def site(self) -> SiteKind:
@@ -73,52 +55,30 @@ class DejaVu(TrainedMethod):
         routed = chosen_layers(self.name, self.layers, len(plans))
         plans = [plan if plan.layer in routed else replace(plan, kept=plan.width) for plan in plans]
         wanted = [plan for plan in plans if plan.kept != plan.width]
+        exact = self._exact_zeros(calibration, wanted)
+
+        def examples(plan: LayerPlan, pairs: LayerPairs) -> Examples:
+            assert plan.kept is not None
+            norms = None if exact else calibration.down_norms(plan.layer)
+            used, held = (used_neurons(a, norms, plan.kept) for a in (pairs.a, pairs.held_a))
+            return Examples(pairs.x.float(), used, pairs.held_x.float(), held, plan.kept)
+
         tensors: dict[str, Tensor] = {}
-        for plan, router in zip(wanted, self._routers(calibration, wanted), strict=True):
-            plans[plan.layer] = judged_plan(plan, router, plan.kept or 0, plan.width)
-            tensors |= router_tensors(plan.layer, router)
+        for layer, router in self.learned(calibration, wanted, examples).items():
+            plans[layer] = judged_plan(plans[layer], router, plans[layer].kept or 0, plans[layer].width)
+            tensors |= router_tensors(layer, router)
         return counted_fit(plans, tensors)
+
+    def _exact_zeros(self, calibration: Calibration, plans: list[LayerPlan]) -> bool:
+        """Whether the model's own zeros are the labels; not asked where nothing is trained."""
+        return bool(plans) and not self.weights and calibration.training().exact_zeros
 
     def gates(self, layer: int, fit: Fit) -> LayerGates:
         plan = fit.layers[layer]
-        assert plan.kept is not None
         if plan.kept == plan.width:
             return LayerGates(neurons=FixedGate(torch.ones(plan.width, dtype=torch.bool)))
-        router = router_of(layer, fit)
-        rule = Router(router.first, router.second, plan.kept)
-        return LayerGates(
-            neurons=TokenGate(self.site, rule, ahead=self.ahead),
-            mlp_extra_bytes=sum(part.numel() * part.element_size() for part in (router.first, router.second)),
-        )
-
-    def check_fit(self, fit: Fit, hidden: int) -> None:
-        for plan in fit.layers:
-            if plan.kept != plan.width:
-                check_router(f"dejavu, layer {plan.layer}", router_of(plan.layer, fit), hidden, plan.width)
-
-    def _routers(self, calibration: Calibration, plans: Sequence[LayerPlan]) -> list[LayerRouter]:
-        if not plans:
-            return []
-        training = calibration.training()
-        if self.weights:
-            return read_routers(self, training, plans, lambda plan: plan.width)
-        exact = training.exact_zeros
-        norms = {plan.layer: calibration.down_norms(plan.layer) for plan in plans} if not exact else {}
-
-        def lesson(plan: LayerPlan, pairs: LayerPairs) -> Lesson:
-            assert plan.kept is not None
-            hidden, weights = pairs.x.shape[1], norms.get(plan.layer)
-            examples = Examples(
-                pairs.x.float(),
-                used_neurons(pairs.a, weights, plan.kept),
-                pairs.held_x.float(),
-                used_neurons(pairs.held_a, weights, plan.kept),
-                plan.kept,
-            )
-            start = RouterWeights.drawn(hidden, min(self.rank, hidden), plan.width, self.seed + plan.layer)
-            return Lesson(examples, weighted_bce, start)
-
-        return train_routers(self, training, plans, self.site, self.ahead, lesson)
+        rule = rule_of(plan, fit)
+        return LayerGates(neurons=TokenGate(self.site, rule, ahead=self.ahead), mlp_extra_bytes=rule_bytes(rule))
 
 
 def used_neurons(
