@@ -10,6 +10,14 @@ from enum import StrEnum
 SCHEMA_VERSION = 2
 
 
+def path_tolerance(dtype: str) -> float:
+    """The largest difference in nats on one token by which engine and masked path of a model may differ.
+
+    In 16 bits it is wider: the engine keeps activations in float32 where the model's own forward rounds them.
+    """
+    return 5e-2 if dtype.removeprefix("torch.") in ("bfloat16", "float16") else 1e-3
+
+
 class SiteKind(StrEnum):
     """Where an activation is read. Every family presents each as [batch, seq, width].
 

@@ -7,9 +7,11 @@ import typer
 
 from actsparse.cli.options import RUN, OutputOptions, grouped, option
 from actsparse.cli.output import Output
+from actsparse.errors import ActsparseError
 from actsparse.specs import ReportSpec
 
 HELP = "One offline HTML file from runs; the first is the reference."
+DEFAULT = Path("report.html")
 EPILOG = "Example: actsparse report runs/MODEL/profile-3f9c1e runs/MODEL/eval-77ab10"
 
 
@@ -18,7 +20,7 @@ def command(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
     show: OutputOptions,
     *,
-    file: Annotated[Path, option("--output", "-o", help="The HTML file.", panel=RUN)] = Path("report.html"),
+    file: Annotated[Path, option("--output", "-o", help="The HTML file.", panel=RUN)] = DEFAULT,
     title: Annotated[str | None, option("--title", help="Title of the page.", panel=RUN)] = None,
     force: Annotated[bool, option("--force", help="Overwrite an existing file.", panel=RUN)] = False,
     text: Annotated[bool, option("--text", help="Print the summary instead of writing a file.", panel=RUN)] = False,
@@ -30,6 +32,10 @@ def command(
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
     spec = ReportSpec(runs=tuple(runs), output=file, title=title, force=force)
     if text or show.json:
+        asked = "--text" if text else "--json"
+        for name, given in (("--open", open_it), ("--output", file != DEFAULT), ("--figures", figures is not None)):
+            if given:
+                raise ActsparseError(f"{name} does not go with {asked}, which writes no file", f"leave out {asked}")
         from actsparse.cli.shown import show_report
 
         show_report(spec, output)

@@ -21,11 +21,10 @@ from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
-from actsparse.results import Generation, TimingRow, Unit, Verdict
+from actsparse.results import Generation, TimingRow, Unit, Verdict, path_tolerance
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 
-NLL_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
 FLIPS_TOLERANCE = 1e-2
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
@@ -88,8 +87,7 @@ def measure_all(session: Session, groups: Sequence[PlanGroup]) -> Speeds:
         for index, group in enumerate(groups):
             plans[group.name] = runner.kept(f"plan-{index:03d}", lambda g=group: runner.plan(g, dense))
             advance(1)
-    # the engine keeps activations in float32 where the model's own forward rounds them to its dtype
-    tolerance = NLL_TOLERANCE if session.loaded.model.dtype.itemsize >= 4 else HALF_TOLERANCE
+    tolerance = path_tolerance(str(session.loaded.model.dtype))
     for one in plans.values():
         if one.path_check is not None and one.path_check > tolerance:
             session.warn(

@@ -61,6 +61,7 @@ def plan_grid(panel: EvalPanel, place: int) -> Grid:
         title="Every plan" + (f", {panel.label}" if panel.label else ""),
         note="Intervals are bootstraps over blocks (perplexity) and over timing pairs (speed-up). Neurons and bytes "
         "(of the model, a decode step) are realised shares, counted on the scored text. "
+        "A plan's dense time is that of the laps it was timed against in turns; the row of dense pools all laps. "
         "Time to first token includes selection and slicing, repaid after so many decoded tokens.",
         columns=columns,
         rows=tuple(_plan_row(outcome) for outcome in panel.outcomes),
@@ -83,7 +84,7 @@ def _plan_row(outcome: Outcome) -> tuple[Cell, ...]:
         _cell(outcome.realised.get("model_bytes_frac"), percent(outcome.realised.get("model_bytes_frac"))),
         _cell(outcome.speedup.value, times(outcome.speedup.value), _speed_detail(outcome)),
         _cell(None if dense else outcome.reach, times(None if dense else outcome.reach)),
-        _cell(outcome.ms_per_token.value, number(outcome.ms_per_token.value)),
+        _cell(outcome.ms_per_token.value, number(outcome.ms_per_token.value), _dense_detail(outcome)),
         _cell(_ttft(outcome), number(_ttft(outcome)), _repaid(outcome)),
     )
 
@@ -95,6 +96,13 @@ def _speed_detail(outcome: Outcome) -> str:
     return " ".join(
         part for part in (between(outcome.speedup.low, outcome.speedup.high), outcome.verdict.value) if part
     )
+
+
+def _dense_detail(outcome: Outcome) -> str:
+    """The dense time of the very laps that a plan was timed against in turns."""
+    if outcome.name.role is Role.DENSE or outcome.ms_per_token.value is None or outcome.dense_ms.value is None:
+        return ""
+    return f"dense {number(outcome.dense_ms.value)}"
 
 
 def _repaid(outcome: Outcome) -> str:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel, calibration_of, scored_text
 from actsparse.report.sources import Source
-from actsparse.report.wording import clean, listed, one_line, percent
-from actsparse.results import RunKind, TextRecord
+from actsparse.report.wording import clean, listed, one_line, percent, times
+from actsparse.results import RunKind, TextRecord, path_tolerance
+from actsparse.store.provenance import again
 
-PATH_TOLERANCE = 1e-3
 _PLACE = re.compile(r"(?P<plan>[^\s{}]+) at batch (?P<batch>\d+), prompt (?P<prompt>\d+): (?P<rest>.*)", re.DOTALL)
 
 
@@ -28,6 +28,7 @@ def notices(sources: tuple[Source, ...], evals: tuple[EvalPanel, ...]) -> tuple[
         *_overlaps(sources),
         *_own(sources),
         *_path_checks(evals),
+        *_beyond_ceiling(evals),
         *_comparisons(sources, evals),
     ]
     return tuple(dict.fromkeys(_merged(found)))
@@ -58,7 +59,7 @@ def _incomplete(sources: tuple[Source, ...]) -> list[Notice]:
     found = []
     for source in sources:
         if not source.complete:
-            command = one_line(" ".join(source.manifest.provenance.command))
+            command = one_line(again(source.manifest.provenance.command))
             text = f"This run is incomplete: what it has written so far is drawn. Resume it with: {command}"
             found.append(Notice(letter=source.letter, text=text))
         found += [Notice(letter=source.letter, text=f"Left out: {one_line(what)}") for what in source.unreadable]
@@ -109,12 +110,44 @@ def _path_checks(evals: tuple[EvalPanel, ...]) -> list[Notice]:
         Notice(
             letter=outcome.letter,
             text=f"{one_line(outcome.label)}: engine and masked path differ by {outcome.path_check:.2g} nats "
-            f"on the checked tokens (tolerance {PATH_TOLERANCE:g}); speed and quality may not be of the same model.",
+            f"on the checked tokens (tolerance {_tolerance(panel):g}); speed and quality may not be of the same model.",
         )
         for panel in evals
         for outcome in panel.outcomes
-        if outcome.path_check is not None and outcome.path_check > PATH_TOLERANCE and not _path_warned(panel, outcome)
+        if outcome.path_check is not None
+        and outcome.path_check > _tolerance(panel)
+        and not _path_warned(panel, outcome)
     ]
+
+
+def _tolerance(panel: EvalPanel) -> float:
+    model = panel.sources[0].manifest.model
+    return path_tolerance(model.dtype if model else "")
+
+
+def _beyond_ceiling(evals: tuple[EvalPanel, ...]) -> list[Notice]:
+    """Speed-ups above what the unread bytes allow, by run: those that are sure, and those within their interval."""
+    found = []
+    for panel in evals:
+        above = [one for one in panel.compared if one.speedup.value and one.reach and one.speedup.value > one.reach]
+        for letter in dict.fromkeys(outcome.letter for outcome in above):
+            mine = [outcome for outcome in above if outcome.letter == letter]
+            sure = [one for one in mine if one.speedup.low is not None and one.speedup.low > (one.reach or 0.0)]
+            found += _ceiling_notice(
+                letter, sure, "lie above their ceilings for sure: weight bytes are not what bounds decoding here, so "
+                "dense has overhead that the sparse step is spared"
+            )  # fmt: skip
+            unsure = [one for one in mine if one not in sure]
+            found += _ceiling_notice(
+                letter, unsure, "lie above their ceilings, which their intervals contain: that is noise, measure again "
+                "on an idle machine"
+            )  # fmt: skip
+    return found
+
+
+def _ceiling_notice(letter: str, outcomes: list[Outcome], what: str) -> list[Notice]:
+    named = [f"{one_line(one.label)} ({times(one.speedup.value)} of {times(one.reach)})" for one in outcomes]
+    return [Notice(letter=letter, text=f"The speed-ups of {listed(named)} {what}.")] if named else []
 
 
 def _path_warned(panel: EvalPanel, outcome: Outcome) -> bool:

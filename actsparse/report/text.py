@@ -136,8 +136,9 @@ def _plans(grid: Grid) -> Table:
 
 
 def _cell(cell: Cell, column: str) -> Text:
-    """A cell on one line; only speed-ups keep their interval, which decides on them."""
-    return Text(f"{cell.text} ({cell.detail})" if column == "speed-up" and cell.detail and cell.sort else cell.text)
+    """A cell on one line; speed-ups keep their interval, which decides on them, and times the dense one beside them."""
+    kept = column in ("speed-up", "decode") and cell.detail and cell.sort
+    return Text(f"{cell.text} ({cell.detail})" if kept else cell.text)
 
 
 def _sparsity(view: ReportView) -> list[RenderableType]:

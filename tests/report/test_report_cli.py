@@ -119,3 +119,12 @@ def test_what_is_no_run_ends_with_1_and_a_hint(
     assert "hint:" in said.err
     assert "Traceback" not in said.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [["--open"], ["-o", "page.html"], ["--figures", "figures"]])
+@pytest.mark.parametrize("what", ["--text", "--json"])
+def test_what_writes_no_file_refuses_options_that_need_one(
+    what: str, more: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run), what, *more]) == 1
+    assert f"leave out {what}" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The view model: findings, notices and sections computed from runs."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,3 +281,47 @@ def test_many_plans_keep_figures_and_captions_readable(tmp_path: Path) -> None:
     assert [one.grade for one in methods] == sorted(
         (one.grade for one in methods), key=("neutral", "usable", "costly", "unusable").index
     )
+
+
+def test_the_way_on_from_an_incomplete_run_can_be_pasted_and_does_not_start_over(tmp_path: Path) -> None:
+    run = example.eval_run(tmp_path / "eval", finish=False)
+    draft = json.loads((run / "unfinished.json").read_text())
+    draft["provenance"]["command"] = ["actsparse", "evaluate", "--model", "my model", "--force", "--no-resume"]
+    (run / "unfinished.json").write_text(json.dumps(draft))
+    text = build_view(ReportSpec(runs=(run,))).notices[0].text
+    assert text.endswith("Resume it with: actsparse evaluate --model 'my model'")
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", False), ("float32", True)])
+def test_how_far_engine_and_masked_path_may_differ_depends_on_the_dtype(
+    tmp_path: Path, dtype: str, warned: bool
+) -> None:
+    row = EvalRow(plan="cats@0.5", metric="path_check", value=0.02, unit="nats", n=1)
+    model = replace(example.SMOLLM2, dtype=dtype)
+    plans = (ExamplePlan(plan="cats@0.5", ppl=27.8),)
+    run = example.eval_run(tmp_path / "e", model=model, plans=plans, extra=(row,))
+    said = [notice.text for notice in build_view(ReportSpec(runs=(run,))).notices]
+    assert any("engine and masked path differ" in text for text in said) is warned
+
+
+def test_a_speed_up_above_its_ceiling_is_said_and_told_from_noise(tmp_path: Path) -> None:
+    ceiling = 1 / (1 - 0.5 * 0.59)
+    plans = (
+        ExamplePlan(plan="griffin@0.5", ppl=30.0, speed=ceiling + 0.2),
+        ExamplePlan(plan="cats@0.5", ppl=27.0, speed=ceiling + 0.01),
+        ExamplePlan(plan="tda@0.5", ppl=27.0, speed=1.2),
+    )
+    said = [one.text for one in build_view(ReportSpec(runs=(example.eval_run(tmp_path / "e", plans=plans),))).notices]
+    assert len(said) == 2
+    assert said[0].startswith("The speed-ups of griffin@0.5 (1.62× of 1.42×) lie above their ceilings for sure")
+    assert said[1].startswith(
+        "The speed-ups of cats@0.5 (1.43× of 1.42×) lie above their ceilings, which their intervals"
+    )
+
+
+def test_each_plan_shows_the_dense_time_that_it_was_paired_with(view: ReportView) -> None:
+    rows = {row[0].text: row for row in view.plan_grids[0].rows}
+    place = [column.name for column in view.plan_grids[0].columns].index("decode")
+    assert rows["tda:target_error=0.2"][place].detail == "dense 24.3"
+    assert rows["dense"][place].detail == ""
+    assert "timed against in turns" in view.plan_grids[0].note

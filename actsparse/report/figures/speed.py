@@ -86,7 +86,8 @@ def caption(frame: pl.DataFrame) -> str:
     """How many plans are faster for sure, the fastest, and how much of its ceiling it reaches."""
     faster = frame.filter(pl.col("verdict") == "faster").sort("speedup")
     rest = frame.filter(pl.col("verdict") != "faster")
-    text = f"{faster.height} of {frame.height} timed plans are faster than dense beyond their interval"
+    are, their = ("is", "its") if faster.height == 1 else ("are", "their")
+    text = f"{faster.height} of {frame.height} timed plans {are} faster than dense beyond {their} interval"
     if faster.height:
         row = faster.row(-1, named=True)
         text += f"; {row['plan']} most, {times(row['speedup'])}"
