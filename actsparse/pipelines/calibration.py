@@ -170,17 +170,25 @@ class Replay:
         return found
 
     def pooled(self, kind: SiteKind, statistics: Sequence[Statistic]) -> list[Tensor]:
-        """See `methods.base.Calibration`; experts see the tokens routed to them."""
-        sites = self.loaded.sites
+        """See `methods.base.Calibration`; an expert sees the tokens routed to it (0 everywhere where there are
+        none)."""
+        sites, seen = self.loaded.sites, set[int]()
 
         def on_value(site: Site, x: Tensor) -> None:
             rows = x[0, self._sink :]
             if self._tap.routed is not None:
                 rows = rows[self._tap.routed[0, self._sink :]]
-            statistics[sites.ffn_index[site.layer, site.expert]].add(rows)
+            if len(rows):
+                place = sites.ffn_index[site.layer, site.expert]
+                statistics[place].add(rows)
+                seen.add(place)
 
         self._run("reading calibration text", kind, on_value, len(self.blocks.ids[0]))
-        return [one.value().cpu() for one in statistics]
+        widths = widths_of(self.loaded.record)
+        return [
+            one.value().cpu() if place in seen else torch.zeros(widths[place], dtype=torch.float64)
+            for place, one in enumerate(statistics)
+        ]
 
     def _run(self, what: str, kind: SiteKind, on_value: Callable[[Site, Tensor], None], stop: int) -> None:
         """One dense pass over the first `stop` positions of every block."""

@@ -28,7 +28,8 @@ from actsparse.specs import ModelSpec
 from actsparse.store.runs import EvalRun
 
 PROMPT, BLOCK, SINK, PLACES = 14, 32, 4, EXPERTS + 2
-SERVED = ("random", "static", "static:stat=griffin", "griffin", "coreinfer", "cats", "chess", "countdown", "oracle-a",
+SERVED = ("random", "static", "static:stat=griffin", "static:stat=coreinfer", "static:stat=griffin,source=n", "griffin",
+          "coreinfer", "cats", "chess", "countdown", "oracle-a",
           "oracle-n", "oracle-gate", "oracle-up")  # fmt: skip
 REFUSED = ("tda:target_error=0.2", "cett:target=0.2", "dejavu@0.5", "moefication@0.5")
 
