@@ -57,6 +57,18 @@ def drawn(page: Page) -> dict[str, Any]:
     )
 
 
+CROWDED = """[...document.querySelectorAll('[data-figure]')].filter(plot => {
+  const frame = plot.getBoundingClientRect();
+  const box = name => plot.querySelector(name)?.getBoundingClientRect() ?? {width: 0};
+  const [ticks, title] = ['.xy .yaxislayer-above', '.ytitle'].map(box);
+  const [across, under] = ['.xy .xaxislayer-above', '.xtitle'].map(box);
+  return frame.left - Math.min(...[ticks, title].filter(b => b.width).map(b => b.left)) > 1
+    || Math.max(...[across, under].filter(b => b.width).map(b => b.bottom)) - frame.bottom > 1
+    || (ticks.width && title.width && title.right - ticks.left > 1)
+    || (across.width && under.width && across.bottom - under.top > 2);
+}).map(plot => plot.dataset.figure)"""
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1440, False), (1440, True), (390, False), (390, True)])
 def test_every_figure_is_drawn_without_a_complaint(page: Page, html: Path, shots: Path, width: int, dark: bool) -> None:
     page.open(html, width=width, dark=dark)
@@ -65,6 +77,7 @@ def test_every_figure_is_drawn_without_a_complaint(page: Page, html: Path, shots
     assert found["drawn"] >= found["figures"]
     assert found["empty"] == []
     assert found["overflow"] <= 0
+    assert page.evaluate(CROWDED) == []  # No title or tick sticks out of its figure or lies on another.
     assert page.problems == []
     assert {url.split(":")[0] for url in page.requests} <= {"file", "blob", "data"}
     page.screenshot(shots / f"report-{width}-{'dark' if dark else 'light'}.png")
