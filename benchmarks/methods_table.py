@@ -38,6 +38,7 @@ FITTED = {
     "neurons": ("cats", "chess", "countdown", "cett", "oracle-n", "oracle-a"),
     "channels": ("teal", "wina", "rsparse", "larosa"),
 }
+DEJAVU = (ROUTER, "dejavu:input=lookahead")
 EXPERTS = (
     "moefication:router=centroid", "moefication:router=mlp", "moefication:routing=sequence",
     "moefication:routing=static",
@@ -155,16 +156,17 @@ def _plans(asked: argparse.Namespace, output: Output) -> Plans:
     shares = Shares(loaded)
     training = f"tokens={asked.router_tokens},epochs={asked.router_epochs},rate={asked.router_rate:g}"
     rank = asked.router_rank or max(1, loaded.record.hidden_size // 4)
-    dejavu = (ROUTER, "dejavu:input=lookahead")
+    dejavu = [one for one in DEJAVU if one in asked.routers]
+    experts = [one for one in EXPERTS if one in asked.routers]
     routers = {
-        target: entries(shares, dejavu, target, f"{training},rank={rank}") + entries(shares, EXPERTS, target, training)
+        target: entries(shares, dejavu, target, f"{training},rank={rank}") + entries(shares, experts, target, training)
         for target in TABLE
     }
     fitted = {part: {target: entries(shares, labels, target) for target in TABLE} for part, labels in FITTED.items()}
     names = [
         *(label for labels in FITTED.values() for label in labels),
         *dejavu,
-        *EXPERTS,
+        *experts,
         "heads-oracle",
         "heads-router",
     ]
@@ -203,6 +205,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", required=True)
     parser.add_argument("-n", type=int, default=4, help="blocks scored, and as many fitted on")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--routers", nargs="+", choices=[*DEJAVU, *EXPERTS], default=[*DEJAVU, *EXPERTS])
     parser.add_argument("--router-blocks", type=int, default=8, help="blocks that routers learn from")
     parser.add_argument("--router-tokens", type=int, default=4096)
     parser.add_argument("--router-epochs", type=int, default=5)
