@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 REAL_HOME = Path(os.environ.get("ACTSPARSE_HOME") or Path.home() / ".cache" / "actsparse")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which any test may do first
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,7 @@
 """Tests of the CUDA decode engine: those marked `gpu` need a device, the others run anywhere."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 if torch.cuda.is_available():
     from actsparse.engine.cuda.availability import native_failure
