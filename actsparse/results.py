@@ -99,7 +99,12 @@ class PanelKind(StrEnum):
     TABLE = "table"
 
 
+FEWEST_PAIRS = 5  # of dense and sparse laps, for a verdict
+
+
 class Verdict(StrEnum):
+    """What the interval of a speed-up allows to say."""
+
     FASTER = "faster"
     SLOWER = "slower"
     NOT_SIGNIFICANT = "not significant"

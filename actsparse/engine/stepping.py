@@ -55,7 +55,7 @@ def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None
 def stepping(steps: OwnSteps, phases: Phases, when_slower: Decode) -> Iterator[None]:
     """Run decode passes of the model by its own steps while the block runs; then its forward is as before.
 
-    `when_slower`: how to decode where the plan turns out slower than dense; a warning says that it is.
+    `when_slower`: how to decode where the plan loses every pair of the probe; a warning says so where it is no faster.
     """
     model: Any = steps.sites.model
     known = model.__dict__.get("forward")
@@ -76,7 +76,7 @@ class _Forward:
         self._steps = steps
         self._phases = phases
         self._when_slower = when_slower
-        self._pays: dict[int, bool] = {}
+        self._slower: dict[int, bool] = {}
         self._whole = whole
         self._run: OwnRun | None = None
         self._cache: DynamicCache | None = None
@@ -120,16 +120,16 @@ class _Forward:
             run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=len(tokens), max_length=room)
             run.adopt(cache, self._phases.state, padding)
             run.select()
-            if len(tokens) not in self._pays:
-                self._pays[len(tokens)] = self._measured(run, tokens, position)
-            run.use(sparse=self._when_slower == "sparse" or self._pays[len(tokens)])
+            if len(tokens) not in self._slower:
+                self._slower[len(tokens)] = self._measured(run, tokens, position)
+            run.use(sparse=self._when_slower == "sparse" or not self._slower[len(tokens)])
             self._run, self._cache = run, cache
         assert self._run is not None
         self._phases.decoded = True
         return self._run.step(tokens, position)
 
     def _measured(self, run: OwnRun, tokens: Tensor, position: int) -> bool:
-        """Whether the plan is faster than dense at this batch size; the run is then as before."""
+        """Whether the plan is clearly slower than dense at this batch size; the run is then as before."""
 
         def decode(sparse: bool) -> None:
             run.use(sparse=sparse)
@@ -138,11 +138,12 @@ class _Forward:
         found = timing.probe_of(self._steps.sites.model, decode, tokens=1)
         run.select()
         if not found.pays:
+            said = "does not pay" if found.slower else "is not clearly faster or slower than dense"
+            decode = self._when_slower if found.slower else "sparse"
             warnings.warn(
-                f"this plan does not pay at batch {len(tokens)}: {found.text}; decode goes on {self._when_slower}",
-                stacklevel=2,
+                f"this plan {said} at batch {len(tokens)}: {found.text}; decode goes on {decode}", stacklevel=2
             )
-        return found.pays
+        return found.slower
 
     def _follows(self, cache: Any, batch: int, position: int) -> bool:
         """Whether our cache is the caller's: nothing was reordered, cropped or added since our last step."""

@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from actsparse.core.stats import median_interval
 from actsparse.engine.choose import Run
 from actsparse.engine.cpu import build
-from actsparse.results import Verdict
+from actsparse.results import FEWEST_PAIRS, Verdict
 
 PREFILL_REPETITIONS = 3
 WARM_UP_TOKENS = 4
-FEWEST_PAIRS = 5
 READINGS = 9
 PROBE_PAIRS, PROBE_TOKENS = 5, 2
 
@@ -115,16 +114,25 @@ def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A short look at whether a plan pays: medians in milliseconds a token, and that of the ratios of pairs."""
+    """A short look at whether a plan pays: medians in milliseconds a token, and that of the ratios of pairs.
+
+    `best`: the largest ratio of a pair, the best that was seen of the plan.
+    """
 
     dense_ms: float
     sparse_ms: float
     speedup: float
+    best: float
 
     @property
     def pays(self) -> bool:
-        """Whether sparse decode is the faster one."""
+        """Whether sparse decode is the faster one in the median pair."""
         return self.speedup > 1
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is the slower one in every pair: noise alone says so once in 2 ** PROBE_PAIRS times."""
+        return self.best < 1
 
     @property
     def text(self) -> str:
@@ -157,6 +165,7 @@ def probe_of(model: PreTrainedModel, decode: Callable[[bool], object], *, tokens
         dense_ms=float(a.quantile(0.5)) * 1e3,
         sparse_ms=float(b.quantile(0.5)) * 1e3,
         speedup=float((a / b).quantile(0.5)),
+        best=float((a / b).max()),
     )
 
 

@@ -25,7 +25,7 @@ from actsparse.pipelines.sparsify import gates_for
 class Generated:
     """What was generated: the new tokens of each sequence, its stop token among them.
 
-    `decode`: whether the plan was at work, or dense; `probe`: what was measured before (None where nothing can run the
+    `decode`: whether the plan wrote them, or dense; `probe`: what was measured before (None where nothing can run the
     plan faster than dense); `engine`: how decode ran; `warnings`: which better path could not be taken, and why.
     """
 
@@ -71,7 +71,9 @@ def generate(
     Greedy at temperature 0; else drawn, from the fewest tokens that hold `top_p`: one seed gives the same text whatever
     the engine, up to rounding. Each sequence ends after `max_new_tokens`, or with a token of `stop` (None: those that
     end the model's own texts). `plan` as in `sparsify`. The prompts run dense; a short probe then times the plan
-    against dense, and where it is no faster `when_slower` says how to go on: "dense", or "sparse" all the same.
+    against dense. Where the plan loses every pair of it, or no engine runs the plan, `when_slower` says how to go on: "dense", so that a
+    clock decides which model writes the text (`Generated.decode` says which did), or "sparse" all the same: use that
+    where the text must be the plan's. A plan that is neither clearly slower nor faster stays at work, with a warning.
 
     Raises PlanError where the plan does not fit the model or needs text, and for batches that no engine runs.
     """
@@ -101,9 +103,10 @@ def _by_engine(engines: Engines, gates: list[LayerGates], request: _Request) -> 
         run.select()
         probe = timing.probe(run, engines.sites.model)
         warnings = []
-        decode: Decode = "sparse" if probe.pays else request.when_slower
+        decode: Decode = request.when_slower if probe.slower else "sparse"
         if not probe.pays:
-            warnings.append(f"this plan does not pay here: {probe.text}; decode goes on {decode}")
+            found = "does not pay here" if probe.slower else "is not clearly faster or slower than dense here"
+            warnings.append(f"this plan {found}: {probe.text}; decode goes on {decode}")
         return _generated(run, request, decode, probe, warnings)
 
 

@@ -37,8 +37,8 @@ def sparsify(
     dense; decoded tokens run sparse, so a harness that scores a text in one forward pass measures the dense model (a
     warning says so). Leaving the block restores the model bit for bit. Raises PlanError where the plan
     does not fit the model, or needs text to be fitted on. `family` is a file with the row of a family that the table
-    lacks. A plan that is measured slower than dense is warned of; with `when_slower="dense"` it then decodes dense
-    (not by default: what drives the model may measure the plan's quality).
+    lacks. A plan that is measured no faster than dense is warned of; with `when_slower="dense"` one that loses every
+    pair of the probe then decodes dense (not by default: what drives the model may measure the plan's quality).
     """
     sites = resolve(model, None if family is None else read_family(Path(family)).row)
     with sparse_generation(sites, gates_for(sites, plan), sink_tokens=sink_tokens, when_slower=when_slower):

@@ -9,9 +9,8 @@ import polars as pl
 
 from actsparse.report.plans import PlanName, Role, parse_plan
 from actsparse.report.sources import Source
-from actsparse.results import Verdict
+from actsparse.results import FEWEST_PAIRS, Verdict
 
-FEWEST_PAIRS = 5
 BASES = ("model_bytes_frac", "mlp_bytes_frac", "neuron_frac", "channel_frac")
 
 

@@ -14,13 +14,13 @@ NEW = 10
 PLAN = "griffin@0.5"
 
 
-def probed(monkeypatch: pytest.MonkeyPatch, speedup: float) -> None:
-    """Let every probe find this speed-up, after it ran."""
+def probed(monkeypatch: pytest.MonkeyPatch, speedup: float, best: float | None = None) -> None:
+    """Let every probe find this speed-up, and this best pair, after it ran."""
     whole = timing.probe_of
 
     def fixed(model: PreTrainedModel, decode: object, *, tokens: int) -> timing.Probe:
         whole(model, decode, tokens=tokens)  # pyright: ignore[reportArgumentType]
-        return timing.Probe(dense_ms=1.0, sparse_ms=1 / speedup, speedup=speedup)
+        return timing.Probe(dense_ms=1.0, sparse_ms=1 / speedup, speedup=speedup, best=best or speedup)
 
     monkeypatch.setattr(timing, "probe_of", fixed)
 
@@ -58,6 +58,18 @@ def test_a_plan_that_does_not_pay_decodes_dense_unless_told_otherwise(monkeypatc
     kept = generate(model, PLAN, ids, max_new_tokens=NEW, stop=frozenset(), when_slower="sparse")
     assert (kept.decode, list(kept.tokens[0])) == ("sparse", sparse)
     assert "decode goes on sparse" in kept.warnings[-1]
+
+
+def test_a_clock_that_is_not_sure_does_not_choose_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    with sparsify(model, PLAN):
+        sparse = by_transformers(model, ids)
+    probed(monkeypatch, 0.98, best=1.03)
+    found = generate(model, PLAN, ids, max_new_tokens=NEW, stop=frozenset(), when_slower="dense")
+    assert (found.decode, list(found.tokens[0])) == ("sparse", sparse)
+    assert "not clearly faster or slower" in found.warnings[-1]
+    with pytest.warns(UserWarning, match="decode goes on sparse"), sparsify(model, PLAN, when_slower="dense"):
+        assert by_transformers(model, ids) == sparse
 
 
 @pytest.mark.parametrize("plan", [PLAN, "griffin:refresh_every=3@0.5"])
@@ -129,4 +141,8 @@ def test_the_probe_tells_the_faster_arm() -> None:
     found = timing.probe_of(make_model("llama"), decode, tokens=2)
     assert found.pays
     assert found.sparse_ms < found.dense_ms
-    assert not timing.Probe(dense_ms=1.0, sparse_ms=1.0, speedup=1.0).pays
+    assert found.best >= found.speedup
+    assert not found.slower
+    even = timing.Probe(dense_ms=1.0, sparse_ms=1.0, speedup=1.0, best=1.0)
+    assert (even.pays, even.slower) == (False, False)
+    assert timing.probe_of(make_model("llama"), lambda sparse: decode(not sparse), tokens=2).slower
