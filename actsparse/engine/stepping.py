@@ -103,7 +103,8 @@ class _Forward:
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]
 
     def _decodes(self, ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether a pass is one decoded token a sequence, asks for logits alone, and has a cache that can be read."""
+        """Whether a pass is one decoded token a sequence, where the cache ends, for logits alone, and that cache can
+        be read."""
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
         return (
             type(cache) is DynamicCache
@@ -112,6 +113,8 @@ class _Forward:
             and int(cache.get_seq_length()) > 0
             and asked <= UNDERSTOOD
             and _left_padded(kwargs.get("attention_mask"))
+            and _at_the_end(int(cache.get_seq_length()), kwargs, "position_ids" in self.__signature__.parameters)
+            and _plain(self._steps.sites.model.config, kwargs)
         )
 
     def _step(self, tokens: Tensor, cache: Any, position: int, padding: Tensor | None) -> Tensor:
@@ -139,9 +142,9 @@ class _Forward:
         run.select()
         if not found.pays:
             said = "does not pay" if found.slower else "is not clearly faster or slower than dense"
-            decode = self._when_slower if found.slower else "sparse"
+            onward = self._when_slower if found.slower else "sparse"
             warnings.warn(
-                f"this plan {said} at batch {len(tokens)}: {found.text}; decode goes on {decode}", stacklevel=2
+                f"this plan {said} at batch {len(tokens)}: {found.text}; decode goes on {onward}", stacklevel=2
             )
         return found.slower
 
@@ -164,6 +167,27 @@ def _left_padded(mask: Any) -> bool:
         return False
     seen = mask.long()
     return bool((seen.diff(dim=1) >= 0).all() and seen[:, -1].all())
+
+
+def _at_the_end(position: int, kwargs: dict[str, Any], takes_positions: bool) -> bool:
+    """Whether each token stands where the step puts it: at the end of the cache, less the padding in front."""
+    given, cache_position = kwargs.get("position_ids"), kwargs.get("cache_position")
+    if cache_position is not None and not bool((torch.as_tensor(cache_position) == position).all()):
+        return False
+    padding = _padding(kwargs.get("attention_mask"))
+    if given is None:  # a model that takes positions then counts padding too
+        return padding is None or not takes_positions or not bool(padding.any())
+    expected = position - (torch.zeros(1, dtype=torch.long) if padding is None else padding)
+    return given.dim() == 2 and bool((given == expected[:, None]).all())
+
+
+def _plain(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a pass answers with logits and cache, by name."""
+    by_name = kwargs.get("return_dict")
+    more = config.output_hidden_states or config.output_attentions
+    return (
+        bool(config.return_dict if by_name is None else by_name) and not more and kwargs.get("use_cache") is not False
+    )
 
 
 def _padding(mask: Any) -> Tensor | None:

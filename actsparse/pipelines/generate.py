@@ -71,9 +71,10 @@ def generate(
     Greedy at temperature 0; else drawn, from the fewest tokens that hold `top_p`: one seed gives the same text whatever
     the engine, up to rounding. Each sequence ends after `max_new_tokens`, or with a token of `stop` (None: those that
     end the model's own texts). `plan` as in `sparsify`. The prompts run dense; a short probe then times the plan
-    against dense. Where the plan loses every pair of it, or no engine runs the plan, `when_slower` says how to go on: "dense", so that a
-    clock decides which model writes the text (`Generated.decode` says which did), or "sparse" all the same: use that
-    where the text must be the plan's. A plan that is neither clearly slower nor faster stays at work, with a warning.
+    against dense. Where the plan loses every pair of it, or no engine runs the plan, `when_slower` says how to go on:
+    "dense", so that a clock decides which model writes the text (`Generated.decode` says which did), or "sparse" all
+    the same: use that where the text must be the plan's. A plan that is neither clearly slower nor faster stays at
+    work, with a warning.
 
     Raises PlanError where the plan does not fit the model or needs text, and for batches that no engine runs.
     """

@@ -202,6 +202,59 @@ def test_a_cache_that_the_caller_cuts_is_followed() -> None:
     torch.testing.assert_close(again, once)
 
 
+def decoded(model: PreTrainedModel, **options: object) -> object:
+    """One decoded pass after a prompt of 20 tokens."""
+    ids = token_ids(1, 21)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:, :20], past_key_values=cache)
+        return model(input_ids=ids[:, 20:], past_key_values=cache, **options)
+
+
+def test_positions_that_a_caller_gives_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    taken = steps_taken(monkeypatch)
+    asked = [{"position_ids": torch.tensor([[at]])} for at in (20, 27)] + [{}]
+    expected = [decoded(model, **one).logits for one in asked]  # pyright: ignore[reportAttributeAccessIssue]
+    assert not torch.allclose(expected[0], expected[1])
+    with sparsify(model, "griffin@0"):
+        for one, logits in zip(asked, expected, strict=True):
+            found = decoded(model, **one).logits  # pyright: ignore[reportAttributeAccessIssue]
+            torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
+    assert taken == [20, 20], "the model's own forward answers for other positions alone"
+
+
+def test_padding_without_positions_is_the_models_own_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 21)
+    mask = (torch.arange(21) >= 6).long()[None]
+
+    def logits(**options: object) -> Tensor:
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            return model(input_ids=ids[:, 20:], attention_mask=mask, past_key_values=cache, **options).logits
+
+    expected, taken = logits(), steps_taken(monkeypatch)
+    assert not torch.allclose(expected, logits(position_ids=torch.tensor([[14]])))
+    with sparsify(model, "griffin@0"):
+        torch.testing.assert_close(logits(), expected, atol=1e-5, rtol=1e-4)
+        assert taken == []
+        logits(position_ids=torch.tensor([[14]]))
+    assert taken == [20]
+
+
+def test_an_answer_comes_in_the_shape_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    taken = steps_taken(monkeypatch)
+    with sparsify(model, "griffin@0.5"):
+        named = decoded(model, return_dict=True)
+        assert taken == [20]
+        listed = decoded(model, return_dict=False)
+    assert isinstance(listed, tuple)
+    torch.testing.assert_close(listed[0], named.logits, atol=1e-5, rtol=1e-4)  # pyright: ignore
+    assert taken == [20]
+
+
 @pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan"])
 def test_without_memory_for_copies_the_models_own_forward_decodes(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
