@@ -55,6 +55,7 @@ def describe(cls: "type[Method]") -> dict[str, Any]:
         "ideal": cls.ideal,
         "fitted_on": _fitted_on(method),
         "gated_only": cls.gated_only,
+        "serves_experts": cls.serves_experts,
         "engine": cls.has_engine,
         "takes_error_target": cls.takes_error_target,
         "options": {part.name: _option(cls, part.name, part.default) for part in fields(cls)},
@@ -69,7 +70,7 @@ def row(record: dict[str, Any]) -> list[str]:
         ", ".join(record["reads"]),
         "nothing (ruler)" if record["ideal"] else ", ".join(record["saves"]),
         record["fitted_on"],
-        "gated" if record["gated_only"] else "any",
+        "gated" if record["gated_only"] else "any" if record["serves_experts"] else "dense",
         "engine" if record["engine"] else "masked only",
     ]
 

@@ -7,7 +7,7 @@
     HU3        = recall on held-out text of the same domain - recall on another domain
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,12 @@ class SeriesScores:
     def regrets(self) -> LayerIntervals:
         """Relative error of the MLP output above the oracle's."""
         return _intervals(self.regret)
+
+    def within(self, layers: Collection[int]) -> "SeriesScores":
+        """The same in some layers, NaN in the others, so that means of several series are over the same layers."""
+        out = torch.tensor([layer not in layers for layer in range(len(self.recall))])[:, None]
+        recall, error, regret = (part.masked_fill(out, torch.nan) for part in (self.recall, self.error, self.regret))
+        return replace(self, recall=recall, error=error, regret=regret)
 
 
 @dataclass(frozen=True, kw_only=True)

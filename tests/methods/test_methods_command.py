@@ -1,6 +1,8 @@
 """`actsparse methods`."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +54,15 @@ def test_one_method_shows_its_options(capsys: pytest.CaptureFixture) -> None:
 def test_a_name_that_is_no_method_has_a_hint(capsys: pytest.CaptureFixture) -> None:
     assert main(["methods", "chss"]) == 1
     assert "did you mean 'chess'?" in capsys.readouterr().err
+
+
+def test_the_page_of_methods_says_which_ffns_the_code_serves() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "README.md").read_text()
+    for line in page.splitlines():
+        if line.startswith("| [`"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for name in re.findall(r"`([a-z-]+)`", cells[0].partition("]")[0]):
+                cls = all_methods()[name]
+                gated, where = name in ("oracle-gate", "oracle-up"), f"docs/methods/README.md: {name}"
+                said = "gated" if gated else cells[5].partition(" ")[0]
+                assert said == ("gated" if cls.gated_only else "any" if cls.serves_experts else "dense"), where

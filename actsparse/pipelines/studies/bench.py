@@ -32,11 +32,13 @@ GatesOfBlock = Callable[[int], Sequence[LayerGates]]
 
 @dataclass(frozen=True)
 class Bench:
-    """One model under study. `pool` [blocks, S] are all blocks of the text, of which the first `count` are scored;
-    `calibration` is what plans are fitted on, `trainer` the larger text that routers learn from, `reader` reads the
-    text again in other cuts, and `quick` says that sizes are small."""
+    """One model under study. `name` is how it is shown, `identity` the digest of its weights, configuration and
+    tokenizer, which tells its shards from another's. `pool` [blocks, S] are all blocks of the text, of which the first
+    `count` are scored; `calibration` is what plans are fitted on, `trainer` the larger text that routers learn from,
+    `reader` reads the text again in other cuts, and `quick` says that sizes are small."""
 
     name: str
+    identity: str
     loaded: LoadedModel
     pool: Int[Tensor, "blocks seq"]
     count: int
@@ -135,7 +137,7 @@ class Bench:
         parts = []
         with self.progress.task(f"{self.name}: {key}", self.count, "blocks") as advance:
             for block in self.blocks:
-                shard = self.writer.shard(f"score-{_digest(self.name, key, length, block)}.safetensors")
+                shard = self.writer.shard(f"score-{_digest(self.identity, key, length, block)}.safetensors")
                 if not shard.exists():
                     tensors.write(shard, self._score_block(block, gates, length))
                 parts.append(tensors.read(shard))

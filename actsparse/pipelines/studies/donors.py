@@ -38,7 +38,7 @@ def donor_swap(bench: Bench) -> Outcome:
     out = Outcome(M5, bench.quick, settings={"density": f"{DENSITY:g}", "blocks": str(bench.count)})
     scored = {donor: _score(bench, donor) for donor in DONORS}
     _fill(out, bench, scored)
-    captured = _captured(scored, scored[OWN], STATIC, bench.seed)
+    captured = captured_gain(scored, scored[OWN], STATIC, bench.seed)
     own, other = (difference(scored[OWN], scored[donor], bench.seed) for donor in (STATIC, NEAR))
     ppl = {donor: perplexity(one, bench.seed).value or float("nan") for donor, one in scored.items()}
     order = ", ".join(f"{donor} {ppl[donor]:.1f}" for donor in DONORS)
@@ -65,14 +65,15 @@ def _fill(out: Outcome, bench: Bench, scored: dict[str, Scored]) -> None:
         out.add("delta", "difference to own", difference(one, scored[OWN], bench.seed), "nats", label=donor,
                 n=one.tokens)  # fmt: skip
         for base, series in ((STATIC, "over static (headline)"), (RANDOM, "over random masks")):
-            found = _captured(scored, one, base, bench.seed)
+            found = captured_gain(scored, one, base, bench.seed)
             out.add("captured", series, found, "share", label=donor, n=one.tokens)
 
 
-def _captured(scored: dict[str, Scored], one: Scored, base: str, seed: int) -> Interval:
-    """(L_base - L_donor) / (L_base - L_oracle), resampled over blocks; undefined where the oracle gains nothing."""
+def captured_gain(scored: dict[str, Scored], one: Scored, base: str, seed: int) -> Interval:
+    """(L_base - L_donor) / (L_base - L_oracle), resampled over blocks; undefined where the oracle's gain is not
+    clearly above 0, since a ratio to nothing means nothing."""
     gain = scored[base].nll - scored[ORACLE].nll
-    if token_mean(gain, seed).touches(0.0) and float(gain.mean()) <= 0:
+    if token_mean(gain, seed).touches(0.0) or float(gain.mean()) <= 0:
         return Interval(value=None, low=None, high=None, n=len(gain), stderr=None)
     return ratio((scored[base].nll - one.nll).sum(dim=1), gain.sum(dim=1), seed)
 

@@ -48,10 +48,12 @@ def router_inputs(bench: Bench) -> Outcome:
     out = Outcome(P4, bench.quick, settings={"density": f"{DENSITY:g}", "training": options(bench) or "full",
                                              "blocks": str(bench.count)})  # fmt: skip
     series = fit_series(bench.loaded, bench.trainer, DENSITY, options=options(bench))
-    found = score_series(bench.loaded, series, bench.scored_sequences, DENSITY, bench.prompt_length, bench.progress)
+    routed = [layer for layer, gates in enumerate(series["sequential"]) if _has_router(gates)]
+    scored = score_series(bench.loaded, series, bench.scored_sequences, DENSITY, bench.prompt_length, bench.progress)
+    found = {name: scores.within(routed) for name, scores in scored.items()}
     out.panel("recall", "Recall by layer, corrected for chance", PanelKind.LINE, "layer", "corrected recall",
               layers=True, reference=0.0)  # fmt: skip
-    out.panel("means", "Recall and regret, mean over layers", PanelKind.TABLE, "predictor", "value")
+    out.panel("means", "Recall and regret, mean over the layers with routers", PanelKind.TABLE, "predictor", "value")
     out.panel("regret", "Error above the oracle's, by layer", PanelKind.LINE, "layer", "relative error - oracle's",
               layers=True, reference=0.0)  # fmt: skip
     for name, scores in found.items():

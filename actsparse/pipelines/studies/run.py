@@ -1,6 +1,7 @@
 """`study`: the experiments of one paper in a run of their own; finished experiments and scored blocks are kept."""
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from actsparse.pipelines.studies.outcome import Outcome
 from actsparse.pipelines.studies.registry import Runner, runners
 from actsparse.pipelines.training import RunCheckpoints
 from actsparse.results import ClaimVerdict, RunKind, StudyExperiment, StudyRow
-from actsparse.specs import ModelSpec, StudySpec
+from actsparse.specs import StudySpec
 from actsparse.store import tables
 from actsparse.store.codec import builtins, decode, encode, pretty
 from actsparse.store.files import write_bytes
@@ -67,17 +68,22 @@ def study(spec: StudySpec, progress: Progress | None = None) -> StudyRun:
             "profile it, or evaluate plans: actsparse evaluate --plan griffin@0.5",
         )
     other = None if spec.counterpart is None else load(spec.counterpart, progress.note)
+    if other is not None and model_identity(other) == model_identity(loaded):
+        raise ModelError(
+            f"the counterpart {other.record.resolved} is the model itself: weights, configuration and tokenizer agree",
+            "--counterpart names the model with the other activation; leave it out to study one model",
+        )
     texts = _texts(spec, loaded, progress)
     with open_run(_request(spec, loaded, other, texts)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
-            bench = _bench(spec, loaded, texts, writer, progress)
+            name, beside_name = _names(spec)
+            bench = _bench(name, spec, loaded, texts, writer, progress)
             if other is not None and spec.counterpart is not None:
                 beside = replace(spec, model=spec.counterpart)
-                bench = replace(
-                    bench, counterpart=_bench(beside, other, _texts(beside, other, progress), writer, progress)
-                )
+                texts = _texts(beside, other, progress)
+                bench = replace(bench, counterpart=_bench(beside_name, beside, other, texts, writer, progress))
             _write(spec, writer, [_finished(runner, bench) for runner in chosen])
     return StudyRun.open(writer.path)
 
@@ -114,9 +120,12 @@ def _texts(spec: StudySpec, loaded: LoadedModel, progress: Progress) -> Texts:
     return Texts(pool, count, calibration, training, reader.prompt_length, reader)
 
 
-def _bench(spec: StudySpec, loaded: LoadedModel, texts: Texts, writer: RunWriter, progress: Progress) -> Bench:
+def _bench(
+    name: str, spec: StudySpec, loaded: LoadedModel, texts: Texts, writer: RunWriter, progress: Progress
+) -> Bench:
     return Bench(
-        name=_short_name(spec.model),
+        name=name,
+        identity=sha256(encode(model_identity(loaded))).hexdigest(),
         loaded=loaded,
         pool=texts.pool.stack(),
         count=texts.count,
@@ -135,8 +144,14 @@ def _bench(spec: StudySpec, loaded: LoadedModel, texts: Texts, writer: RunWriter
     )
 
 
-def _short_name(model: ModelSpec) -> str:
-    return model.name.rstrip("/").split("/")[-1]
+def _names(spec: StudySpec) -> tuple[str, str]:
+    """How the model and its counterpart are shown: by the last part of their names where that tells them apart, else
+    by whole names, and where those agree too by their parts in the study."""
+    model, other = spec.model.name, "" if spec.counterpart is None else spec.counterpart.name
+    short, beside = (name.rstrip("/").split("/")[-1] for name in (model, other))
+    if short != beside:
+        return short, beside
+    return (model, other) if model != other else (short, f"{beside}, counterpart")
 
 
 def _request(spec: StudySpec, loaded: LoadedModel, other: LoadedModel | None, texts: Texts) -> RunRequest:
