@@ -12,7 +12,7 @@ from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
 from actsparse.pipelines.free_running import along_dense_text, free_rows
-from actsparse.pipelines.identity import data_identity, model_identity
+from actsparse.pipelines.identity import data_identity, device_name, machine_identity, model_identity
 from actsparse.pipelines.plans import (
     PlanGroup,
     build,
@@ -36,7 +36,6 @@ from actsparse.store import tables
 from actsparse.store.codec import builtins, encode, pretty
 from actsparse.store.files import write_bytes
 from actsparse.store.fingerprint import asked
-from actsparse.store.provenance import processor
 from actsparse.store.run import RunRequest, open_run
 from actsparse.store.runs import EvalRun
 
@@ -74,9 +73,7 @@ def _request(spec: EvalSpec, names: list[str], loaded: LoadedModel, texts: EvalT
             },
             "model": model_identity(loaded),
             "texts": [text.record.sha256 for text in (texts.quality, texts.calibration, texts.prompts)],
-            "device": _device_name(loaded),
-            "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__),
+            **machine_identity(loaded),
         },
         spec=spec,
         model=loaded.record,
@@ -164,10 +161,4 @@ def _without_windows(session: Session) -> dict[str, Any]:
 
 
 def _device(loaded: LoadedModel) -> dict[str, Any]:
-    return {"name": _device_name(loaded), "device": str(loaded.device), "threads": torch.get_num_threads()}
-
-
-def _device_name(loaded: LoadedModel) -> str:
-    if loaded.device.type == "cuda":
-        return torch.cuda.get_device_name(loaded.device)
-    return processor()
+    return {"name": device_name(loaded), "device": str(loaded.device), "threads": torch.get_num_threads()}

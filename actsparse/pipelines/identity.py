@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from actsparse.models.load import LoadedModel
 from actsparse.specs import DataSpec
 from actsparse.store.fingerprint import asked
+from actsparse.store.provenance import processor
 
 
 def model_identity(loaded: LoadedModel) -> dict[str, str]:
@@ -19,6 +22,22 @@ def model_identity(loaded: LoadedModel) -> dict[str, str]:
         "quantization": found.quantization or "none",
         "bytes_per_weight": f"{found.bytes_per_weight:g}",
         **brought,
+    }
+
+
+def device_name(loaded: LoadedModel) -> str:
+    """The name of the GPU or of the processor that a model runs on."""
+    if loaded.device.type == "cuda":
+        return torch.cuda.get_device_name(loaded.device)
+    return processor()
+
+
+def machine_identity(loaded: LoadedModel) -> dict[str, Any]:
+    """What times depend on beside model and text."""
+    return {
+        "device": device_name(loaded),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
     }
 
 

@@ -32,8 +32,9 @@ from actsparse.engine.masked import relative_errors
 from actsparse.engine.points import visited
 from actsparse.methods.base import Calibration
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.methods.plan import fit_plan
+from actsparse.methods.plan import Plan, fit_plan
 from actsparse.methods.short import parse
+from actsparse.methods.trained_method import TrainedMethod
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.progress import Progress
 from actsparse.results import Unit
@@ -84,7 +85,7 @@ class PredictabilityGap:
     hu3: Interval
 
 
-def fit_series(
+def fit_plans(
     loaded: LoadedModel,
     calibration: Calibration,
     density: float,
@@ -92,8 +93,8 @@ def fit_series(
     options: str = "",
     inputs: Sequence[str] = INPUTS,
     static: str = "static:stat=mean_n",
-) -> dict[str, list[LayerGates]]:
-    """Gates of routers for each input and of the static mask, all keeping `density`, fitted on the calibration text.
+) -> dict[str, Plan]:
+    """Plans of routers for each input and of the static mask, all keeping `density`, fitted on the calibration text.
 
     `options` are further options of `dejavu`, such as `epochs=1,layers=0-3`.
     """
@@ -101,7 +102,26 @@ def fit_series(
     extra = f",{options}" if options else ""
     texts = {name: f"dejavu:input={name}{extra}@{drop:.12g}" for name in inputs} | {STATIC: f"{static}@{drop:.12g}"}
     gated, step = loaded.record.gated, loaded.record.step
-    return {name: fit_plan(parse(text), calibration, step, gated=gated)[0].gates() for name, text in texts.items()}
+    return {name: fit_plan(parse(text), calibration, step, gated=gated)[0] for name, text in texts.items()}
+
+
+def fit_series(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    density: float,
+    *,
+    options: str = "",
+    inputs: Sequence[str] = INPUTS,
+) -> dict[str, list[LayerGates]]:
+    """The gates of `fit_plans`."""
+    plans = fit_plans(loaded, calibration, density, options=options, inputs=inputs)
+    return {name: plan.gates() for name, plan in plans.items()}
+
+
+def still_rising(plan: Plan) -> list[int]:
+    """The layers whose router was best after the last epoch that it was given: more training could find more."""
+    assert isinstance(plan.method, TrainedMethod)
+    return [one.layer for one in plan.fit.layers if one.epoch == plan.method.epochs]
 
 
 def score_series(

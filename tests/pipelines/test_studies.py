@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from test_quality import BLOCK, PROMPT, SINK, naive_block, neuron_inputs
-from tiny import FFN, LAYERS, save_tiny, words
+from tiny import FFN, LAYERS, make_tokenizer, save_tiny, words
 from torch import Tensor
 
 from actsparse.cli.app import main
@@ -352,3 +352,50 @@ def test_models_of_one_name_keep_apart_and_a_model_is_not_its_own_counterpart(
             spec_of(first, long_corpus, tmp_path / "x", "pitfalls", "P1",
                     counterpart=replace(one, name=str(copy)))
         )  # fmt: skip
+
+
+def test_routers_that_learned_too_little_leave_the_claim_open(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = Interval(value=0.1, low=0.05, high=0.2, n=4, stderr=0.03)
+    high = Interval(value=0.8, low=0.7, high=0.9, n=4, stderr=0.03)
+    assert routers.hard_to_predict(low, trained=True) is ClaimVerdict.HOLDS
+    assert routers.hard_to_predict(low, trained=False) is ClaimVerdict.UNDECIDED
+    assert routers.hard_to_predict(high, trained=False) is ClaimVerdict.FAILS
+    quick = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "q", "pitfalls", "P4")).experiments[0]
+    assert quick.high is not None
+    assert quick.high < routers.HARD
+    assert quick.verdict is ClaimVerdict.UNDECIDED
+    assert "one epoch from at most 4,096 tokens; held-out recall was still rising in" in quick.conclusion
+    monkeypatch.setattr(routers, "options", lambda _bench: "epochs=30,patience=1,rate=1e-9,tokens=64")
+    spec = spec_of(tiny_folder("llama"), long_corpus, tmp_path / "f", "pitfalls", "P4", quick=False)
+    done = study(spec).experiments[0]
+    assert done.verdict is ClaimVerdict.HOLDS
+    assert "until their held-out recall rose no more" in done.conclusion
+
+
+def test_models_with_other_tokens_are_not_paired_block_by_block(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny("llama", tmp_path / "relu", hidden_act="relu")
+    make_tokenizer(bos=False).save_pretrained(folder)
+    other = ModelSpec(name=str(folder), device="cpu")
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "s", "pitfalls", "P1", "P5", counterpart=other))
+    for found in run.experiments:
+        assert found.verdict is ClaimVerdict.UNDECIDED
+        assert "cuts the text differently" in found.conclusion
+        assert found.notes
+
+
+def test_a_timed_study_is_up_to_date_on_its_own_machine_only(
+    tiny_folder: Callable, long_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: dict[str, set[Path]] = {}
+    for threads in (1, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        for name in ("T2", "T4"):
+            spec = replace(
+                spec_of(tiny_folder("llama"), long_corpus, tmp_path, "tda", name), output=None, root=tmp_path
+            )
+            paths.setdefault(name, set()).add(study(spec).path)
+    assert {name: len(found) for name, found in paths.items()} == {"T2": 2, "T4": 1}

@@ -1,6 +1,8 @@
 """P1 and P5: how sparse a SwiGLU model is beside its ReLU counterpart, and what sparsity costs it (*Dynamic Activation
 Pitfalls in LLaMA Models*, arXiv 2405.09274)."""
 
+import torch
+
 from actsparse.core.bootstrap import Interval, bootstrap_mean
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.studies.bench import Bench
@@ -11,6 +13,8 @@ from actsparse.results import ClaimVerdict, PanelKind
 PAPER = "Pitfalls, arXiv 2405.09274"
 TARGET = 0.2
 NO_COUNTERPART = "no counterpart was given: --counterpart MODEL names the model with the other activation"
+NOT_PAIRED = "blocks can be compared one by one only between models whose tokenizers cut the text alike"
+OTHER_TEXTS = "its counterpart's tokenizer cuts the text differently, so the two are not compared"
 
 P1 = Experiment("pitfalls", "P1", "Sparsity at CETT 0.2, layer by layer", PAPER,
                 "SwiGLU activations are far less sparse than ReLU activations at the same error")  # fmt: skip
@@ -21,6 +25,12 @@ P5 = Experiment("pitfalls", "P5", "Quality against sparsity, SwiGLU and ReLU", P
 def benches(bench: Bench) -> list[Bench]:
     """The model, and its counterpart where one was given."""
     return [bench] if bench.counterpart is None else [bench, bench.counterpart]
+
+
+def paired(bench: Bench) -> bool:
+    """Whether model and counterpart are scored on the same tokens, block by block."""
+    other = bench.counterpart
+    return other is not None and torch.equal(bench.scored, other.scored) and bench.prompt_length == other.prompt_length
 
 
 def label_of(bench: Bench) -> str:
@@ -59,10 +69,14 @@ def _conclude_sparsity(out: Outcome, bench: Bench, means: dict[str, Interval]) -
         out.conclude(f"at CETT {TARGET:g}, {told} can be dropped; without a counterpart nothing is compared.",
                      ClaimVerdict.UNDECIDED, means[label_of(bench)], "share")  # fmt: skip
         return
-    pair = [1 - one.score(f"cett:target={TARGET:g}").kept.mean(dim=1) for one in benches(bench)]
-    blocks = min(len(values) for values in pair)
+    if not paired(bench):
+        out.notes.append(NOT_PAIRED)
+        out.conclude(f"at CETT {TARGET:g}, {told} can be dropped; {OTHER_TEXTS}.", ClaimVerdict.UNDECIDED,
+                     means[label_of(bench)], "share")  # fmt: skip
+        return
+    mine, theirs = (1 - one.score(f"cett:target={TARGET:g}").kept.mean(dim=1) for one in benches(bench))
     sign = -1.0 if _is_relu(bench) else 1.0
-    gap = bootstrap_mean(sign * (pair[1][:blocks] - pair[0][:blocks]), seed=bench.seed)
+    gap = bootstrap_mean(sign * (theirs - mine), seed=bench.seed)
     out.conclude(
         f"at CETT {TARGET:g}, {told} can be dropped: {points(gap)} more with ReLU.",
         above(gap, 0.0),
@@ -103,15 +117,16 @@ def _conclude_quality(out: Outcome, bench: Bench, share: float, kept: dict[tuple
                      f" {percent(mine)} of its dense quality;"
                      " without a counterpart nothing is compared.", ClaimVerdict.UNDECIDED, mine, "share")  # fmt: skip
         return
-    gaps = {}
-    for method, rate in (("oracle-n", share), ("griffin", share)):
-        losses = []
-        for one in benches(bench):
-            delta = one.score(f"{method}@{rate:g}").nll - one.score(DENSE).nll
-            losses.append(delta.mean(dim=1))
-        blocks = min(len(values) for values in losses)
-        sign = -1.0 if _is_relu(bench) else 1.0
-        gaps[method] = bootstrap_mean(sign * (losses[0][:blocks] - losses[1][:blocks]), seed=bench.seed)
+    if not paired(bench):
+        out.notes.append(NOT_PAIRED)
+        out.conclude(f"with {share:.0%} of the neurons dropped by the prompt's mask (griffin), {label_of(bench)} keeps"
+                     f" {percent(mine)} of its dense quality; {OTHER_TEXTS}.",
+                     ClaimVerdict.UNDECIDED, mine, "share")  # fmt: skip
+        return
+    gaps, sign = {}, -1.0 if _is_relu(bench) else 1.0
+    for method in ("oracle-n", "griffin"):
+        losses = [(one.score(f"{method}@{share:g}").nll - one.score(DENSE).nll).mean(dim=1) for one in benches(bench)]
+        gaps[method] = bootstrap_mean(sign * (losses[0] - losses[1]), seed=bench.seed)
     told = {
         method: " and ".join(f"{label_of(one)} {percent(kept[label_of(one), method, share])}" for one in benches(bench))
         for method in gaps

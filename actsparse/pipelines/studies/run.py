@@ -11,7 +11,7 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import of_blocks
-from actsparse.pipelines.identity import data_identity, model_identity
+from actsparse.pipelines.identity import data_identity, machine_identity, model_identity
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.studies.bench import Bench
 from actsparse.pipelines.studies.outcome import Outcome
@@ -74,7 +74,7 @@ def study(spec: StudySpec, progress: Progress | None = None) -> StudyRun:
             "--counterpart names the model with the other activation; leave it out to study one model",
         )
     texts = _texts(spec, loaded, progress)
-    with open_run(_request(spec, loaded, other, texts)) as writer:
+    with open_run(_request(spec, chosen, loaded, other, texts)) as writer:
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
@@ -154,7 +154,9 @@ def _names(spec: StudySpec) -> tuple[str, str]:
     return (model, other) if model != other else (short, f"{beside}, counterpart")
 
 
-def _request(spec: StudySpec, loaded: LoadedModel, other: LoadedModel | None, texts: Texts) -> RunRequest:
+def _request(
+    spec: StudySpec, chosen: tuple[Runner, ...], loaded: LoadedModel, other: LoadedModel | None, texts: Texts
+) -> RunRequest:
     records = (
         replace(texts.pool.record, role="quality"),
         replace(texts.calibration.record, role="calibration"),
@@ -166,6 +168,7 @@ def _request(spec: StudySpec, loaded: LoadedModel, other: LoadedModel | None, te
             "model": model_identity(loaded),
             "counterpart": None if other is None else model_identity(other),
             "texts": [record.sha256 for record in records],
+            **(machine_identity(loaded) if any(runner.timed for runner in chosen) else {}),
         },
         spec=spec,
         model=loaded.record,
