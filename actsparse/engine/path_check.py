@@ -7,9 +7,10 @@ are apart: do they choose alike, and do they compute alike.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.choose import Run
@@ -21,10 +22,14 @@ from actsparse.results import Unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathCheck:
-    """difference: the largest in NLL on a token, in nats; flips: the share of entries that the rules choose otherwise
-    on the masked path's own activations (None where the masks were not given)."""
+    """difference: the largest in NLL on a token, in nats, over those where both are finite (NaN without any).
+
+    lost: tokens where the masked path is finite and the engine is not; flips: the share of entries that the rules
+    choose otherwise on the masked path's own activations (None where the masks were not given).
+    """
 
     difference: float
+    lost: int = 0
     flips: float | None = None
 
 
@@ -45,8 +50,13 @@ def path_check(
     used = gates if forced is None else [forced.gates(layer, one) for layer, one in enumerate(gates)]
     with masked(sites, MaskedPlan(used, prompt_length=prompt, sink_tokens=sink_tokens)):
         expected = sites.model(input_ids=block[None, :-1], use_cache=False).logits[0, prompt:]
-    apart = (_nll(found, targets) - _nll(expected, targets)).abs().max()
-    return PathCheck(difference=float(apart), flips=None if forced is None else forced.flips)
+    return _compared(_nll(found, targets), _nll(expected, targets), None if forced is None else forced.flips)
+
+
+def _compared(ours: Float[Tensor, " count"], masks: Float[Tensor, " count"], flips: float | None) -> PathCheck:
+    both = ours.isfinite() & masks.isfinite()
+    difference = float((ours - masks)[both].abs().max()) if both.any() else nan
+    return PathCheck(difference=difference, lost=int((masks.isfinite() & ~ours.isfinite()).sum()), flips=flips)
 
 
 class _Forced:

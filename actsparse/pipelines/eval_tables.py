@@ -61,7 +61,11 @@ def quality_rows(name: str, tokens: pl.DataFrame, seed: int = 0) -> list[EvalRow
     ]
     for metric, unit in (("kl", "nats"), ("top1", "share")):
         found, n = _interval(name, tokens, metric, seed)
-        rows.append(EvalRow(plan=name, metric=metric, value=found.value, unit=unit, n=n, stderr=found.stderr))
+        rows += [
+            EvalRow(plan=name, metric=metric, value=found.value, unit=unit, n=n, stderr=found.stderr),
+            EvalRow(plan=name, metric=f"{metric}_low", value=found.low, unit=unit, n=n),
+            EvalRow(plan=name, metric=f"{metric}_high", value=found.high, unit=unit, n=n),
+        ]
     return rows
 
 
@@ -86,10 +90,11 @@ def summary(
 
 
 FREE = ("exact_match_tokens", "diverged_frac", "dense_text_kl", "repetition")
-QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "top1", "delta_nll", "delta_nll_low", "delta_nll_high")
+QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high",
+           "delta_nll", "delta_nll_low", "delta_nll_high")  # fmt: skip
 DENSE_SPEED = ("ms_per_token", "generate_ms_per_token", "prefill_ms", "gb_per_s", "ceiling_share")
 SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
-         "break_even_tokens", "path_check", "path_flips", "gb_per_s", "ceiling_share")  # fmt: skip
+         "break_even_tokens", "path_check", "path_lost", "path_flips", "gb_per_s", "ceiling_share")  # fmt: skip
 
 
 def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
@@ -219,10 +224,19 @@ def _byte_rows(name: str, cost: StepBytes, sparsity: Sparsity) -> list[EvalRow]:
 
 
 def _layer_rows(name: str, kept: pl.DataFrame) -> list[EvalRow]:
+    """Means over blocks of what each layer kept and got wrong, with their standard errors over blocks.
+
+    The seeds of a control are not independent draws of text, so each block is first the mean over them; no standard
+    error with fewer than two blocks.
+    """
     metrics = {"kept_frac": "share", "rel_err": "1", "rel_err_path": "1"}
+    blocks = kept.group_by("layer", "unit", "block", maintain_order=True).agg(
+        *(pl.col(m).mean() for m in metrics), pl.col("positions").sum()
+    )
+    errors = ((pl.col(m).std() / pl.col(m).count().sqrt()).alias(f"{m}_stderr") for m in metrics)
     means = (
-        kept.group_by("layer", "unit", maintain_order=True)
-        .agg(*(pl.col(m).mean() for m in metrics), pl.col("positions").sum())
+        blocks.group_by("layer", "unit", maintain_order=True)
+        .agg(*(pl.col(m).mean() for m in metrics), *errors, pl.col("positions").sum())
         .sort("layer", "unit", maintain_order=True)
     )
     return [
@@ -233,6 +247,7 @@ def _layer_rows(name: str, kept: pl.DataFrame) -> list[EvalRow]:
             value=row[metric],
             unit=unit,
             n=row["positions"],
+            stderr=row[f"{metric}_stderr"],
         )
         for row in means.iter_rows(named=True)
         for metric, unit in metrics.items()
@@ -267,6 +282,8 @@ def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
     rows = []
     if found.path_check is not None:
         rows.append(EvalRow(plan=found.plan, metric="path_check", value=found.path_check, unit="nats", n=1))
+    if found.path_lost is not None:
+        rows.append(EvalRow(plan=found.plan, metric="path_lost", value=found.path_lost, unit="tokens", n=1))
     if found.path_flips is not None:
         rows.append(EvalRow(plan=found.plan, metric="path_flips", value=found.path_flips, unit="share", n=1))
     speed: Speed | None = found.speed

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import isfinite
+from math import isnan
 from typing import Any
 
 from torch import Tensor
@@ -46,14 +46,16 @@ class PlanSpeed:
 
     `engine`: how decode ran, `tier` how good that is (1 best), `warnings` which better path could not be taken.
     `useful_kept`: what the engine read, over all timed laps. `path_check`: largest difference in NLL between engine and
-    masked path on the checked tokens, both with the engine's choices; `path_flips`: share that the masked path would
-    choose otherwise. `read_bandwidth` (dense only): bytes a second of a read-only reduction.
+    masked path on the checked tokens, both with the engine's choices; `path_lost`: checked tokens where the masked path
+    is finite and the engine is not; `path_flips`: share that the masked path would choose otherwise.
+    `read_bandwidth` (dense only): bytes a second of a read-only reduction.
     """
 
     plan: str
     speed: timing.Speed | None = None
     reason: str | None = None
     path_check: float | None = None
+    path_lost: int | None = None
     path_flips: float | None = None
     engine: str | None = None
     tier: int | None = None
@@ -93,6 +95,11 @@ def measure_all(session: Session, groups: Sequence[PlanGroup]) -> Speeds:
             session.warn(
                 f"{one.plan}: engine and masked path differ by {one.path_check:.2g} nats on a token"
                 f" (tolerance {tolerance:g})"
+            )
+        if one.path_lost:
+            session.warn(
+                f"{one.plan}: the engine gives no finite likelihood on {one.path_lost} of the checked tokens"
+                " where the masked path does; its text and speed are not to be trusted"
             )
         if one.path_flips is not None and one.path_flips > FLIPS_TOLERANCE:
             session.warn(f"{one.plan}: engine and masked path choose otherwise at {one.path_flips:.2%} of the entries")
@@ -187,7 +194,8 @@ class _Runner:
             plan=group.name,
             speed=timing.summary(laps) if laps else None,
             reason=None if laps else "timing was left out (--timing-pairs 0)",
-            path_check=None if check is None else check.difference,
+            path_check=None if check is None or isnan(check.difference) else check.difference,
+            path_lost=None if check is None else check.lost,
             path_flips=None if check is None else check.flips,
             engine=path,
             tier=tier,
@@ -198,16 +206,15 @@ class _Runner:
         )
 
     def path_check(self, group: PlanGroup, run: Run) -> PathCheck | None:
-        """Engine against masked path on tokens of the first block; None where that was left out, or is not finite."""
+        """Engine against masked path on tokens of the first block; None where that was left out."""
         count, texts = self.session.spec.path_check_tokens, self.session.texts
         if not count:
             return None
         block = texts.quality.ids[0][: texts.prompt_length + 1 + count].to(self.session.loaded.model.device)
-        found = path_check(
+        return path_check(
             run, self.session.loaded.sites, group.plan.gates(), block, texts.prompt_length,
             sink_tokens=texts.quality.record.sink_tokens,
         )  # fmt: skip
-        return found if isfinite(found.difference) else None
 
     def sparse_text(self, run: Run, prompt: int, ids: Tensor) -> list[int]:
         """The continuation of one prompt by sparse decode."""

@@ -1,6 +1,7 @@
 """Engine against masked path on the trained twin, with the masks teacher-forced where rules choose token by token."""
 
 from collections.abc import Sequence
+from math import inf, isnan, nan
 
 import pytest
 import torch
@@ -88,3 +89,10 @@ def test_an_engine_that_chooses_or_computes_otherwise_is_seen(
     whole = checking._Forced.gates
     monkeypatch.setattr(checking._Forced, "gates", lambda *a: LayerGates() if a[1] == 1 else whole(*a))
     assert checked(engines, gates(0.2, 20), block).difference > 1e-3, "a layer that computes otherwise is seen"
+
+
+def test_tokens_on_which_the_engine_alone_is_not_finite_are_counted() -> None:
+    ours, masks = (torch.tensor(one, dtype=torch.float64) for one in ([1.0, nan, inf, nan], [1.25, 1.0, 2.0, nan]))
+    assert checking._compared(ours, masks, None) == PathCheck(difference=0.25, lost=2)
+    nothing = checking._compared(ours[3:], masks[3:], 0.0)
+    assert (isnan(nothing.difference), nothing.lost, nothing.flips) == (True, 0, 0.0)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from actsparse.data.texts import TextReader
+from actsparse.engine.own import OwnRun
 from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
-from actsparse.pipelines import quality
+from actsparse.pipelines import eval_tables, quality
 from actsparse.pipelines.evaluate import evaluate
 from actsparse.pipelines.progress import Advance, Silent
 from actsparse.specs import DataSpec, EvalSpec, ModelSpec
@@ -282,3 +283,51 @@ def test_evaluate_twice_is_up_to_date(
     first = evaluate(spec)
     monkeypatch.setattr(quality, "scored_logits", lambda *_: pytest.fail("scored again"))
     assert evaluate(spec).manifest == first.manifest
+
+
+def test_an_engine_that_gives_nan_is_said_and_recorded(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = OwnRun.forced
+
+    def broken(self: OwnRun, tokens: Tensor) -> Tensor:
+        logits = whole(self, tokens).clone()
+        logits[:, 2] = float("nan")
+        return logits
+
+    monkeypatch.setattr(OwnRun, "forced", broken)
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5"))
+    assert value(run, "griffin@0.5", "path_lost") == 1
+    assert value(run, "griffin@0.5", "path_check") < 1e-3, "over the other tokens"
+    assert any("no finite likelihood on 1 of the checked tokens" in text for text in run.summary["warnings"])
+
+
+def test_errors_of_layers_are_over_blocks_and_not_over_seeds() -> None:
+    errors = {0: (0.1, 0.3), 1: (0.2, 0.4), 2: (0.6, 0.8)}  # of two seeds a block
+    kept = pl.DataFrame(
+        [
+            {"layer": 0, "unit": "neuron", "block": block, "replica": seed, "positions": 8, "kept_frac": 0.5,
+             "rel_err": found, "rel_err_path": found}
+            for block, both in errors.items() for seed, found in enumerate(both)
+        ]
+    )  # fmt: skip
+    rows = {row.metric: row for row in eval_tables._layer_rows("p", kept)}
+    blocks = torch.tensor([0.2, 0.3, 0.7], dtype=torch.float64)
+    assert rows["rel_err"].value == pytest.approx(0.4)
+    assert rows["rel_err"].stderr == pytest.approx(float(blocks.std()) / 3**0.5)
+    assert (rows["kept_frac"].stderr, rows["kept_frac"].n) == (0.0, 48)
+    alone = eval_tables._layer_rows("p", kept.filter(pl.col("block") == 0))
+    assert [row.stderr for row in alone] == [None] * 3
+
+
+def test_agreement_has_intervals_over_blocks(tiny_folder: Callable, corpus_file: Path, tmp_path: Path) -> None:
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", "griffin@0.5", "random@0.5"))
+    layers = run.results.filter(plan="griffin@0.5", metric="rel_err")
+    assert layers["stderr"].min() > 0  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
+    for plan in ("griffin@0.5", "random@0.5"):
+        for metric in ("kl", "top1"):
+            low, middle, high = (value(run, plan, metric + end) for end in ("_low", "", "_high"))
+            means = run.tokens.filter(pl.col("plan") == plan).group_by("block").agg(pl.col(metric).cast(float).mean())
+            assert means[metric].min() <= low < middle < high <= means[metric].max()
+    found = {plan["plan"]: plan["quality"] for plan in run.summary["plans"]}
+    assert found["griffin@0.5"]["kl_low"]["value"] < found["griffin@0.5"]["kl"]["value"]
