@@ -21,7 +21,7 @@ from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
 from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.studies import bench as bench_module
-from actsparse.pipelines.studies import donors, routers, speed
+from actsparse.pipelines.studies import donors, frontier, routers, sensitivity, speed
 from actsparse.pipelines.studies.outcome import above, below
 from actsparse.pipelines.studies.registry import STUDIES, runners
 from actsparse.pipelines.studies.run import study
@@ -399,3 +399,26 @@ def test_a_timed_study_is_up_to_date_on_its_own_machine_only(
             )
             paths.setdefault(name, set()).add(study(spec).path)
     assert {name: len(found) for name, found in paths.items()} == {"T2": 2, "T4": 1}
+
+
+def losses(*blocks: float) -> Scored:
+    return Scored(*(torch.tensor(blocks, dtype=torch.float64)[:, None] for _ in range(4)))
+
+
+def test_a_mix_is_no_neuron_method_on_the_frontier() -> None:
+    real = {"auto": losses(3.0, 3.1, 3.0), "teal": losses(3.2, 3.3, 3.2), "griffin": losses(4.0, 4.2, 4.0)}
+    gap, verdict = frontier.channel_gap(real, 0)
+    assert gap is not None
+    assert gap.value == pytest.approx((0.8 + 0.9 + 0.8) / 3)
+    assert verdict is ClaimVerdict.HOLDS
+    assert frontier.channel_gap({"auto": real["auto"], "teal": real["teal"]}, 0) == (None, ClaimVerdict.UNDECIDED)
+
+
+def test_layers_are_picked_on_other_blocks_than_they_are_compared_on() -> None:
+    # noise alone: what was worst on the first half is not on the second
+    scored = {0: losses(5.0, 5.0, 3.0, 3.1), 1: losses(4.0, 4.0, 4.0, 4.0), 2: losses(3.0, 3.0, 3.5, 3.2)}
+    worst, best, spread = sensitivity.picked_apart(scored, 2, 0)
+    assert (worst, best) == (0, 2)
+    assert spread.value == pytest.approx(-0.3)
+    assert above(spread, 0.0) is not ClaimVerdict.HOLDS
+    assert sensitivity.picked_apart({0: losses(1.0), 1: losses(2.0)}, 0, 0)[2].low is None

@@ -11,7 +11,7 @@ from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, show
 from actsparse.pipelines.studies.scores import Scored, difference, perplexity
 from actsparse.results import ClaimVerdict, PanelKind
 
-S1 = Experiment("frontier", "S1", "All methods at equal model bytes", "methods.md, S1; our definition",
+S1 = Experiment("frontier", "S1", "Training-free methods at equal model bytes", "methods.md, S1; our definition",
                 "At equal bytes the methods that read the input of every projection lose least")  # fmt: skip
 TARGETS = (0.25, 0.4, 0.5, 0.65)
 LARGEST = 0.95
@@ -61,17 +61,18 @@ def _conclude(out: Outcome, bench: Bench, found: dict[float, dict[str, Scored]])
         shown_best = ", ".join(f"{name} {perplexity(real[name]).value or 0.0:.1f}" for name in ranked[:3])
         told.append(f"at {target:.0%} of the bytes the best are {shown_best}")
         if gap is None:
-            gap, verdict = _channel_gap(real, ranked, bench.seed)
+            gap, verdict = channel_gap(real, bench.seed)
     number = f"; best neuron method less best channel method {shown(gap)} nats" if gap else ""
     out.conclude("; ".join(told) + number + ".", verdict, gap, "nats")
 
 
-def _channel_gap(real: dict[str, Scored], ranked: list[str], seed: int) -> tuple[Interval | None, ClaimVerdict]:
-    """The best neuron method's NLL less the best channel method's."""
-    channel = next((name for name in ranked if name in CHANNELS), None)
-    neuron = next((name for name in ranked if name not in CHANNELS), None)
-    if channel is None or neuron is None:
+def channel_gap(real: dict[str, Scored], seed: int) -> tuple[Interval | None, ClaimVerdict]:
+    """The best neuron method's NLL less the best channel method's; `auto`, which mixes both, is neither."""
+    channels = [name for name in real if name in CHANNELS]
+    neurons = [name for name in real if name not in (*CHANNELS, AUTO)]
+    if not channels or not neurons:
         return None, ClaimVerdict.UNDECIDED
+    neuron, channel = (min(names, key=lambda name: float(real[name].nll.mean())) for names in (neurons, channels))
     gap = difference(real[neuron], real[channel], seed)
     return gap, above(gap, 0.0)
 

@@ -31,6 +31,11 @@ class Scored:
         return Scored(self.nll[:, tokens], self.kl[:, tokens], self.top1[:, tokens], self.kept)
 
 
+def of_blocks(scored: Scored, blocks: slice) -> Scored:
+    """The same over some of the blocks."""
+    return Scored(*(getattr(scored, name)[blocks] for name in Scored.__annotations__))
+
+
 def mean_of(scored: list[Scored]) -> Scored:
     """The mean over replicas, token by token."""
     return Scored(*(torch.stack([getattr(one, name) for one in scored]).mean(dim=0) for name in Scored.__annotations__))
