@@ -35,6 +35,8 @@ def command(
     output.table("", COLUMNS, [row(one) for one in found])
     if name:
         output.line(f"\n{found[0]['summary']} ({found[0]['source']})")
+        if found[0]["caution"]:
+            output.line(f"speed: {found[0]['caution']}")
         for key, option in found[0]["options"].items():
             default = str(option["default"]).lower() if option["type"] == "bool" else option["default"]
             output.line(f"  {key}={default}  ({' | '.join(option['values']) or option['type']})")
@@ -49,6 +51,7 @@ def describe(cls: "type[Method]") -> dict[str, Any]:
         "method": cls.name,
         "summary": cls.summary,
         "source": cls.paper,
+        "caution": cls.caution,
         "decides": cls.decides.value,
         "reads": [kind.value for kind in cls.needs],
         "saves": [] if cls.ideal else [name for name in MATRICES if name in cls.saves],

@@ -181,12 +181,14 @@ class Method(ABC):
     """A method is its parameters. Subclasses are frozen dataclasses whose fields are the options that users may set.
 
     `ideal`: its masks need what they save, so its bytes are those of a mask known beforehand, and it makes no speed
-    claim. `serves_experts`: its definition carries over to an expert, which sees the tokens routed to it alone.
+    claim. `caution`: what a user should know of its speed before he chooses it. `serves_experts`: its definition
+    carries over to an expert, which sees the tokens routed to it alone.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    caution: ClassVar[str] = ""
     decides: ClassVar[Decides]
     needs: ClassVar[tuple[SiteKind, ...]] = (SiteKind.NEURON,)
     saves: ClassVar[frozenset[str]] = ALL_MATRICES

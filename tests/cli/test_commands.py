@@ -574,3 +574,10 @@ def test_a_prompt_share_of_zero_leaves_the_sink_tokens_dense(
     assert griffin["quality"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert static["quality"]["kl"]["value"] > 0.01
     assert any("griffin@0.5" in text and "prompt" in text for text in document["warnings"])
+
+
+def test_methods_says_what_to_know_of_a_methods_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "teal"]) == 0
+    assert "speed: 25 % barely pays" in capsys.readouterr().out
+    assert main(["methods", "griffin"]) == 0
+    assert "speed:" not in capsys.readouterr().out
