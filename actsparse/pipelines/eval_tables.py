@@ -34,7 +34,7 @@ def result_rows(
     rows += _byte_rows(DENSE, cost, nothing_saved())
     for group in groups:
         kept = layers.filter(pl.col("plan") == group.name)
-        realised = _realised(group, kept, cost)
+        realised = realised_of(group, kept, cost)
         rows += quality_rows(group.name, tokens, seed)
         for reference in (DENSE, *(other.name for other in groups if other is not group)):
             rows += _difference_rows(group.name, reference, tokens, seed)
@@ -181,8 +181,9 @@ def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
     )
 
 
-def _realised(group: PlanGroup, kept: pl.DataFrame, cost: StepBytes) -> Sparsity:
-    """Sparsity counted over the sparse positions of the scored blocks."""
+def realised_of(group: PlanGroup, layers: pl.DataFrame, cost: StepBytes) -> Sparsity:
+    """Sparsity of a plan counted over the sparse positions of the scored blocks."""
+    kept = layers.filter(pl.col("plan") == group.name)
     means = kept.group_by("unit", "layer").agg(pl.col("kept_frac").mean())
     dropped = {(Unit(unit), int(layer)): 1 - share for unit, layer, share in means.iter_rows()}
     return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp))

@@ -1,5 +1,6 @@
 """`evaluate`: quality of plans against dense in the decode regime, and real sparse generation with its timing."""
 
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -18,6 +19,7 @@ from actsparse.pipelines.plans import (
     build,
     calibration_warnings,
     check_names,
+    controls_of,
     identity_of,
     needs_text,
     prompt_warnings,
@@ -92,12 +94,21 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     calibration = of_blocks(
         loaded, texts.calibration, texts.prompt_length, session.progress, RunCheckpoints(session.writer)
     )
-    groups = build(names, loaded, calibration, session.cost, controls=session.spec.controls)
+    groups = build(names, loaded, calibration, session.cost)
     for text in calibration_warnings(groups, texts.calibration.record, texts.quality.record):
         session.warn(text)
     for text in prompt_warnings(groups, texts.prompt_length, texts.quality.record.sink_tokens):
         session.warn(text)
-    tokens, layers = score_blocks(loaded, groups, texts.quality, texts.prompt_length, session.writer, session.progress)
+    score = partial(
+        score_blocks, loaded, blocks=texts.quality, prompt_length=texts.prompt_length, writer=session.writer,
+        progress=session.progress,
+    )  # fmt: skip
+    tokens, layers = score(groups)
+    if session.spec.controls:
+        # what a plan drops is known once it was scored; its own passes are kept, and not repeated
+        dropped = {group.name: eval_tables.realised_of(group, layers, session.cost).neuron_frac for group in groups}
+        groups += controls_of(groups, dropped, loaded, calibration, session.cost)
+        tokens, layers = score(groups)
     for text in eval_tables.not_finite(tokens):
         session.warn(text)
     items = score_all_tasks(session, groups, tasks)

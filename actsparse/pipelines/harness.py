@@ -170,7 +170,7 @@ def _fitted(loaded: LoadedModel, name: str, calib: str | None, sink_tokens: int)
     reader = TextReader(spec, loaded.tokenizer, loaded.record.max_positions, progress.note)
     texts = reader.eval_texts(fitted=needs_text(names) or not Path(name).expanduser().is_dir())
     calibration = of_blocks(loaded, texts.calibration, texts.prompt_length, progress)
-    group = build(names, loaded, calibration, loaded.record.step, controls=False)[0]
+    group = build(names, loaded, calibration, loaded.record.step)[0]
     if len(group.replicas) > 1:
         raise PlanError(f"{name} is the mean of {len(group.replicas)} seeds", f"name one: {_seeded(name)}")
     return group.plan

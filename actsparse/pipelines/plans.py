@@ -1,5 +1,6 @@
 """The plans of an evaluation: as named, with the equal-density controls that stand beside every method."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from actsparse.store.files import sha256_of
 from actsparse.store.runs import PlanRun
 
 CONTROLS = ("static:stat=griffin", "static", "random")
+SAME_SHARE = 0.01
+"""A share of neurons that is this near to a plan's amount is served by the controls at that amount."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,25 @@ def identity_of(name: str) -> str:
     return " ".join((name, *(sha256_of(path) for path in files)))
 
 
-def build(
-    names: list[str], loaded: LoadedModel, calibration: Calibration, cost: StepBytes, *, controls: bool
+def build(names: list[str], loaded: LoadedModel, calibration: Calibration, cost: StepBytes) -> list[PlanGroup]:
+    """Every plan, fitted or read."""
+    return [_group(name, loaded, calibration, cost) for name in names]
+
+
+def controls_of(
+    groups: list[PlanGroup],
+    realised: Mapping[str, float | None],
+    loaded: LoadedModel,
+    calibration: Calibration,
+    cost: StepBytes,
 ) -> list[PlanGroup]:
-    """Every plan fitted or read, then the controls at the densities of the named ones."""
-    groups = [_group(name, loaded, calibration, cost) for name in names]
-    if controls:
-        have = {group.name for group in groups}
-        wanted = dict.fromkeys(
-            f"{control}@{share:.12g}" for share, own in _shares(groups).items() for control in (*CONTROLS, *own)
-        )
-        groups += [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
-    return groups
+    """The controls that stand beside scored plans, at the shares of neurons that these dropped (`realised`, by plan;
+    None where a plan drops no neurons)."""
+    have = {group.name for group in groups}
+    wanted = dict.fromkeys(
+        f"{control}@{share:.12g}" for share, own in _shares(groups, realised).items() for control in (*CONTROLS, *own)
+    )
+    return [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
 
 
 def prompt_warnings(groups: list[PlanGroup], prompt_length: int, sink_tokens: int) -> list[str]:
@@ -134,16 +144,21 @@ def _fitted(
     return PlanGroup(short.text, tuple(plans), named=named)
 
 
-def _shares(groups: list[PlanGroup]) -> dict[float, list[str]]:
-    """The shares dropped by the named methods that are no controls (those that a fit found, to a thousandth), in
-    order, each with the further controls that its methods ask for."""
+def _shares(groups: list[PlanGroup], realised: Mapping[str, float | None]) -> dict[float, list[str]]:
+    """The shares dropped by the named methods that are no controls, in order, each with the further controls that its
+    methods ask for.
+
+    A plan's own amount where it is what was dropped; else what was dropped, to a thousandth: an amount may be a share
+    of other units (bytes, channels), and a threshold or protected neurons keep another share than was asked for.
+    """
     shares: dict[float, list[str]] = {}
-    for plan in (group.plan for group in groups if group.plan.method.name not in ("random", "static")):
-        found = (plan.realised or plan.predicted).neuron_frac
+    for group in (group for group in groups if group.plan.method.name not in ("random", "static")):
+        plan, found = group.plan, realised[group.name]
         if found is None:
             # no neurons are dropped: a mask over neurons of that share would be no control
             continue
-        share = round(found, 3) if plan.amount is None else plan.amount
+        same = plan.amount is not None and abs(plan.amount - found) <= SAME_SHARE
+        share = plan.amount if same and plan.amount is not None else round(found, 3)
         if 0 < share < 1:
             shares.setdefault(share, []).extend([plan.method.control] if plan.method.control else [])
     return dict(sorted(shares.items()))

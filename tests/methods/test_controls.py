@@ -15,7 +15,7 @@ from actsparse.methods.plan import Plan, fit_plan
 from actsparse.methods.short import parse
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.calibration import TextCalibration
-from actsparse.pipelines.plans import build
+from actsparse.pipelines.plans import build, controls_of
 from actsparse.results import SiteKind
 
 Dense = Callable[[SiteKind, int], Tensor]
@@ -90,10 +90,29 @@ def test_a_prompt_method_names_its_control(text: str, control: str | None) -> No
 
 def test_an_evaluation_adds_the_controls(loaded: LoadedModel, calibration: TextCalibration) -> None:
     names = ["coreinfer@0.5", "moefication:neurons=6,routing=sequence@0.25"]
-    groups = build(names, loaded, calibration, loaded.record.step, controls=True)
+    groups = build(names, loaded, calibration, loaded.record.step)
+    added = controls_of(groups, dict(zip(names, (0.503, 0.25), strict=True)), loaded, calibration, loaded.record.step)
     usual = ("static:stat=griffin", "static", "random")
-    wanted = [*names, *(f"{one}@0.25" for one in usual), "moefication:neurons=6,routing=static@0.25"]
-    assert [group.name for group in groups] == [*wanted, *(f"{one}@0.5" for one in usual), "static:stat=coreinfer@0.5"]
+    wanted = [*(f"{one}@0.25" for one in usual), "moefication:neurons=6,routing=static@0.25"]
+    assert [group.name for group in added] == [*wanted, *(f"{one}@0.5" for one in usual), "static:stat=coreinfer@0.5"]
+    assert not any(group.named for group in added)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "shares"),
+    [
+        ("auto:methods=cats@0.1", 0.247, {"0.247"}),  # of the bytes
+        ("tda@0.5", 0.524, {"0.524"}),
+        ("griffin:protect=0.1@0.5", 0.452, {"0.452"}),
+        ("teal@0.5", None, set()),  # channels
+    ],
+)
+def test_controls_drop_what_the_plan_dropped_of_the_neurons(
+    name: str, dropped: float | None, shares: set[str], loaded: LoadedModel, calibration: TextCalibration
+) -> None:
+    groups = build([name], loaded, calibration, loaded.record.step)
+    added = controls_of(groups, {name: dropped}, loaded, calibration, loaded.record.step)
+    assert {group.name.partition("@")[2] for group in added} == shares
 
 
 def test_bad_options_of_static() -> None:

@@ -185,6 +185,20 @@ def test_controls_stand_beside_a_method_and_random_is_three_seeds(
     assert plans["random@0.5"]["speed_reason"]
 
 
+def test_controls_of_a_share_of_bytes_drop_as_many_neurons_as_the_plan_did(
+    tiny_folder: Callable, corpus_file: Path, tmp_path: Path
+) -> None:
+    name = "auto:methods=cats@0.1"
+    run = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "e", name, controls=True))
+    found = {plan["plan"]: plan["sparsity"]["realised"]["neuron_frac"] for plan in run.summary["plans"]}
+    dropped = found.pop(name)
+    assert dropped > 0.15
+    assert len(found) == 3
+    for control in found.values():
+        # a control keeps whole neurons
+        assert control == pytest.approx(dropped, abs=0.5 / FFN + 0.001)
+
+
 def test_an_interrupted_evaluation_loses_no_more_than_the_pass_at_work(
     tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
