@@ -1,6 +1,7 @@
 """The sections of docs/methods/results.md, from finished evaluations of the same blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -53,7 +54,7 @@ class Row:
     @property
     def told(self) -> str:
         """A line of a table."""
-        ideal = all_methods()[parse(self.entry.plan).method.name].ideal
+        ideal = _ideal(self.entry)
         error = "-" if self.error != self.error else f"{self.error:.3f}"
         return (
             f"| `{self.entry.shown}`{' (ruler)' if ideal else ''} | {self.ppl:.4g} | {self.low:.4g} to {self.high:.4g}"
@@ -61,6 +62,10 @@ class Row:
         )
 
 
+UNEQUAL = 0.005
+"""Realised shares of the model's bytes that differ by more are no comparison at equal bytes."""
+APART = "unequal bytes"
+UNCOUNTED = f"are at {APART} (realised shares over half a point apart, the first's less the second's) and not counted"
 HEAD = [
     "| plan | perplexity | interval | KL (nats) | top-1 | bytes not read (realised) | local error |",
     "|---|---|---|---|---|---|---|",
@@ -69,11 +74,13 @@ HEAD = [
 
 @dataclass(frozen=True)
 class Difference:
-    """NLL of a first plan less a second's, nats per token, paired over blocks."""
+    """NLL of a first plan less a second's, nats per token, paired over blocks; and by how much the first's realised
+    share of bytes not read is larger."""
 
     value: float
     low: float
     high: float
+    bytes_apart: float = 0.0
 
     @property
     def told(self) -> str:
@@ -81,7 +88,9 @@ class Difference:
         return f"{self.value:+.3f} | {self.low:+.3f} to {self.high:+.3f}"
 
     def verdict(self, noise: float) -> str:
-        """Whether the first is better, beyond rounding and sampling."""
+        """Whether the first is better, beyond rounding and sampling; no verdict at unequal bytes."""
+        if abs(self.bytes_apart) > UNEQUAL:
+            return f"{APART} ({100 * self.bytes_apart:+.1f} points)"
         if abs(self.value) <= noise:
             return "within noise"
         if self.value < 0:
@@ -127,7 +136,7 @@ class Book:
         found = bootstrap_ratio(*(torch.from_numpy(sums[name].to_numpy().copy()) for name in ("sum", "count")))
         assert found.value is not None
         low, high = (found.value if end is None else end for end in (found.low, found.high))
-        return Difference(found.value, low, high)
+        return Difference(found.value, low, high, self.row(first).realised - self.row(second).realised)
 
     def dropped(self, entry: Entry) -> pl.DataFrame:
         """The realised share that a plan drops, by layer and unit (columns layer, unit, share)."""
@@ -172,7 +181,7 @@ def heads_section(book: Book, entries: Sequence[Entry]) -> str:
 
 def control_section(book: Book, tables: Tables) -> str:
     """Every prompt method beside the static mask by its own statistic."""
-    lines, tally = [], {"holds": 0, "**does not hold**": 0}
+    lines, tally = [], Counter[str]()
     for target, entries in tables.items():
         by_label = {one.label: one for one in entries if book.has(one)}
         for entry in by_label.values():
@@ -181,14 +190,16 @@ def control_section(book: Book, tables: Tables) -> str:
                 continue
             found = book.difference(entry, control)
             verdict = found.verdict(SEQUENCE_NOISE)
-            tally[verdict] = tally.get(verdict, 0) + 1
-            better = {"holds": "own prompt", "**does not hold**": "static"}.get(verdict, "neither")
+            tally[verdict] += 1
+            better = {"holds": "own prompt", "**does not hold**": "static"}.get(
+                verdict, verdict if APART in verdict else "neither"
+            )
             lines.append(f"| {target:.0%} | `{entry.shown}` | `{control.shown}` | {found.told} | {better} |")
     if not lines:
         return ""
     told = (
-        f"Of {sum(tally.values())} comparisons the own prompt is better in {tally['holds']}, one mask for all text in"
-        f" {tally['**does not hold**']}; in the others the interval holds 0."
+        f"Of {tally.total()} comparisons the own prompt is better in {tally['holds']}, one mask for all text in"
+        f" {tally['**does not hold**']}; {_apart(tally.elements())} {UNCOUNTED}; in the others the interval holds 0."
     )
     return "\n".join([
         "## Prompt methods beside their controls",
@@ -228,7 +239,7 @@ def ordering_section(book: Book, tables: Tables) -> str:
     told = (
         f"Of {len(verdicts)} comparisons {verdicts.count('holds')} hold, {verdicts.count('**does not hold**')} do not,"
         f" {verdicts.count('within noise')} are within the noise, {verdicts.count('not significant')} have an interval"
-        " that holds 0."
+        f" that holds 0, {_apart(verdicts)} {UNCOUNTED}."
     )
     return "\n".join([
         "## Published orderings on this model",
@@ -243,6 +254,11 @@ def ordering_section(book: Book, tables: Tables) -> str:
         "|---|---|---|---|---|---|---|",
         *lines,
     ])  # fmt: skip
+
+
+def _apart(verdicts: Iterable[str]) -> int:
+    """How many comparisons are at unequal bytes."""
+    return sum(APART in one for one in verdicts)
 
 
 def _same_way(better: str, worse: str, errors: Sequence[float]) -> str:
@@ -271,11 +287,13 @@ def allocation_section(book: Book, tables: Tables, equal: Tables) -> str:
             )
     if not gains:
         return ""
-    best = min(gains)
+    fair = [one for one in gains if APART not in one[1]]
+    best = min(fair, default=None)
     told = (
         f" {sum(verdict == 'better' for _, verdict, _, _ in gains)} of {len(gains)} are better beyond the noise,"
-        f" {sum(verdict == 'worse' for _, verdict, _, _ in gains)} worse; the largest gain is {-best[0]:.3f} nats"
-        f" ({best[2]} at {best[3]:.0%})."
+        f" {sum(verdict == 'worse' for _, verdict, _, _ in gains)} worse;"
+        f" {_apart(verdict for _, verdict, _, _ in gains)} {UNCOUNTED}"
+        + (f"; the largest gain is {-best[0]:.3f} nats ({best[2]} at {best[3]:.0%})." if best else ".")
     )  # fmt: skip
     return "\n".join([
         "## Equal shares beside greedy and sensitivity-based ones",
@@ -289,20 +307,23 @@ def allocation_section(book: Book, tables: Tables, equal: Tables) -> str:
     ])  # fmt: skip
 
 
-def auto_section(book: Book, budgets: Tables, single: Sequence[str]) -> str:
-    """auto beside the best single method, and what it dropped where."""
+def auto_section(book: Book, budgets: Tables) -> str:
+    """auto beside the best measured plan of one method, shares allocated or not, and what it dropped where."""
     lines, picks = [], []
     for target, entries in budgets.items():
         rows = book.rows(entries)
         auto = next((row for row in rows if row.entry.label == "auto"), None)
-        others = [row for row in rows if row.entry.label in single]
+        others = [row for row in rows if row.entry.label != "auto" and not _ideal(row.entry)]
         if auto is None or not others:
             continue
         found = book.difference(auto.entry, others[0].entry)
         clear = " and clearly better" if found.value < -CHANNEL_NOISE and found.high < 0 else ""
+        bar = f"met{clear}" if found.value <= CHANNEL_NOISE else "**missed**"
+        apart = found.verdict(CHANNEL_NOISE)
+        best, count = others[0], len({row.entry.plan for row in others})
         lines.append(
-            f"| {target:.0%} | {auto.ppl:.4g} | {auto.realised:.1%} | `{others[0].entry.shown}` {others[0].ppl:.4g} |"
-            f" {found.told} | {f'met{clear}' if found.value <= CHANNEL_NOISE else '**missed**'} |"
+            f"| {target:.0%} | {auto.ppl:.4g} | {auto.realised:.1%} | {count} | `{best.entry.shown}` {best.ppl:.4g} |"
+            f" {best.realised:.1%} | {found.told} | {f'{bar}, at {apart}' if APART in apart else bar} |"
         )
         picks.append((target, book.dropped(auto.entry)))
     if not lines:
@@ -310,11 +331,12 @@ def auto_section(book: Book, budgets: Tables, single: Sequence[str]) -> str:
     return "\n".join([
         "## auto beside the best single method",
         "",
-        f"Its bar: no worse than the best of {', '.join(f'`{one}`' for one in single)} by more than {CHANNEL_NOISE}"
-        " nats per token, on text that nothing was fitted on.",
+        "Its bar: no worse by more than"
+        f" {CHANNEL_NOISE} nats per token than the best plan of one method that was measured at the budget, equal"
+        " shares or allocated ones (rulers apart), on text that nothing was fitted on.",
         "",
-        "| budget | auto | realised | best single method | difference (nats) | interval | bar |",
-        "|---|---|---|---|---|---|---|",
+        "| budget | auto | realised | measured plans | the best of them | realised | difference | interval | bar |",
+        "|---|---|---|---|---|---|---|---|---|",
         *lines,
         *_chosen(picks),
     ])  # fmt: skip
@@ -353,6 +375,11 @@ def _without_allocation(label: str) -> tuple[str, str]:
     kind = next(one.partition("=")[2] for one in listed if one.startswith("allocation="))
     rest = ",".join(one for one in listed if not one.startswith("allocation="))
     return (f"{name}:{rest}" if rest else name), kind
+
+
+def _ideal(entry: Entry) -> bool:
+    """Whether a plan needs what it saves."""
+    return all_methods()[parse(entry.plan).method.name].ideal
 
 
 def _channels(label: str) -> bool:

@@ -117,7 +117,7 @@ def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
         control_section(book, tables),
         ordering_section(book, every),
         allocation_section(book, allocated, tables),
-        auto_section(book, {target: plans.auto[target] for target in BUDGETS}, SINGLE),
+        auto_section(book, {target: [*plans.auto[target], *every.get(target, ())] for target in plans.auto}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
