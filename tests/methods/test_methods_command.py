@@ -8,6 +8,7 @@ import pytest
 
 from actsparse.cli.app import main
 from actsparse.methods.registry import all_methods
+from actsparse.models.families import FAMILIES
 
 
 def test_every_method_is_listed_with_what_it_needs_and_saves(capsys: pytest.CaptureFixture) -> None:
@@ -66,3 +67,11 @@ def test_the_page_of_methods_says_which_ffns_the_code_serves() -> None:
                 gated, where = name in ("oracle-gate", "oracle-up"), f"docs/methods/README.md: {name}"
                 said = "gated" if gated else cells[5].partition(" ")[0]
                 assert said == ("gated" if cls.gated_only else "any" if cls.serves_experts else "dense"), where
+
+
+def test_the_page_names_the_families_that_some_methods_refuse() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "README.md").read_text()
+    told = re.search(r"`dense` refuses mixtures of experts \(([^)]*)\)", page)
+    assert told is not None
+    mixtures = {name for name, family in FAMILIES.items() if family.experts is not None}
+    assert set(re.findall(r"`([a-z0-9_]+)`", told[1])) == mixtures

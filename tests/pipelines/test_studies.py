@@ -1,6 +1,7 @@
 """Studies: their numbers against the naive loop of the quality tests, and how they resume, refuse and conclude."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from math import exp
@@ -283,6 +284,9 @@ def test_the_command_tells_claim_verdict_and_number(
     document = json.loads(capsys.readouterr().out)
     assert document["study"] == "tda"
     assert document["experiments"][0]["verdict"] in set(ClaimVerdict)
+    # both shares are said, since a threshold and a fixed count drop different ones
+    told = document["experiments"][0]["conclusion"]
+    assert re.search(r"dropping \d.* of the neurons, TDA loses .* one static mask, which drops 50\.0 %", told), told
     assert main([*line, "--quick"]) == 1
     assert "belongs to a study" in capsys.readouterr().err
 

@@ -50,10 +50,12 @@ def compare(bench: Bench) -> Outcome:
     quality_table(out, "quality", scored, bench.seed)
     tda = scored[f"tda@{SHARE:g}"]
     lost = difference(tda, scored[DENSE], bench.seed)
-    static = difference(tda, scored[f"static:stat=griffin@{SHARE:g}"], bench.seed)
+    control = scored[f"static:stat=griffin@{SHARE:g}"]
+    static = difference(tda, control, bench.seed)
     out.conclude(
         f"dropping {percent(drop_mean(tda, bench.seed))} of the neurons, TDA loses {shown(lost)} nats against dense"
-        f" (our bar: {LITTLE:g}), and stands at {shown(static)} nats against one static mask.",
+        f" (our bar: {LITTLE:g}), and stands at {shown(static)} nats against one static mask,"
+        f" which drops {percent(drop_mean(control, bench.seed))}.",
         below(lost, LITTLE),
         lost,
         "nats",
