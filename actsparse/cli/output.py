@@ -1,6 +1,7 @@
 """The one place that prints. stdout is the answer; progress, notes, warnings and errors go to stderr."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -52,9 +53,25 @@ def _json_escape(found: re.Match[str]) -> str:
     return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
-def _console(file: TextIO) -> Console:
+class _Answers(Console):
+    """The console of the answer: that its reader left (`| head`) is for the application to handle, not exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
+
+
+class _Remarks(Console):
+    """The console of progress and notes: the work goes on when no one listens to them any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def _console(kind: type[Console], file: TextIO) -> Console:
     """A console as wide as its terminal, and wide enough for any table elsewhere."""
-    return Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else PLAIN_WIDTH)
+    return kind(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else PLAIN_WIDTH)
 
 
 @dataclass
@@ -65,8 +82,8 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
-    out: Console = field(default_factory=lambda: _console(sys.stdout))
-    err: Console = field(default_factory=lambda: _console(sys.stderr))
+    out: Console = field(default_factory=lambda: _console(_Answers, sys.stdout))
+    err: Console = field(default_factory=lambda: _console(_Remarks, sys.stderr))
     noted: set[str] = field(default_factory=set)
 
     def note(self, text: str) -> None:

@@ -108,11 +108,33 @@ def test_debug_shows_what_a_library_said(capsys: pytest.CaptureFixture[str], tmp
     assert "config.json cannot be used" in found
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny_folder: Callable, prompts_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "actsparse", "models", "--json"]
+@pytest.fixture(scope="module")
+def small_run(tiny_folder: Callable, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "run"
+    argv = ["profile", "-m", str(tiny_folder("llama")), "--device", "cpu", "--prompts", str(prompts_file), "-n", "2"]
+    assert main([*argv, "--block-length", "16", "--prompt-length", "8", "--probes", "none", "-o", str(path), "-q"]) == 0
+    return path
+
+
+def without_reader(stream: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command with a pipe that no one reads as its stdout or stderr."""
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    assert done.returncode == 0
-    assert done.stderr == ""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writing}
+    try:
+        return subprocess.run([sys.executable, "-m", "actsparse", *words], **streams, text=True, check=False)
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("words", [("models", "--json"), ("models",), ("report", "RUN", "--text")], ids=" ".join)
+def test_a_reader_that_leaves_early_is_no_error(words: tuple[str, ...], small_run: Path) -> None:
+    done = without_reader("stdout", *(str(small_run) if word == "RUN" else word for word in words))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_answer_is_whole_when_no_one_reads_the_notes(small_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = without_reader("stderr", "report", str(small_run), "-o", str(page), "--verbose")
+    assert (done.returncode, done.stdout.strip()) == (0, str(page))
+    assert page.read_text().rstrip().endswith("</html>")
