@@ -29,7 +29,8 @@ from actsparse.results import (
     TokenRow,
 )
 from actsparse.store import tables
-from actsparse.store.codec import decode
+from actsparse.store.codec import MAX_JSON_BYTES, decode
+from actsparse.store.files import plain_bytes
 from actsparse.store.run import MANIFEST, UNFINISHED, read_draft
 from actsparse.store.runs import EvalRun, PlanRun, ProfileRun, StudyRun, open_any
 
@@ -122,7 +123,7 @@ class Source:
         if not self.run.has(path.name):
             return {}
         try:
-            return decode(path.read_bytes(), dict[int, str], str(path))
+            return decode(plain_bytes(path, MAX_JSON_BYTES), dict[int, str], str(path))
         except RunError as error:
             self.unreadable.append(error.what)
             return {}

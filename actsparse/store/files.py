@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,25 @@ def sha256_of(path: Path) -> str:
         while chunk := handle.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def plain_bytes(path: Path, most: int | None) -> bytes:
+    """The bytes of a file of a run; raises RunError where it is no regular file (a link, a pipe, a device) or, with
+    `most`, has more bytes than that. It is looked at before it is opened: a pipe or a device may never end."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise RunError(
+                f"{path} is a link, a pipe or a device, and no file that a run wrote",
+                "do not use this run, or repeat the command that made it in another --output",
+            )
+        if most is not None and found.st_size > most:
+            raise RunError(f"{path} holds {found.st_size:,} bytes, more than any run writes", "delete it and run again")
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be read: {error.strerror}", "check its permissions, or choose another directory"
+        ) from None
 
 
 def disk_error(path: Path, error: OSError) -> RunError:

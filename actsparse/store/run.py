@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from actsparse.errors import ActsparseError, RunError
 from actsparse.results import SCHEMA_VERSION, FileRecord, Manifest, ModelRecord, Provenance, RunKind, TextRecord
 from actsparse.store import provenance
-from actsparse.store.codec import builtins, decode, pretty
-from actsparse.store.files import SHARDS, damaged_shards, disk_error, sha256_of, write_bytes
+from actsparse.store.codec import MAX_JSON_BYTES, builtins, decode, pretty
+from actsparse.store.files import SHARDS, damaged_shards, disk_error, plain_bytes, sha256_of, write_bytes
 from actsparse.store.fingerprint import differences, fingerprint
 
 MANIFEST = "manifest.json"
@@ -294,13 +294,7 @@ def _existing(path: Path, force: bool) -> Manifest | None:
 
 
 def _read(file: Path) -> Manifest:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise RunError(
-            f"{file} cannot be read: {error.strerror}", "check its permissions, or choose another directory"
-        ) from None
-    found = decode(data, Manifest, str(file))
+    found = decode(plain_bytes(file, MAX_JSON_BYTES), Manifest, str(file))
     if found.schema_version != SCHEMA_VERSION:
         raise RunError(
             f"{file} has schema {found.schema_version}, this version of actsparse writes {SCHEMA_VERSION}",

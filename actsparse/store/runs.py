@@ -26,8 +26,8 @@ from actsparse.results import (
     TokenRow,
 )
 from actsparse.store import arrays, tables
-from actsparse.store.codec import decode
-from actsparse.store.files import sha256_of
+from actsparse.store.codec import MAX_JSON_BYTES, decode
+from actsparse.store.files import plain_bytes, sha256_of
 from actsparse.store.run import COMPLETE, DUMP, read_manifest
 
 
@@ -64,12 +64,8 @@ class Run:
         return self.path / name
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            return self.file(name).read_bytes()
-        except OSError:
-            raise RunError(
-                f"{self.path / name} is missing", "repeat the command that made the run with --force"
-            ) from None
+        # lines of JSON are bounded one by one
+        return plain_bytes(self.file(name), None if name.endswith(".jsonl") else MAX_JSON_BYTES)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """Manifests, plans, tables and tensors that were changed behind the store's back: only errors of ours come out."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from actsparse.report.view import build_view
 from actsparse.results import Measure, ThresholdPlan
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ReportSpec, ThresholdSpec
 from actsparse.store import arrays, tables, tensors
-from actsparse.store.codec import decode
+from actsparse.store.codec import MAX_JSON_BYTES, decode
 from actsparse.store.files import sha256_of
 from actsparse.store.run import read_manifest
 from actsparse.store.runs import ProfileRun, open_any
@@ -54,6 +56,22 @@ def plans(profiled: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 @pytest.fixture(scope="module")
 def loaded(tiny_loaded: Callable) -> LoadedModel:
     return tiny_loaded("llama")
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """What would read for ever, as from a pipe or a device, fails instead."""
+
+    def late(*_: object) -> None:
+        pytest.fail("still reading after 5 s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(5)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def relisted(run: Path) -> None:
@@ -205,6 +223,38 @@ def test_links_in_a_run_directory_are_not_followed_out(
         profile(spec)
     assert list((outside / "deep").iterdir()) == []
     assert not (outside / "file").exists() or (outside / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "pipe", "large"])
+@pytest.mark.parametrize("name", ["manifest.json", "unfinished.json"])
+def test_a_manifest_that_is_no_plain_file_is_refused_before_it_is_read(
+    name: str, kind: str, profiled: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(profiled, tmp_path / "run"))
+    (run / "manifest.json").rename(tmp_path / "other.json")
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    elif kind == "large":
+        with (run / name).open("wb") as file:
+            file.truncate(MAX_JSON_BYTES + 1)
+    else:
+        (run / name).symlink_to("/dev/zero" if kind == "device" else tmp_path / "other.json")
+    said = "more than any run writes" if kind == "large" else "no file that a run wrote"
+    with soon(), pytest.raises(RunError, match=said):
+        open_any(run)
+    with soon(), pytest.raises(RunError, match=said):
+        build_view(ReportSpec(runs=(run,)))
+    with soon(), pytest.raises(RunError, match=said):
+        threshold(ThresholdSpec(run=run, plan="cats@0.5", device="cpu", output=tmp_path / "plan"))
+
+
+def test_a_document_of_a_run_that_is_too_large_is_refused(
+    profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ProfileRun.open(Path(shutil.copytree(profiled, tmp_path / "run")))
+    monkeypatch.setattr("actsparse.store.runs.MAX_JSON_BYTES", 10)
+    with pytest.raises(RunError, match="more than any run writes"):
+        _ = run.summary
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(profiled: Path, tmp_path: Path) -> None:
