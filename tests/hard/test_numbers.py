@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from actsparse.cli.app import main
 from actsparse.errors import DataError, ModelError
 from actsparse.pipelines.evaluate import evaluate
 from actsparse.pipelines.profile import profile
@@ -92,7 +93,12 @@ def test_a_model_that_scores_nan_is_said(corpus_file: Path, tmp_path: Path) -> N
     model = edited(tmp_path / "model", edit)
     run = evaluated(model, corpus_file, tmp_path / "eval", ("griffin@0.5",))
     assert any("NaN" in text or "finite" in text for text in run.warnings)
-    assert run.results.filter(plan="dense", metric="ppl").height == 1
+    for plan in ("dense", "griffin@0.5"):
+        assert run.results.filter(plan=plan, metric="ppl")["value"].to_list() == [None], (
+            "not a number is written as null"
+        )
+    assert main(["report", str(run.path), "-o", str(tmp_path / "page.html"), "-q"]) == 0
+    assert (tmp_path / "page.html").read_text().rstrip().endswith("</html>")
 
 
 def test_layers_of_zeros_have_defined_answers(prompts_file: Path, corpus_file: Path, tmp_path: Path) -> None:
