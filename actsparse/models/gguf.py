@@ -35,7 +35,7 @@ def converted(path: Path, notify: Callable[[str], None]) -> Path:
     make_folder(directory.parent)
     with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         work = Path(folder) / "model"
-        _convert(path, work, notify)
+        _convert(_alone(path, Path(folder) / "source"), path, work, notify)
         try:
             os.replace(work, directory)
         except OSError:
@@ -45,9 +45,18 @@ def converted(path: Path, notify: Callable[[str], None]) -> Path:
     return directory
 
 
-def _convert(path: Path, target: Path, notify: Callable[[str], None]) -> None:
+def _alone(path: Path, folder: Path) -> Path:
+    """A link to the file in a folder of its own: what lies beside it may bring code or another tokenizer, and is not
+    in the sum that names the converted model."""
+    folder.mkdir()
+    link = folder / path.name
+    link.symlink_to(path.resolve())
+    return link
+
+
+def _convert(link: Path, path: Path, target: Path, notify: Callable[[str], None]) -> None:
     with _no_bars():
-        model, tokenizer = _read(path)
+        model, tokenizer = _read(link, path)
         _restore_pre_tokenizer(tokenizer, _pre_tokenizer_name(path), path, notify)
         try:
             model.save_pretrained(target)
@@ -59,8 +68,8 @@ def _convert(path: Path, target: Path, notify: Callable[[str], None]) -> None:
             ) from None
 
 
-def _read(path: Path) -> tuple[Any, Any]:
-    """The dequantised model and the tokenizer of a GGUF file, as transformers reads them."""
+def _read(link: Path, path: Path) -> tuple[Any, Any]:
+    """The dequantised model and the tokenizer of a GGUF file, as transformers reads them through its link."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -68,9 +77,14 @@ def _read(path: Path) -> tuple[Any, Any]:
         # the converter draws bars of its own, whatever transformers is told
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+                link.parent,
+                gguf_file=link.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                trust_remote_code=False,
             )
-            return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name, trust_remote_code=False)
+            return model, tokenizer
     except Exception as error:  # whatever readers and converters do with a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -59,6 +59,69 @@ def test_code_that_comes_with_a_model_is_not_run(copied: Path, tmp_path: Path) -
     assert not (tmp_path / "ran").exists()
 
 
+def whole_gguf(path: Path) -> Path:
+    """A llama of one layer that can be converted and loaded, with a byte-level tokenizer."""
+    import numpy as np
+    from gguf import GGUFWriter
+    from gguf.constants import TokenType
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    width = 8
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // 2)
+    writer.add_vocab_size(len(letters) + 2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["<|endoftext|>", *letters, "ab"])
+    writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * (len(letters) + 1)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    draw = np.random.default_rng(0)
+    shapes = {
+        "token_embd.weight": (len(letters) + 2, width),
+        "output_norm.weight": (width,),
+        "blk.0.attn_norm.weight": (width,),
+        "blk.0.ffn_norm.weight": (width,),
+        **{f"blk.0.attn_{part}.weight": (width, width) for part in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate.weight": (16, width),
+        "blk.0.ffn_up.weight": (16, width),
+        "blk.0.ffn_down.weight": (width, 16),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(name, draw.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.usefixtures("own_home")
+def test_what_lies_beside_a_gguf_is_neither_run_nor_read(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (copied / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    changed(copied, auto_map=auto)
+    tokenizer = json.loads((copied / "tokenizer_config.json").read_text())
+    planted = {**tokenizer, "auto_map": auto, "pad_token": "ab"}
+    planted.pop("tokenizer_class", None)  # a class that transformers has would be used without a question
+    (copied / "tokenizer_config.json").write_text(json.dumps(planted))
+    found = load(ModelSpec(name=str(whole_gguf(copied / "whole.gguf")), device="cpu"))
+    assert not (tmp_path / "ran").exists()
+    assert found.tokenizer.pad_token != "ab"
+
+
 def pickled(folder: Path) -> Path:
     """The model with its weights as a pickle."""
     weights = preflight.weight_files(folder, allow_pickle=False)[0]
