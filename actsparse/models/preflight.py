@@ -20,14 +20,21 @@ MOST_PARTS = 10_000
 PARAMETERS_A_BYTE = 8
 SPARE_BYTES = 2**30
 COUNTED = ("layers", "experts", "heads", "n_layer", "n_head")
+ADAPTER = "adapter_config.json"
 PICKLES = ("pytorch_model*.bin", "model*.bin")
 
 
 def weight_files(directory: Path, *, allow_pickle: bool) -> list[Path]:
     """The files that hold a model's weights: safetensors or, where allowed and there are none, pickles.
 
-    Raises ModelError where there are pickles only and these are not allowed, or where one is no plain archive.
+    Raises ModelError where an adapter lies beside them, where there are pickles only and these are not allowed, or
+    where one is no plain archive.
     """
+    if (directory / ADAPTER).exists():
+        raise ModelError(
+            f"{directory} holds an adapter ({ADAPTER}), which can name other weights than those that are here",
+            f"merge the adapter into its model and save that, or remove {ADAPTER} to read the model without it",
+        )
     found = sorted(directory.glob("*.safetensors"))
     if found:
         _check_index(directory / "model.safetensors.index.json", directory)

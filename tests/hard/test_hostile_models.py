@@ -122,6 +122,13 @@ def test_what_lies_beside_a_gguf_is_neither_run_nor_read(
     assert found.tokenizer.pad_token != "ab"
 
 
+def test_an_adapter_beside_a_model_is_refused(copied: Path) -> None:
+    (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere"}))
+    error = refused(copied)
+    assert "adapter_config.json" in error.what
+    assert "merge" in error.hint
+
+
 def pickled(folder: Path) -> Path:
     """The model with its weights as a pickle."""
     weights = preflight.weight_files(folder, allow_pickle=False)[0]
