@@ -35,7 +35,7 @@ class HeadSparsity:
     eps: float
     cett: float
     tokens: int
-    stderr: float
+    stderr: float | None
 
 
 def head_sparsity(

@@ -1,5 +1,8 @@
 """Triton kernels of the input-sparse product. Import only where triton is installed (`availability.has_triton`)."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (what is inside @triton.jit, and how it is launched, is Triton's language and not Python's)
+
 import math
 
 import torch

@@ -1,5 +1,8 @@
 """Triton kernels of the neuron-sparse MLP. Import only where triton is installed (`availability.has_triton`)."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (what is inside @triton.jit, and how it is launched, is Triton's language and not Python's)
+
 import torch
 import triton
 import triton.language as tl
