@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 from test_quality import BLOCK, PROMPT, SINK, naive_block, neuron_inputs
-from tiny import FFN, LAYERS, make_tokenizer, save_tiny, words
+from tiny import FFN, HEADS, LAYERS, make_tokenizer, save_tiny, words
 from torch import Tensor
 
 from actsparse.cli.app import main
@@ -21,13 +21,14 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
 from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
+from actsparse.models.taps import tapped
 from actsparse.pipelines.studies import bench as bench_module
-from actsparse.pipelines.studies import donors, frontier, routers, sensitivity, speed
+from actsparse.pipelines.studies import donors, frontier, heads, routers, sensitivity, speed
 from actsparse.pipelines.studies.outcome import above, below
 from actsparse.pipelines.studies.registry import STUDIES, runners
 from actsparse.pipelines.studies.run import study
 from actsparse.pipelines.studies.scores import Scored
-from actsparse.results import ClaimVerdict, PanelKind
+from actsparse.results import ClaimVerdict, PanelKind, SiteKind
 from actsparse.specs import DataSpec, ModelSpec, StudySpec
 from actsparse.store.runs import StudyRun
 
@@ -197,6 +198,39 @@ def test_equal_density_and_equal_bytes_are_equal(tiny_folder: Callable, long_cor
     assert seen
     for short, not_read, _ in seen:
         assert min(abs(not_read - target) for target in targets) < 0.03, (short, not_read)
+
+
+def test_the_sparsity_of_heads_equals_a_naive_loop(
+    tiny_folder: Callable, tiny_loaded: Callable, long_corpus: Path, tmp_path: Path
+) -> None:
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "p2", "pitfalls", "P2"))
+    loaded = tiny_loaded("llama")
+    pool, places = pool_of(loaded, long_corpus), torch.linspace(SINK, BLOCK - 1, heads.SAMPLED).long()
+    layer = 1
+    weight = loaded.sites.layers[layer].output.get_parameter("weight").double()
+
+    def added(ids: Tensor) -> Tensor:
+        """What each head adds to the output [positions, heads, hidden]."""
+        seen: list[Tensor] = []
+        with tapped(loaded.sites, {SiteKind.ATTN_OUT: lambda _s, o: seen.append(o[0])}, (layer,)), torch.no_grad():
+            loaded.model(input_ids=ids[None], use_cache=False)
+        parts = seen[0][places].double().unflatten(1, (HEADS, -1))
+        return torch.stack(
+            [part @ own.T for part, own in zip(parts.unbind(1), weight.chunk(HEADS, dim=1), strict=True)], 1
+        )
+
+    fitted = torch.cat([added(ids) for ids in pool[N : 2 * N]])
+
+    def error(eps: float) -> float:
+        lost = torch.stack([one[one.norm(dim=1) < eps].sum(dim=0) for one in fitted])
+        return float((lost.norm(dim=1) / fitted.sum(dim=1).norm(dim=1)).mean())
+
+    norms = fitted.norm(dim=2).flatten().sort().values
+    eps = max((float(norm) for norm in norms if error(float(norm)) <= 0.2), default=0.0)
+    shares = [float((added(ids).norm(dim=2) < eps).double().mean()) for ids in pool[:N]]
+    found = run.rows.filter((pl.col("panel") == "layers") & (pl.col("x") == layer))["value"][0]
+    # one head of one scored block may stand between the bisection's threshold and the norm above it
+    assert found == pytest.approx(sum(shares) / N, abs=1.5 / (N * heads.SAMPLED * HEADS))
 
 
 def test_a_study_resumes_where_it_stopped(

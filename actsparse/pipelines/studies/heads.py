@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, bootstrap_mean
+from actsparse.core.head_cett import HeadCett
 from actsparse.methods.short import DENSE
 from actsparse.models.taps import tapped
 from actsparse.pipelines.studies.bench import Bench
@@ -20,9 +21,7 @@ P2 = Experiment("pitfalls", "P2", "Sparsity of heads at CETT 0.2, and an oracle 
                 "Heads are sparse: many can be dropped at a token for little error")  # fmt: skip
 P3 = Experiment("pitfalls", "P3", "Five policies for keys and values that were skipped", PAPER,
                 "Skipping entries of the KV cache loses information, the more the longer the generation")  # fmt: skip
-STEPS = 30
 SAMPLED = 32
-CHUNK = 256
 
 
 def head_sparsity(bench: Bench) -> Outcome:
@@ -65,40 +64,21 @@ def _counts(groups: int, quick: bool) -> list[int]:
 def _cett_over_heads(bench: Bench) -> Float[Tensor, "blocks layers"]:
     """The share of heads under eps_l in every scored block; eps_l is solved on the blocks that plans are fitted on."""
     fitted, judged = _head_outputs(bench, bench.calib), _head_outputs(bench, bench.scored)
-    rows = []
-    for mine, theirs in zip(fitted, judged, strict=True):
-        eps = solve_heads(mine.flatten(0, 1), TARGET)
-        rows.append((theirs.norm(dim=-1) < eps).double().mean(dim=(1, 2)))
+    heads, rows = bench.loaded.record.heads, []
+    for layer, mine, theirs in zip(bench.loaded.sites.layers, fitted, judged, strict=True):
+        weight = layer.output_matrix(mine.shape[-1]).cpu()
+        eps = HeadCett.of(mine.flatten(0, 1), weight, heads).solve(TARGET).eps
+        rows.append(torch.tensor([HeadCett.of(block, weight, heads).at(eps).sparsity for block in theirs]).double())
     return torch.stack(rows, dim=1)
 
 
-def solve_heads(outputs: Float[Tensor, "tokens heads hidden"], target: float) -> float:
-    """The largest eps whose mean CETT over tokens, with heads as units, is at most `target`, by bisection."""
-    norms, whole = outputs.norm(dim=-1), outputs.sum(dim=1).norm(dim=-1)
-    used = whole > 0
-
-    def cett(eps: float) -> float:
-        lost = torch.einsum("th,thd->td", (norms < eps).to(outputs.dtype), outputs).norm(dim=-1)
-        return float((lost[used] / whole[used]).double().mean())
-
-    low, high = 0.0, float(norms.max())
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cett(middle) <= target else (low, middle)
-    return low
-
-
-def _head_outputs(bench: Bench, blocks: Tensor) -> list[Float[Tensor, "blocks tokens heads hidden"]]:
-    """W_o,h o_h of every head at positions spread over the blocks, layer by layer."""
+def _head_outputs(bench: Bench, blocks: Tensor) -> list[Float[Tensor, "blocks tokens width"]]:
+    """Concatenated outputs of the heads at positions spread over the blocks, layer by layer."""
     places = torch.linspace(bench.sink_tokens, bench.block_length - 1, SAMPLED).long()
-    record = bench.loaded.record
     found: list[list[Tensor]] = [[] for _ in range(bench.layers)]
 
     def on_heads(site: Site, o: Tensor) -> None:
-        parts = o[0, places].float().unflatten(1, (record.heads, -1))
-        matrix = bench.loaded.sites.layers[site.layer].output_matrix(o.shape[-1]).float()
-        slices = matrix.unflatten(1, (record.heads, -1)).to(parts.device)
-        found[site.layer].append(torch.einsum("the,dhe->thd", parts, slices).cpu())
+        found[site.layer].append(o[0, places].cpu())
 
     with tapped(bench.loaded.sites, {SiteKind.ATTN_OUT: on_heads}), torch.no_grad():
         for ids in blocks:
