@@ -105,6 +105,10 @@ class Calibration(Protocol):
         """The values of statistics, one an FFN, over every calibration token after the sink tokens at a site."""
         ...
 
+    def pooled_attention(self, statistics: Sequence[Statistic]) -> Sequence[Tensor]:
+        """The same of statistics that read the concatenated heads, one a layer."""
+        ...
+
     def channels(self) -> ChannelReplay:
         """The calibration blocks again, as inputs of projections."""
         ...
@@ -182,7 +186,8 @@ class Method(ABC):
 
     `ideal`: its masks need what they save, so its bytes are those of a mask known beforehand, and it makes no speed
     claim. `caution`: what a user should know of its speed before he chooses it. `serves_experts`: its definition
-    carries over to an expert, which sees the tokens routed to it alone.
+    carries over to an expert, which sees the tokens routed to it alone. `is_control`: what other methods are compared
+    with; it gets no controls of its own.
     """
 
     name: ClassVar[str]
@@ -195,6 +200,7 @@ class Method(ABC):
     gated_only: ClassVar[bool] = False
     has_engine: ClassVar[bool] = True
     ideal: ClassVar[bool] = False
+    is_control: ClassVar[bool] = False
     takes_error_target: ClassVar[bool] = False
     """Whether it finds what meets an error target by itself, and has a default one."""
     needs_statistics: ClassVar[bool] = False
@@ -219,7 +225,7 @@ class Method(ABC):
     @property
     def control(self) -> str | None:
         """The short form, without its share, of one mask for all text by the statistic that this method takes of a
-        prompt; None where it takes none."""
+        prompt or token; None where the usual controls have it, or where it takes none."""
         return None
 
     @property

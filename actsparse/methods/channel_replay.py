@@ -47,6 +47,10 @@ class ChannelReplay(Protocol):
         """Histograms of |x_j| * weights_j at the input of every projection (weights of 1 where none are given)."""
         ...
 
+    def mean_magnitudes(self) -> Mapping[Place, Tensor]:
+        """Mean |x_j| over tokens at the input of every projection [in], in float64."""
+        ...
+
     def quantiles(
         self, scores: Mapping[Place, LogHistogram], weights: Mapping[Place, Tensor], shares: Mapping[Place, float]
     ) -> Mapping[Place, tuple[float, float]]:

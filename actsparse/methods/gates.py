@@ -86,6 +86,17 @@ class Protected:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """Keeps the same units at every token, whatever it reads: mask [units]."""
+
+    mask: Bool[Tensor, " units"]
+
+    def keep(self, x: Float[Tensor, "*tokens width"]) -> Bool[Tensor, "*tokens units"]:
+        """The mask, once a token."""
+        return self.mask.to(x.device).expand(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
 class Custom:
     """Any function from values [*tokens, width] to a mask [*tokens, units]; it runs in the masked path alone."""
 

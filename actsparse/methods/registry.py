@@ -11,6 +11,10 @@ from actsparse.methods.base import Method
 OURS = {
     "random": "random:Random",
     "static": "static:Static",
+    "channels-random": "channel_controls:ChannelsRandom",
+    "channels-static": "channel_controls:ChannelsStatic",
+    "heads-random": "head_controls:HeadsRandom",
+    "heads-static": "head_controls:HeadsStatic",
     "oracle-a": "oracles:OracleA",
     "oracle-n": "oracles:OracleN",
     "oracle-gate": "oracles:OracleGate",

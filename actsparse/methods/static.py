@@ -28,6 +28,7 @@ class Static(Method):
     summary = "top neurons of the calibration text, one mask for everything (control)"
     paper = "control"
     decides = Decides.OFFLINE
+    is_control = True
     serves_experts = True
     needs_statistics = True
 

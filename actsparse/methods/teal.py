@@ -17,5 +17,9 @@ class Teal(ChannelMethod):
     paper = "arXiv 2408.14690"
     caution = "25 % barely pays on an NVIDIA H200 (1.05x of dense at the shape of Llama-2-7B); 50 % gives 1.40x"
 
+    @property
+    def control(self) -> str:
+        return "channels-static:stat=mean_abs"
+
     def weights(self, replay: ChannelReplay) -> dict[Place, Tensor]:
         return {}

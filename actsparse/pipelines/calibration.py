@@ -190,6 +190,15 @@ class Replay:
             for place, one in enumerate(statistics)
         ]
 
+    def pooled_attention(self, statistics: Sequence[Statistic]) -> list[Tensor]:
+        """See `methods.base.Calibration`."""
+
+        def on_value(site: Site, x: Tensor) -> None:
+            statistics[site.layer].add(x[0, self._sink :])
+
+        self._run("reading heads", SiteKind.ATTN_OUT, on_value, len(self.blocks.ids[0]))
+        return [one.value().cpu() for one in statistics]
+
     def _run(self, what: str, kind: SiteKind, on_value: Callable[[Site, Tensor], None], stop: int) -> None:
         """One dense pass over the first `stop` positions of every block."""
         ids = self.blocks.stack()[:, :stop]
@@ -309,6 +318,9 @@ class TextCalibration:
 
     def pooled(self, kind: SiteKind, statistics: Sequence[Statistic]) -> list[Tensor]:
         return self._replay.pooled(kind, statistics)
+
+    def pooled_attention(self, statistics: Sequence[Statistic]) -> list[Tensor]:
+        return self._replay.pooled_attention(statistics)
 
     def prompts(self) -> Replay:
         return self._replay

@@ -63,6 +63,21 @@ class ChannelReplay:
         self._run("scoring channels", lambda place, x: found[place].add(x), found, weights)
         return {place: found[self._counted_as(place, weights)] for place in self._places}
 
+    def mean_magnitudes(self) -> dict[Place, Tensor]:
+        return self.kept("mean magnitudes", self._mean_magnitudes)
+
+    def _mean_magnitudes(self) -> dict[Place, Tensor]:
+        read = [place for place in self._places if self._reads_itself(place, {})]
+        totals = {place: torch.zeros(self.widths[place[1]], dtype=torch.float64) for place in read}
+        tokens = dict.fromkeys(read, 0)
+
+        def add(place: Place, x: Tensor) -> None:
+            totals[place] += x.double().sum(dim=0).cpu()
+            tokens[place] += len(x)
+
+        self._run("reading channels", add, read, {})
+        return {place: totals[one] / tokens[one] for place in self._places for one in [self._counted_as(place, {})]}
+
     def quantiles(
         self, scores: Mapping[Place, LogHistogram], weights: Mapping[Place, Tensor], shares: Mapping[Place, float]
     ) -> dict[Place, tuple[float, float]]:

@@ -106,7 +106,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         "method": group.plan.method.name,
         "amount": group.plan.amount,
         "target": group.plan.target,
-        "control": group.plan.method.name in ("random", "static"),
+        "control": group.plan.method.is_control,
         "ideal": group.plan.method.ideal,
         "replicas": len(group.replicas),
         "sparsity": {

@@ -106,7 +106,7 @@ def _measure(session: Session, names: list[str], tasks: list[Task]) -> None:
     tokens, layers = score(groups)
     if session.spec.controls:
         # what a plan drops is known once it was scored; its own passes are kept, and not repeated
-        dropped = {group.name: eval_tables.realised_of(group, layers, session.cost).neuron_frac for group in groups}
+        dropped = {group.name: eval_tables.realised_of(group, layers, session.cost) for group in groups}
         groups += controls_of(groups, dropped, loaded, calibration, session.cost)
         tokens, layers = score(groups)
     for text in eval_tables.not_finite(tokens):

@@ -8,18 +8,21 @@ from actsparse.data.sequences import shares_text
 from actsparse.errors import PlanError
 from actsparse.methods.base import Calibration
 from actsparse.methods.gates import PrefillGate
+from actsparse.methods.head_controls import HeadsStatic
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
 from actsparse.methods.short import DENSE, ShortForm, expand, parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import unit_widths
-from actsparse.results import StepBytes, TextRecord
+from actsparse.results import Sparsity, StepBytes, TextRecord
 from actsparse.store import tensors
 from actsparse.store.files import sha256_of
 from actsparse.store.runs import PlanRun
 
-CONTROLS = ("static:stat=griffin", "static", "random")
+NEURON_CONTROLS = ("static:stat=griffin", "static", "random")
+CHANNEL_CONTROLS = ("channels-static", "channels-random")
+HEAD_CONTROLS = ("heads-static", "heads-random")
 SAME_SHARE = 0.01
-"""A share of neurons that is this near to a plan's amount is served by the controls at that amount."""
+"""A share of units that is this near to a plan's amount is served by the controls at that amount."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,57 @@ def build(names: list[str], loaded: LoadedModel, calibration: Calibration, cost:
 
 def controls_of(
     groups: list[PlanGroup],
-    realised: Mapping[str, float | None],
+    realised: Mapping[str, Sparsity],
     loaded: LoadedModel,
     calibration: Calibration,
     cost: StepBytes,
 ) -> list[PlanGroup]:
-    """The controls that stand beside scored plans, at the shares of neurons that these dropped (`realised`, by plan;
-    None where a plan drops no neurons)."""
+    """The controls that stand beside scored plans, at the shares of their units that these dropped (`realised`, by
+    plan), the smallest share first."""
     have = {group.name for group in groups}
-    wanted = dict.fromkeys(
-        f"{control}@{share:.12g}" for share, own in _shares(groups, realised).items() for control in (*CONTROLS, *own)
-    )
-    return [_fitted(parse(name), loaded, calibration, cost, named=False) for name in wanted if name not in have]
+    wanted = [
+        one
+        for group in groups
+        if not group.plan.method.is_control
+        for one in controls_beside(group.plan, realised[group.name], cost)
+    ]
+    ordered = sorted(wanted, key=lambda one: one[0])
+    names = dict.fromkeys(f"{form}@{share:.12g}" for share, form in ordered if 0 < share < 1)
+    return [_fitted(parse(name), loaded, calibration, cost, named=False) for name in names if name not in have]
+
+
+def controls_beside(plan: Plan, found: Sparsity, cost: StepBytes) -> list[tuple[float, str]]:
+    """The controls of one plan, each with its share, by what the plan dropped.
+
+    Neurons and channels at the share that was dropped; of a mix of both, the channels that are as many bytes as all
+    that it drops; heads at the share dropped in the layers that drop any, under the plan's own KV policy.
+    """
+    wanted: list[tuple[float, str]] = []
+    own = (plan.method.control,) if plan.method.control else ()
+    if found.neuron_frac is not None:
+        share = _share(plan, found.neuron_frac)
+        wanted += [(share, form) for form in (*NEURON_CONTROLS, *own)]
+    if found.channel_frac is not None:
+        mixed = found.neuron_frac is not None
+        share = found.model_bytes_frac * cost.total / cost.linears if mixed else found.channel_frac
+        wanted += [(_share(plan, share), form) for form in (*CHANNEL_CONTROLS, *(() if mixed else own))]
+    if found.head_frac is not None:
+        share, options = _heads_dropped(plan, found.head_frac)
+        wanted += [(_share(plan, share), form + options) for form in HEAD_CONTROLS]
+    return wanted
+
+
+def _heads_dropped(plan: Plan, head_frac: float) -> tuple[float, str]:
+    """The share of heads dropped in the layers that may drop any, and the options of a control that keeps the same
+    layers dense under the same KV policy."""
+    gates = [layer.heads for layer in plan.gates()]
+    sparse = [(layer, gate.policy) for layer, gate in enumerate(gates) if gate is not None]
+    if not sparse:
+        return 0.0, ""
+    dense_layers, policy = sparse[0]
+    own = HeadsStatic(policy=policy.value, dense_layers=dense_layers).options
+    options = ":" + ",".join(f"{key}={value}" for key, value in own.items()) if own else ""
+    return head_frac * len(gates) / (len(gates) - dense_layers), options
 
 
 def prompt_warnings(groups: list[PlanGroup], prompt_length: int, sink_tokens: int) -> list[str]:
@@ -144,21 +186,11 @@ def _fitted(
     return PlanGroup(short.text, tuple(plans), named=named)
 
 
-def _shares(groups: list[PlanGroup], realised: Mapping[str, float | None]) -> dict[float, list[str]]:
-    """The shares dropped by the named methods that are no controls, in order, each with the further controls that its
-    methods ask for.
+def _share(plan: Plan, found: float) -> float:
+    """A plan's own amount where it is what was dropped; else what was dropped, to a thousandth.
 
-    A plan's own amount where it is what was dropped; else what was dropped, to a thousandth: an amount may be a share
-    of other units (bytes, channels), and a threshold or protected neurons keep another share than was asked for.
+    An amount may be a share of other units (bytes), and a threshold or protected units keep another share than was
+    asked for.
     """
-    shares: dict[float, list[str]] = {}
-    for group in (group for group in groups if group.plan.method.name not in ("random", "static")):
-        plan, found = group.plan, realised[group.name]
-        if found is None:
-            # no neurons are dropped: a mask over neurons of that share would be no control
-            continue
-        same = plan.amount is not None and abs(plan.amount - found) <= SAME_SHARE
-        share = plan.amount if same and plan.amount is not None else round(found, 3)
-        if 0 < share < 1:
-            shares.setdefault(share, []).extend([plan.method.control] if plan.method.control else [])
-    return dict(sorted(shares.items()))
+    same = plan.amount is not None and abs(plan.amount - found) <= SAME_SHARE
+    return plan.amount if same and plan.amount is not None else round(found, 3)

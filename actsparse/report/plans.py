@@ -11,12 +11,16 @@ _SHORT = re.compile(r"^(?P<method>[a-z][a-z0-9_-]*)(?::(?P<options>[^@]*))?(?:@(
 
 ACRONYMS = ("cats", "cett", "chess", "griffin", "tda", "teal", "wina")
 NAMES = {
+    "channels-random": "Random mask",
+    "channels-static": "Static mask",
     "coreinfer": "CoreInfer",
     "countdown": "COUNTDOWN",
     "dejavu": "Deja Vu",
     "larosa": "LaRoSA",
     "heads-oracle": "Oracle by head output norm",
+    "heads-random": "Random mask",
     "heads-router": "Head router",
+    "heads-static": "Static mask",
     "moefication": "MoE-fication",
     "oracle-a": "Oracle by |a|",
     "oracle-gate": "Oracle by |act(g)|",
@@ -27,9 +31,8 @@ NAMES = {
     "static": "Static mask",
 }
 KNOWN = {*ACRONYMS, *NAMES, "dense", "heads-router", "auto"}
-CHANNEL_METHODS = ("teal", "wina", "rsparse", "larosa")
+CHANNEL_METHODS = ("teal", "wina", "rsparse", "larosa", "channels-random", "channels-static")
 PROMPT_METHODS = ("griffin", "tda", "coreinfer")
-STATISTICS = {"griffin": "by GRIFFIN's statistic", "mean_n": "by mean neuron norm"}
 
 
 class Role(StrEnum):
@@ -38,6 +41,18 @@ class Role(StrEnum):
     RANDOM = "random"
     STATIC = "static"
     ORACLE = "oracle"
+
+
+STATISTICS = {
+    "static": {"griffin": "by GRIFFIN's statistic", "mean_n": "by mean neuron norm"},
+    "channels-static": {"mean_n": "by mean |x|·‖w‖", "mean_abs": "by mean |x|"},
+    "heads-static": {"mean_n": "by mean output norm"},
+}
+ROLES = {
+    "dense": Role.DENSE,
+    **dict.fromkeys(("random", "channels-random", "heads-random"), Role.RANDOM),
+    **dict.fromkeys(STATISTICS, Role.STATIC),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +105,12 @@ class PlanName:
         return "KV groups" if self.method.startswith("heads") else "neurons"
 
     def _qualifier(self) -> str:
+        options = dict(_options(self.options))
+        parts = []
         if self.role is Role.STATIC:
-            statistic = dict(_options(self.options)).get("stat", "mean_n")
-            return STATISTICS.get(statistic, f"by {statistic}")
-        return one_line(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _options(self.options)))
+            statistic = options.pop("stat", "mean_n")
+            parts.append(STATISTICS[self.method].get(statistic, f"by {statistic}"))
+        return one_line(", ".join(parts + [f"{key.replace('_', ' ')} {value}" for key, value in options.items()]))
 
 
 def method_title(method: str) -> str:
@@ -144,7 +161,7 @@ def role_of(method: str) -> Role:
     """The role of a method in a comparison: what it is measured against, or what is measured."""
     if method.startswith("oracle") or method == "heads-oracle":
         return Role.ORACLE
-    return {"dense": Role.DENSE, "random": Role.RANDOM, "static": Role.STATIC}.get(method, Role.METHOD)
+    return ROLES.get(method, Role.METHOD)
 
 
 def _options(text: str) -> list[tuple[str, str]]:

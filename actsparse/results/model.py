@@ -26,6 +26,11 @@ class StepBytes:
     def mlp_total(self) -> int:
         return self.layers * sum(self.mlp.values())
 
+    @property
+    def linears(self) -> int:
+        """Bytes of the projections of all layers, of the MLP and of the attention."""
+        return self.layers * (sum(self.mlp.values()) + sum(self.projections.values()))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsRecord:

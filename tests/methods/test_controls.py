@@ -16,7 +16,7 @@ from actsparse.methods.short import parse
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines.calibration import TextCalibration
 from actsparse.pipelines.plans import build, controls_of
-from actsparse.results import SiteKind
+from actsparse.results import SiteKind, Sparsity
 
 Dense = Callable[[SiteKind, int], Tensor]
 
@@ -31,6 +31,11 @@ def masks_of(plan: Plan) -> list[list[int]]:
         assert isinstance(gates.neurons, FixedGate)
         found.append(gates.neurons.mask.nonzero().squeeze(1).tolist())
     return found
+
+
+def neurons(share: float) -> Sparsity:
+    """What a plan dropped that drops neurons alone."""
+    return Sparsity(neuron_frac=share, mlp_bytes_frac=share, model_bytes_frac=share / 2)
 
 
 @pytest.mark.parametrize("token_frac", [0.2, 0.4])
@@ -81,6 +86,8 @@ def test_static_experts_have_the_best_mean_score(
         ("moefication:neurons=6,routing=sequence,refresh_every=3@0.5", "moefication:neurons=6,routing=static"),
         ("moefication@0.5", None),
         ("cats@0.5", None),
+        ("teal@0.5", "channels-static:stat=mean_abs"),
+        ("wina@0.5", None),
     ],
 )
 def test_a_prompt_method_names_its_control(text: str, control: str | None) -> None:
@@ -91,7 +98,8 @@ def test_a_prompt_method_names_its_control(text: str, control: str | None) -> No
 def test_an_evaluation_adds_the_controls(loaded: LoadedModel, calibration: TextCalibration) -> None:
     names = ["coreinfer@0.5", "moefication:neurons=6,routing=sequence@0.25"]
     groups = build(names, loaded, calibration, loaded.record.step)
-    added = controls_of(groups, dict(zip(names, (0.503, 0.25), strict=True)), loaded, calibration, loaded.record.step)
+    found = {name: neurons(share) for name, share in zip(names, (0.503, 0.25), strict=True)}
+    added = controls_of(groups, found, loaded, calibration, loaded.record.step)
     usual = ("static:stat=griffin", "static", "random")
     wanted = [*(f"{one}@0.25" for one in usual), "moefication:neurons=6,routing=static@0.25"]
     assert [group.name for group in added] == [*wanted, *(f"{one}@0.5" for one in usual), "static:stat=coreinfer@0.5"]
@@ -104,14 +112,13 @@ def test_an_evaluation_adds_the_controls(loaded: LoadedModel, calibration: TextC
         ("auto:methods=cats@0.1", 0.247, {"0.247"}),  # of the bytes
         ("tda@0.5", 0.524, {"0.524"}),
         ("griffin:protect=0.1@0.5", 0.452, {"0.452"}),
-        ("teal@0.5", None, set()),  # channels
     ],
 )
 def test_controls_drop_what_the_plan_dropped_of_the_neurons(
-    name: str, dropped: float | None, shares: set[str], loaded: LoadedModel, calibration: TextCalibration
+    name: str, dropped: float, shares: set[str], loaded: LoadedModel, calibration: TextCalibration
 ) -> None:
     groups = build([name], loaded, calibration, loaded.record.step)
-    added = controls_of(groups, {name: dropped}, loaded, calibration, loaded.record.step)
+    added = controls_of(groups, {name: neurons(dropped)}, loaded, calibration, loaded.record.step)
     assert {group.name.partition("@")[2] for group in added} == shares
 
 

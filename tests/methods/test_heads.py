@@ -29,7 +29,7 @@ from actsparse.store.codec import decode, encode
 
 PROMPT, BLOCK, GROUPS = 6, 24, 2
 ROUTER = "heads-router:epochs=3,rate=0.01,rank=16"
-every_method = pytest.mark.parametrize("name", ["heads-oracle", ROUTER])
+every_method = pytest.mark.parametrize("name", ["heads-oracle", ROUTER, "heads-random", "heads-static"])
 every_policy = pytest.mark.parametrize("policy", list(KvPolicy))
 
 

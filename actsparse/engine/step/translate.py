@@ -27,6 +27,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.experts import CentroidScores, Experts, TrainedScores
 from actsparse.methods.gates import (
     ChannelRule,
+    Fixed,
     FixedGate,
     HeadGate,
     LayerGates,
@@ -230,6 +231,8 @@ class Translator:
                 return 0, threshold, None if weights is None else self._floats(weights)
             case TopK(count=count, weights=weights):
                 return count, None, None if weights is None else self._floats(weights)
+            case Fixed(mask=mask):
+                return 0, self._floats(torch.where(mask, 0.0, torch.inf)), None
             case _:
                 raise NoStepError(f"a rule of kind {type(rule).__name__} runs in the masked path alone")
 
