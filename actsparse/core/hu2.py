@@ -6,8 +6,10 @@ Our own definition [I], after MOYU (arXiv 2406.12569). Sink positions (the first
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from actsparse.core.bootstrap import RESAMPLES, LayerIntervals, layered_ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,11 @@ class TypeCounts:
     def merge(self, other: "TypeCounts") -> "TypeCounts":
         return TypeCounts(active=self.active + other.active, tokens=self.tokens + other.tokens)
 
+    @property
+    def untyped(self) -> "TypeCounts":
+        """The same as if all tokens were of one type."""
+        return TypeCounts(active=self.active.sum(dim=0, keepdim=True), tokens=self.tokens.sum(dim=0, keepdim=True))
+
 
 def count_types(masks: Bool[Tensor, "tokens neurons"], labels: Int[Tensor, " tokens"], types: int) -> TypeCounts:
     """Counts of one layer over a batch of tokens with labels 0 .. types-1; tokens labelled -1 are left out."""
@@ -62,53 +69,54 @@ def count_types(masks: Bool[Tensor, "tokens neurons"], labels: Int[Tensor, " tok
     return TypeCounts(active=active, tokens=labels[kept].bincount(minlength=types))
 
 
+def code_length(part: TypeCounts, whole: TypeCounts) -> float:
+    """What the masks of some tokens take, in nats, summed over neurons, in the code that is the best for all tokens.
+
+    Firing with share p_i among the tokens of a type costs -log p_i there, silence -log(1 - p_i), and every token its
+    part of Miller and Madow's correction, (outcomes seen - 1) / 2 a type and neuron. Of all tokens this is
+    tokens * sum_i H(M_i | T). The code being the best, what a sequence takes in it is, to first order, what the
+    sequence adds to the entropies: so intervals over sequences need no code for every resample.
+    """
+    known = whole.tokens.clamp(min=1)[:, None]
+    share = whole.active.double() / known
+    silent = part.tokens[:, None] - part.active
+    spent = -(torch.special.xlogy(part.active, share) + torch.special.xlogy(silent, 1 - share)).sum()
+    both_seen = (whole.active > 0) & (whole.active < whole.tokens[:, None])
+    correction = (part.tokens * both_seen.sum(dim=1) / (2 * known.flatten())).sum()
+    return float(spent + correction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeLengths:
+    """Nats of every layer and sequence by what the code knows: the token type, a shuffled one, nothing."""
+
+    typed: Float[Tensor, "layers sequences"]
+    shuffled: Float[Tensor, "layers sequences"]
+    untyped: Float[Tensor, "layers sequences"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyRatio:
-    """HU2 of a layer: `value` = `uncorrected` + 1 - `shuffled`, each an entropy-weighted mean of H(M_i|T) / H(M_i).
+    """HU2: `value` = `uncorrected` + 1 - `shuffled`, each an entropy-weighted mean of H(M_i|T) / H(M_i).
 
-    `shuffled` is the ratio under shuffled labels, which is 1 but for the bias of finite counts. `value` is None where
-    no neuron's firing varies. `entropy` is the mean H(M_i) in nats.
+    `shuffled` is the ratio under shuffled labels, which is 1 but for the bias of finite counts. Values are None where
+    no neuron's firing varies.
     """
 
-    value: float | None
-    uncorrected: float | None
-    shuffled: float | None
-    entropy: float
-    types: int
-    tokens: int
+    value: LayerIntervals
+    uncorrected: LayerIntervals
+    shuffled: LayerIntervals
 
 
-def hu2(counts: TypeCounts, shuffled: TypeCounts) -> EntropyRatio:
+def hu2(lengths: CodeLengths, *, resamples: int = RESAMPLES, seed: int = 0) -> EntropyRatio:
     """HU2 = sum_i [H(M_i|T) + H(M_i) - H(M_i|T shuffled)] / sum_i H(M_i), with Miller-Madow corrected entropies.
 
     Equal to the entropy-weighted mean over neurons of H(M_i|T)/H(M_i) less its shuffled-label bias. 0: the token
-    decides every neuron; 1: it tells nothing, all is history. Sampling noise may pass either end a little. Our
-    definition [I].
+    decides every neuron; 1: it tells nothing, all is history. Sampling noise may pass either end a little. Sequences
+    are resampled, linearised (`code_length`). Our definition [I].
     """
-    tokens = int(counts.tokens.sum())
-    entropy = float(_entropy(counts.active.sum(dim=0), counts.tokens.sum()).sum())
-    conditional, scrambled = (_conditional_entropy(part) for part in (counts, shuffled))
-    varies = entropy > 0
-    return EntropyRatio(
-        value=(conditional + entropy - scrambled) / entropy if varies else None,
-        uncorrected=conditional / entropy if varies else None,
-        shuffled=scrambled / entropy if varies else None,
-        entropy=entropy / counts.active.shape[1],
-        types=int((counts.tokens > 0).sum()),
-        tokens=tokens,
+    value, uncorrected, shuffled = (
+        layered_ratio(nats, lengths.untyped, resamples=resamples, seed=seed)
+        for nats in (lengths.typed + lengths.untyped - lengths.shuffled, lengths.typed, lengths.shuffled)
     )
-
-
-def _conditional_entropy(counts: TypeCounts) -> float:
-    """sum_i H(M_i | T) in nats: the entropies within each type, weighted by its share of the tokens."""
-    within = _entropy(counts.active, counts.tokens[:, None]).sum(dim=1)
-    seen = counts.tokens > 0
-    return float((counts.tokens[seen] * within[seen]).sum() / counts.tokens.sum())
-
-
-def _entropy(active: Tensor, tokens: Tensor) -> Tensor:
-    """H of a binary variable in nats, plug-in plus Miller and Madow's (outcomes seen - 1) / (2 tokens)."""
-    share = active.double() / tokens
-    plug_in = -(torch.special.xlogy(share, share) + torch.special.xlogy(1 - share, 1 - share))
-    both_seen = (active > 0) & (active < tokens)
-    return plug_in + both_seen / (2 * tokens)
+    return EntropyRatio(value=value, uncorrected=uncorrected, shuffled=shuffled)

@@ -11,7 +11,9 @@ an earlier one takes what it shares with a later one. Our definition [I].
 The state is a few matrices of size (levels x neurons), which merge by addition; activations are never kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -122,64 +124,91 @@ def variance_sums(activations: Float[Tensor, "tokens neurons"], levels: FactorLe
 class VarianceShare:
     """A factor's share of the total sum of squares, 0..1; None where nothing varies.
 
-    `chance` is the share that its `degrees` of freedom per neuron would take if it had no effect (None for the
-    neuron and the residual, and where no residual degrees are left).
+    `squares` is its sum of squares by sequence; that of one sequence may be negative. `chance` is the share that its
+    `degrees` of freedom per neuron would take if it had no effect (None for the neuron and the residual, and where no
+    residual degrees are left).
     """
 
     share: float | None
+    squares: Float[Tensor, " sequences"]
     chance: float | None
     degrees: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VarianceShares:
-    """SI3 of one layer; the five shares add up to 1. `degrees` of `neuron` counts the mean of each neuron."""
+    """SI3 of one layer; the five shares add up to 1. `degrees` of `neuron` counts the mean of each neuron.
+
+    `squares` are the sums of squares around the mean by sequence, which the factors' add up to.
+    """
 
     neuron: VarianceShare
     sequence: VarianceShare
     token_type: VarianceShare
     position: VarianceShare
     residual: VarianceShare
+    squares: Float[Tensor, " sequences"]
     tokens: int
 
 
-def variance_shares(sums: VarianceSums) -> VarianceShares:
-    """Sequential sums of squares as shares of sum (y - mean y)^2 over all tokens and neurons.
+def variance_shares(*sequences: VarianceSums) -> VarianceShares:
+    """Sequential sums of squares as shares of sum (y - mean y)^2 over all tokens and neurons of the sequences.
 
     With P_k the projection on the indicators of the first k factors, SS_k = ||P_k y||^2 - ||P_(k-1) y||^2, and the
-    residual is ||y||^2 - ||P y||^2.
+    residual is ||y||^2 - ||P y||^2. A fit of all being the best, what it explains of one sequence is, to first order,
+    what the sequence adds to SS_k: so `squares` give an interval over sequences without a fit for every resample.
     """
+    sums = reduce(VarianceSums.merge, sequences)
     tokens, neurons = int(sums.gram[0, 0]), sums.cross.shape[1]
-    ends = torch.tensor([1, *sums.factors]).cumsum(0).tolist()
-    explained, ranks = zip(*(_projection(sums, end) for end in ends), strict=True)
-    grand_mean = float(sums.cross[0].sum()) ** 2 / max(1, tokens * neurons)
-    total = sums.square - grand_mean
-    levels = [grand_mean, *explained, sums.square]
-    parts = [max(0.0, later - earlier) for earlier, later in pairwise(levels)]
-    degrees = [ranks[0], *(later - earlier for earlier, later in pairwise(ranks))]
-    free = tokens - ranks[-1]
+    mean = float(sums.cross[0].sum()) / max(1, tokens * neurons)
+    levels = [_explained(sequences, torch.full((1, neurons), mean, dtype=torch.float64))]
+    ranks: list[int] = []
+    for end in torch.tensor([1, *sums.factors]).cumsum(0).tolist():
+        solution, rank = _solution(sums, end)
+        levels.append(_explained(sequences, solution))
+        ranks.append(rank)
+    levels.append(torch.tensor([one.square for one in sequences], dtype=torch.float64))
+    squares = levels[-1] - levels[0]
+    parts = [later - earlier for earlier, later in pairwise(levels)]
+    degrees = [ranks[0], *(later - earlier for earlier, later in pairwise(ranks)), tokens - ranks[-1]]
+    total = float(squares.sum())
     varies = total > RANK_TOLERANCE * max(sums.square, 1.0)
-    noise = parts[4] / free / total if free > 0 and varies else None
+    noise = max(0.0, float(parts[4].sum())) / degrees[4] / total if degrees[4] > 0 and varies else None
 
-    def share(part: int, degree: int, *, chance: float | None) -> VarianceShare:
-        return VarianceShare(share=parts[part] / total if varies else None, chance=chance, degrees=degree)
-
-    def factor(part: int) -> VarianceShare:
-        return share(part, degrees[part], chance=None if noise is None else noise * degrees[part])
+    def share(part: int, *, by_chance: bool) -> VarianceShare:
+        return VarianceShare(
+            share=max(0.0, float(parts[part].sum())) / total if varies else None,
+            squares=parts[part],
+            chance=noise * degrees[part] if by_chance and noise is not None else None,
+            degrees=degrees[part],
+        )
 
     return VarianceShares(
-        neuron=share(0, degrees[0], chance=None),
-        sequence=factor(1),
-        token_type=factor(2),
-        position=factor(3),
-        residual=share(4, free, chance=None),
+        neuron=share(0, by_chance=False),
+        sequence=share(1, by_chance=True),
+        token_type=share(2, by_chance=True),
+        position=share(3, by_chance=True),
+        residual=share(4, by_chance=False),
+        squares=squares,
         tokens=tokens,
     )
 
 
-def _projection(sums: VarianceSums, columns: int) -> tuple[float, int]:
-    """||P y||^2 over all neurons for the first `columns` columns of X, and their rank."""
+def _solution(sums: VarianceSums, columns: int) -> tuple[Float[Tensor, "columns neurons"], int]:
+    """The least-squares coefficients of the first `columns` columns of X for all neurons, and their rank."""
     values, vectors = torch.linalg.eigh(sums.gram[:columns, :columns])
     independent = values > RANK_TOLERANCE * values[-1]
-    loadings = vectors[:, independent].mT @ sums.cross[:columns]
-    return float((loadings.square() / values[independent, None]).sum()), int(independent.sum())
+    vectors = vectors[:, independent]
+    return vectors @ ((vectors.mT @ sums.cross[:columns]) / values[independent, None]), int(independent.sum())
+
+
+def _explained(sequences: Sequence[VarianceSums], solution: Tensor) -> Float[Tensor, " sequences"]:
+    """||y||^2 - ||y - X b||^2 of every sequence, with X the first columns that the coefficients b are for."""
+    columns = len(solution)
+    products = solution @ solution.mT
+    return torch.stack(
+        [
+            2 * (solution * one.cross[:columns]).sum() - (products * one.gram[:columns, :columns]).sum()
+            for one in sequences
+        ]
+    )

@@ -162,7 +162,7 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "The entropy of a neuron's firing given the current token id, over its entropy without: 0, the token "
             "decides all neurons; 1, it says nothing. Corrected for few samples; the grey line checks that with "
-            "shuffled labels."
+            "shuffled labels. Bars are bootstrap intervals over texts."
         ),
     ),
     Row(

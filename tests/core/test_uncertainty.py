@@ -14,7 +14,7 @@ from actsparse.core.hu1 import (
     hu1,
     hu1_control,
 )
-from actsparse.core.hu2 import count_types, hu2, type_labels
+from actsparse.core.hu2 import CodeLengths, code_length, count_types, hu2, type_labels
 from actsparse.core.hu4 import hu4, theta_uncertainty, token_diversity
 from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
 from actsparse.core.root_cause import root_cause, signed_gradient_sum
@@ -268,23 +268,36 @@ def entropy_by_hand(outcomes: list[bool]) -> float:
 
 class TestHU2:
     @staticmethod
-    def ratio(masks: torch.Tensor, tokens: torch.Tensor):
+    def lengths(masks: torch.Tensor, tokens: torch.Tensor, sequences: int = 1) -> CodeLengths:
         labels = type_labels(tokens)
         types = len(labels.types)
-        return hu2(count_types(masks, labels.labels, types), count_types(masks, labels.shuffled, types))
+        typed, shuffled = (count_types(masks, part, types) for part in (labels.labels, labels.shuffled))
+        nats: dict[str, list[float]] = {"typed": [], "shuffled": [], "untyped": []}
+        parts = zip(*(x.tensor_split(sequences) for x in (masks, labels.labels, labels.shuffled)), strict=True)
+        for of_masks, of_labels, of_shuffled in parts:
+            one, other = (count_types(of_masks, part, types) for part in (of_labels, of_shuffled))
+            nats["typed"].append(code_length(one, typed))
+            nats["shuffled"].append(code_length(other, shuffled))
+            nats["untyped"].append(code_length(one.untyped, typed.untyped))
+        return CodeLengths(**{name: torch.tensor([of], dtype=torch.float64) for name, of in nats.items()})
+
+    def ratio(self, masks: torch.Tensor, tokens: torch.Tensor, sequences: int = 1) -> dict[str, float | None]:
+        found = hu2(self.lengths(masks, tokens, sequences))
+        values = {"value": found.value, "uncorrected": found.uncorrected, "shuffled": found.shuffled}
+        return {name: of.mean.value for name, of in values.items()}
 
     def test_a_mask_that_the_token_decides_leaves_nothing_open(self):
         tokens = torch.randint(8, (2000,), generator=seeded(0))
         found = self.ratio(masks_of(tokens), tokens)
-        assert found.uncorrected == 0.0
-        assert found.value == pytest.approx(0, abs=0.01)
+        assert found["uncorrected"] == 0.0
+        assert found["value"] == pytest.approx(0, abs=0.01)
 
     @settings(max_examples=10, deadline=None, derandomize=True)
     @given(seed=st.integers(0, 1000), density=st.sampled_from([0.1, 0.5]))
     def test_a_mask_that_ignores_the_token_leaves_all_open(self, seed, density):
         tokens = torch.randint(20, (2000,), generator=seeded(seed))
         found = self.ratio(torch.rand(2000, 100, generator=seeded(seed + 1)) < density, tokens)
-        assert found.value == pytest.approx(1, abs=0.005)
+        assert found["value"] == pytest.approx(1, abs=0.005)
 
     def test_the_value_weighs_neurons_by_their_entropy(self):
         tokens = torch.randint(5, (3000,), generator=seeded(0))
@@ -296,7 +309,7 @@ class TestHU2:
             sum(entropy_by_hand(column) for column in part.mT.tolist())
             for part in (free, torch.cat([free, decided], dim=1))
         )
-        assert found.value == pytest.approx(open_entropy / all_entropy, abs=0.005)
+        assert found["value"] == pytest.approx(open_entropy / all_entropy, abs=0.005)
 
     def test_entropies_agree_with_loops(self):
         tokens = random_stream(600, 6, 3)
@@ -313,10 +326,53 @@ class TestHU2:
             for token in frequent:
                 within = [column[place] for place in used if tokens[place] == token]
                 conditional += len(within) / len(used) * entropy_by_hand(within)
-        assert found.entropy == pytest.approx(total / 7)
-        assert found.uncorrected == pytest.approx(conditional / total)
-        assert found.value == pytest.approx((found.uncorrected or 0) + 1 - (found.shuffled or 0))
-        assert found.tokens == len(used)
+        assert float(self.lengths(masks, tokens).untyped) == pytest.approx(total * len(used))
+        assert found["uncorrected"] == pytest.approx(conditional / total)
+        assert found["value"] == pytest.approx((found["uncorrected"] or 0) + 1 - (found["shuffled"] or 0))
+
+    def test_sequences_share_out_what_all_tokens_take(self):
+        tokens = random_stream(600, 6, 3)
+        masks = torch.rand(600, 7, generator=seeded(4)) < 0.3
+        whole, parts = self.lengths(masks, tokens), self.lengths(masks, tokens, 5)
+        assert parts.typed.shape == (1, 5)
+        for name in ("typed", "shuffled", "untyped"):
+            assert float(getattr(parts, name).sum()) == pytest.approx(float(getattr(whole, name)))
+
+    def test_what_a_sequence_adds_is_what_its_weight_changes(self):
+        """The value moves as the contribution says when a sequence counts a little more."""
+        tokens = torch.randint(3, (1200,), generator=seeded(5))
+        masks = masks_of(tokens, neurons=30, density=0.4) ^ (torch.rand(1200, 30, generator=seeded(6)) < 0.2)
+        masks[:300] ^= torch.rand(300, 30, generator=seeded(7)) < 0.2
+        copies = 30
+        many = masks.repeat(copies, 1), tokens.repeat(copies)
+        plain = self.ratio(*many)["uncorrected"]
+        moved = self.ratio(torch.cat([many[0], masks[:300]]), torch.cat([many[1], tokens[:300]]))["uncorrected"]
+        lengths = self.lengths(*many, 4 * copies)
+        weights = torch.ones_like(lengths.typed)
+        weights[0, 0] = 2
+        predicted = float((weights * lengths.typed).sum() / (weights * lengths.untyped).sum())
+        assert moved - plain == pytest.approx(predicted - plain, rel=0.01)
+        assert abs(predicted - plain) > 5e-4
+
+    def test_intervals_cover_the_truth_where_sequences_differ(self):
+        """Each sequence sets a part of its neurons by itself; HU2 of very many sequences is the truth."""
+        neurons, length, types = 40, 200, 3
+        by_type = masks_of(torch.arange(types), neurons=neurons, density=0.5)
+
+        def draw(sequences: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = torch.randint(types, (sequences, length), generator=seeded(seed))
+            own = torch.rand(sequences, 1, 1, generator=seeded(seed + 1))
+            masks = torch.where(
+                torch.rand(sequences, length, neurons, generator=seeded(seed + 2)) < own, by_type[tokens],
+                torch.rand(sequences, length, neurons, generator=seeded(seed + 3)) < 0.5,
+            )  # fmt: skip
+            return masks.flatten(0, 1), tokens.flatten()
+
+        truth = self.ratio(*draw(1500, 1))["value"]
+        found = [hu2(self.lengths(*draw(24, 10 * run), 24), resamples=300).value.mean for run in range(1, 101)]
+        held = sum(one.low <= truth <= one.high for one in found)
+        assert held >= 86
+        assert sum(one.high - one.low for one in found) / 100 < 0.4
 
     def test_rare_types_are_left_out_and_the_limit_takes_the_most_frequent(self):
         tokens = torch.tensor([5] * 60 + [2] * 70 + [9] * 49 + [1] * 60 + [4] * 50)
@@ -341,8 +397,7 @@ class TestHU2:
     def test_neurons_that_never_vary_have_no_ratio(self):
         tokens = torch.zeros(100, dtype=torch.long)
         found = self.ratio(torch.ones(100, 3, dtype=torch.bool), tokens)
-        assert found.value is None
-        assert found.entropy == 0
+        assert set(found.values()) == {None}
 
 
 class TestHU4:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actsparse.core.bootstrap import Interval, layered_ratio
 from actsparse.core.variance_shares import FactorLevels, VarianceSums, factor_levels, variance_shares, variance_sums
 
 NAMES = ("neuron", "sequence", "token_type", "position", "residual")
@@ -158,3 +159,56 @@ def test_nothing_that_varies_has_no_shares():
     found = variance_shares(variance_sums(torch.ones(20, 4), levels))
     assert found.neuron.share is None
     assert found.sequence.chance is None
+
+
+class TestBySequence:
+    def test_sequences_share_out_the_squares_of_one_fit(self):
+        tokens = text(4, 40, 12, 0)
+        levels = factor_levels(tokens, position_bins=4)
+        activations = torch.randn(160, 6, generator=seeded(1))
+        parts = [variance_sums(activations[at : at + 40], levels.rows(at, at + 40)) for at in range(0, 160, 40)]
+        found, whole = variance_shares(*parts), variance_shares(variance_sums(activations, levels))
+        assert found.squares.shape == (4,)
+        for name in NAMES:
+            mine, all_at_once = getattr(found, name), getattr(whole, name)
+            assert mine.share == pytest.approx(all_at_once.share, abs=1e-9)
+            assert float(mine.squares.sum() / found.squares.sum()) == pytest.approx(mine.share, abs=1e-9)
+        residuals = shares_by_least_squares(activations, levels)[4] * float(whole.squares.sum())
+        assert float(found.residual.squares.sum()) == pytest.approx(residuals)
+
+    def test_what_a_sequence_adds_is_what_its_weight_changes(self):
+        """A sequence that counts a little more moves the shares as its squares say."""
+        levels = factor_levels(text(4, 50, 5, 2), position_bins=4)
+        drawn = torch.randn(4, 50, 20, generator=seeded(3)).exp() * torch.randn(4, 1, 20, generator=seeded(4)).exp()
+        rows = [variance_sums(drawn[at], levels.rows(50 * at, 50 * at + 50)) for at in range(4)]
+        plain, moved = variance_shares(*rows), variance_shares(scaled(rows[0], 1.02), *rows[1:])
+        weights = torch.tensor([1.02, 1, 1, 1], dtype=torch.float64)
+        for name in NAMES:
+            before, after = getattr(plain, name), getattr(moved, name)
+            predicted = float((weights * before.squares).sum() / (weights * plain.squares).sum())
+            assert after.share - before.share == pytest.approx(predicted - before.share, rel=0.05, abs=2e-6), name
+
+    def test_intervals_cover_a_planted_inertia(self):
+        """Half of the texts on average keep a pattern of their own, the others none; 24 of them tell how much."""
+
+        def shares(seed: int) -> tuple[float, Interval]:
+            keeps = torch.rand(24, 1, 1, generator=seeded(seed)) < 0.5
+            own = torch.randn(24, 1, 30, generator=seeded(seed + 1)) * keeps
+            rows = (own + torch.randn(24, 40, 30, generator=seeded(seed + 2))).exp()
+            levels = factor_levels(text(24, 40, 4, seed), position_bins=4)
+            found = variance_shares(*(variance_sums(rows[at], levels.rows(40 * at, 40 * at + 40)) for at in range(24)))
+            squares = layered_ratio(found.sequence.squares[None], found.squares[None], resamples=300)
+            return float(found.sequence.share or 0), squares.mean
+
+        drawn = [shares(10 * run) for run in range(80)]
+        truth = sum(value for value, _ in drawn) / len(drawn)
+        held = sum((one.low or 0) <= truth <= (one.high or 0) for _, one in drawn)
+        assert truth > 0.2
+        assert 0.86 <= held / len(drawn) <= 1.0
+        assert all(0.02 < (one.high or 0) - (one.low or 0) < 0.4 for _, one in drawn)
+
+
+def scaled(sums: VarianceSums, weight: float) -> VarianceSums:
+    return VarianceSums(
+        gram=weight * sums.gram, cross=weight * sums.cross, square=weight * sums.square, factors=sums.factors
+    )

@@ -158,6 +158,10 @@ INTERVALS = {
     )
     | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES, pop=("nat",))},
     "overlap_distance": {(None, param) for param in expected_params(r=DENSITIES, d=DISTANCES)},
+    "hu2": on_layers(expected_params(r=DENSITIES)),
+    "hu2_uncorrected": on_layers(expected_params(r=DENSITIES)),
+    "hu2_shuffled": on_layers(expected_params(r=DENSITIES)),
+    "si3": on_layers(expected_params(factor=("neuron", "sequence", "token_type", "position", "residual"))),
     "matrix_2x2": on_layers(
         expected_params(
             r=DENSITIES, pop=UNIFORM_AND_NATURAL, text=("real", "random"), feed=("parallel", "sequential")
@@ -173,12 +177,9 @@ INTERVALS = {
 }  # fmt: skip
 SIZES = ("1", "2", "4", "8", "16", "32", "64")
 PLAIN = {
-    "hu2": on_layers(expected_params(r=DENSITIES)),
-    "hu2_shuffled": on_layers(expected_params(r=DENSITIES)),
     "e_pop": on_layers(expected_params(r=DENSITIES, rung=RUNGS, pop=("nat", "own"))),
     "e_uniform": on_layers(expected_params(r=DENSITIES, rung=RUNGS)),
     "si1_p90": on_layers(expected_params(r=DENSITIES, pop=UNIFORM_AND_NATURAL)),
-    "si3": on_layers(expected_params(factor=("neuron", "sequence", "token_type", "position", "residual")), mean=False),
 }
 
 
@@ -214,6 +215,17 @@ def test_prefix_curves_and_unions_have_every_point(probed: ProfileRun) -> None:
         found = rows_of(probed, metric)
         everywhere = {(None, param) for param in expected_params(r=DENSITIES, b=tuple(map(str, range(1, 65))))}
         assert set(found) == on_layers(expected_params(r=DENSITIES, b=SIZES)) | everywhere
+
+
+def test_a_union_has_an_interval_until_a_batch_takes_every_sequence(probed: ProfileRun) -> None:
+    value, low, high = (rows_of(probed, f"union{end}") for end in ENDS)
+    sequences = probed.measures.filter(pl.col("metric") == "union")["n"].unique().to_list()
+    assert len(sequences) == 1
+    for (layer, name), number in value.items():
+        batch = int(name.removeprefix("b=").split(",")[0])
+        assert (low[layer, name] is None) == (batch >= sequences[0])
+        if batch < sequences[0]:
+            assert low[layer, name] <= number <= high[layer, name]
 
 
 def test_the_identical_context_is_exactly_zero(probed: ProfileRun) -> None:
@@ -398,7 +410,7 @@ def test_non_gated_families_and_prompts(family: str, tiny_folder: Callable, prom
 def test_a_union_counts_one_token_of_every_sequence(probed: ProfileRun) -> None:
     """Of masks that never meet, two take twice as many neurons."""
     masks = torch.eye(4, dtype=torch.bool)
-    assert batch_union(masks, torch.arange(4)).measured == pytest.approx((0.25, 0.5, 0.75, 1.0))
+    assert batch_union(masks.int(), 1).measured == pytest.approx((0.25, 0.5, 0.75, 1.0))
     found = rows_of(probed, "union_uniform")
     kept = math.floor(0.2 * FFN + 0.5) / FFN
     assert found[None, "b=3,r=0.2"] == pytest.approx(1 - (1 - kept) ** 3)

@@ -72,8 +72,8 @@ def _uncertainty(rows: Rows, density: float) -> None:
             rows.every_layer("hu1", level, 0.02 if value else 0.0, slope=0.1, n=64, control=control, pop=pop, r=density)
     rows.every_layer("history_share", 0.22, 0.04, n=64, pop="nat", r=density)
     for layer in range(rows.layers):
-        rows.add("hu2", 0.80 + 0.1 * layer / rows.layers, layer=layer, n=832, r=density)
-        rows.add("hu2_shuffled", 1.0, layer=layer, n=832, r=density)
+        rows.add_interval("hu2", 0.80 + 0.1 * layer / rows.layers, 0.03, layer=layer, n=16, r=density)
+        rows.add("hu2_shuffled", 1.0, layer=layer, n=16, r=density)
 
 
 def _ladder(rows: Rows, density: float) -> None:
@@ -101,7 +101,7 @@ def _prefix(rows: Rows, density: float) -> None:
 
 
 def _variance(rows: Rows) -> None:
-    for layer in range(rows.layers):
+    for layer in (*range(rows.layers), None):
         for factor, share in {
             "neuron": 0.2,
             "sequence": 0.03,
@@ -109,15 +109,19 @@ def _variance(rows: Rows) -> None:
             "position": 0.01,
             "residual": 0.66,
         }.items():
-            rows.add("si3", share, layer=layer, n=2016, factor=factor)
-            if factor != "residual":
+            rows.add_interval("si3", share, 0.01, layer=layer, n=8, factor=factor)
+            if factor != "residual" and layer is not None:
                 rows.add("si3_chance", 0.01, layer=layer, n=2016, factor=factor)
 
 
 def _union(rows: Rows, density: float) -> None:
     for batch in range(1, 65):
         for metric, power in (("union", 0.9), ("union_independent", 0.92), ("union_uniform", 1.0)):
-            rows.add(metric, 1 - (1 - density) ** (batch**power), n=608, r=density, b=batch)
+            value = 1 - (1 - density) ** (batch**power)
+            if metric == "union" and batch < 38:
+                rows.add_interval(metric, value, 0.01, n=38, r=density, b=batch)
+            else:
+                rows.add(metric, value, n=38 if metric == "union" else 608, r=density, b=batch)
 
 
 def matrices(sentences: int = 6) -> dict[str, np.ndarray]:

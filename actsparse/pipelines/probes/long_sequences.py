@@ -32,8 +32,7 @@ def add_si1_and_si3(setting: Setting, found: Found) -> None:
                 at = values[:, :, row, delta - 1].double()
                 point = layered_ratio(at.nan_to_num(0.0), at.isnan().logical_not().double())
                 found.add_interval("si1", point.mean, layer=None, **rule.where, pop=pop, p=prefix, delta=delta)
-    for layer, one in zip(found.layers, shares, strict=True):
-        _add_shares(found, one, layer)
+    _add_shares(found, shares)
 
 
 def _add_p90(found: Found, curve: PrefixCurve, n: int, rule: MaskRule, pop: str | None) -> None:
@@ -41,18 +40,21 @@ def _add_p90(found: Found, curve: PrefixCurve, n: int, rule: MaskRule, pop: str 
         found.add("si1_p90", None if prefix is None else float(prefix), n, layer=layer, **rule.where, pop=pop)
 
 
-def _add_shares(found: Found, shares: VarianceShares, layer: int) -> None:
-    parts = {
-        "neuron": shares.neuron,
-        "sequence": shares.sequence,
-        "token_type": shares.token_type,
-        "position": shares.position,
-        "residual": shares.residual,
-    }
-    for factor, part in parts.items():
-        found.add("si3", part.share, shares.tokens, layer=layer, factor=factor)
-        if part.chance is not None:
-            found.add("si3_chance", part.chance, shares.tokens, layer=layer, factor=factor)
+def _add_shares(found: Found, shares: list[VarianceShares]) -> None:
+    total = torch.stack([one.squares for one in shares])
+    # where nothing varies there are no shares
+    total[torch.tensor([one.neuron.share is None for one in shares])] = torch.nan
+    for factor, parts in {
+        "neuron": [one.neuron for one in shares],
+        "sequence": [one.sequence for one in shares],
+        "token_type": [one.token_type for one in shares],
+        "position": [one.position for one in shares],
+        "residual": [one.residual for one in shares],
+    }.items():
+        found.add_layers("si3", layered_ratio(torch.stack([part.squares for part in parts]), total), factor=factor)
+        for layer, part, one in zip(found.layers, parts, shares, strict=True):
+            if part.chance is not None:
+                found.add("si3_chance", part.chance, one.tokens, layer=layer, factor=factor)
 
 
 class _Distances:
@@ -121,10 +123,7 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
         sums: list[VarianceSums] = []
         for row, sequence in enumerate(counted):
             sums.append(variance_sums(sequence, levels.rows(row * length, (row + 1) * length)))
-        total = sums[0]
-        for more in sums[1:]:
-            total = total.merge(more)
-        shares.append(variance_shares(total))
+        shares.append(variance_shares(*sums))
 
     with setting.progress.task("inertia: prefixes and variance (SI1, SI3)", ids.numel(), "tokens") as advance:
         reader.read(ids, on_layer)

@@ -1,54 +1,79 @@
-"""HU2: how much of a neuron's firing the token id leaves open (methods.md section 5)."""
+"""HU2: how much of a neuron's firing the token id leaves open (methods.md section 5).
 
-import math
+The text is read twice: once to count, and once to say what each sequence adds to the entropies, for the intervals.
+Counts of every sequence would not fit in memory.
+"""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from actsparse.core.hu2 import TypeCounts, count_types, hu2
+from actsparse.core.hu2 import CodeLengths, TypeCounts, code_length, count_types, hu2
 from actsparse.core.mask_rules import MaskRule
 from actsparse.pipelines.probes.reading import batched
 from actsparse.pipelines.probes.setting import Found, Setting
 
+# (rule, place of the layer, sequence, counts by token type, counts by shuffled type)
+OnSequence = Callable[[MaskRule, int, int, TypeCounts, TypeCounts], None]
+
+# Counts of a rule and layer by token type, and by shuffled type.
+Counts = dict[tuple[MaskRule, int], tuple[TypeCounts, TypeCounts]]
+
 
 def add_hu2(setting: Setting, found: Found) -> None:
     """Rows of `hu2` and of what it is made of, per layer and in the mean."""
-    counts = _count(setting)
-    for rule in setting.rules:
-        results = [hu2(*(counts[rule, place, shuffled] for shuffled in (False, True))) for place in _places(setting)]
-        for metric, values in {
-            "hu2": [one.value for one in results],
-            "hu2_uncorrected": [one.uncorrected for one in results],
-            "hu2_shuffled": [one.shuffled for one in results],
-            "hu2_entropy": [one.entropy for one in results],
-        }.items():
-            known = [value for value in values if value is not None and not math.isnan(value)]
-            mean = sum(known) / len(known) if known else None
-            for layer, value in zip((*setting.layers, None), (*values, mean), strict=True):
-                found.add(metric, value, results[0].tokens, layer=layer, **rule.where)
+    tokens = int((setting.texts.labels.labels >= 0).sum())
+    for rule, lengths in _code_lengths(setting, _count(setting)).items():
+        ratio = hu2(lengths)
+        found.add_layers("hu2", ratio.value, **rule.where)
+        found.add_layers("hu2_uncorrected", ratio.uncorrected, **rule.where)
+        found.add_layers("hu2_shuffled", ratio.shuffled, **rule.where)
+        entropies = (lengths.untyped.sum(dim=1) / max(1, tokens) / setting.reader.neurons).tolist()
+        for layer, entropy in zip((*found.layers, None), (*entropies, sum(entropies) / len(entropies)), strict=True):
+            found.add("hu2_entropy", entropy, tokens, layer=layer, **rule.where)
 
 
-def _places(setting: Setting) -> range:
-    return range(len(setting.layers))
+def _count(setting: Setting) -> Counts:
+    counts: Counts = {}
+
+    def on_sequence(rule: MaskRule, place: int, row: int, typed: TypeCounts, shuffled: TypeCounts) -> None:
+        if (rule, place) in counts:
+            before = counts[rule, place]
+            typed, shuffled = before[0].merge(typed), before[1].merge(shuffled)
+        counts[rule, place] = (typed, shuffled)
+
+    _read(setting, "uncertainty: what token ids tell (HU2)", on_sequence)
+    return counts
 
 
-def _count(setting: Setting) -> dict[tuple[MaskRule, int, bool], TypeCounts]:
-    """Counts by rule, place of the layer, and whether the labels are shuffled."""
+def _code_lengths(setting: Setting, counts: Counts) -> dict[MaskRule, CodeLengths]:
+    shape = (3, len(setting.layers), len(setting.texts.history_blocks))
+    nats = {rule: torch.zeros(shape, dtype=torch.float64) for rule in setting.rules}
+
+    def on_sequence(rule: MaskRule, place: int, row: int, typed: TypeCounts, shuffled: TypeCounts) -> None:
+        all_typed, all_shuffled = counts[rule, place]
+        parts = ((typed, all_typed), (shuffled, all_shuffled), (typed.untyped, all_typed.untyped))
+        nats[rule][:, place, row] = torch.tensor([code_length(part, whole) for part, whole in parts])
+
+    _read(setting, "uncertainty: what each text adds to that (HU2)", on_sequence)
+    return {rule: CodeLengths(typed=of[0], shuffled=of[1], untyped=of[2]) for rule, of in nats.items()}
+
+
+def _read(setting: Setting, what: str, on_sequence: OnSequence) -> None:
     texts, reader, labels = setting.texts, setting.reader, setting.texts.labels
     blocks, types = texts.history_blocks, len(labels.types)
     shape = (len(blocks), blocks.shape[1] - texts.sink_tokens)
-    by_block = {False: labels.labels.view(shape), True: labels.shuffled.view(shape)}
-    counts: dict[tuple[MaskRule, int, bool], TypeCounts] = {}
-    with setting.progress.task("uncertainty: what token ids tell (HU2)", blocks.numel(), "tokens") as advance:
+    typed, shuffled = labels.labels.view(shape), labels.shuffled.view(shape)
+    with setting.progress.task(what, blocks.numel(), "tokens") as advance:
         for rows, batch in batched(blocks):
 
-            def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
+            def on_layer(place: int, a: Tensor, first: int = rows.start) -> None:
                 for rule in reader.rules:
-                    masks = reader.masks(place, a[:, texts.sink_tokens :], rule).flatten(0, 1)
-                    for shuffled, of_blocks in by_block.items():
-                        key = (rule, place, shuffled)
-                        seen = count_types(masks, of_blocks[rows].flatten(), types)
-                        counts[key] = counts[key].merge(seen) if key in counts else seen
+                    masks = reader.masks(place, a[:, texts.sink_tokens :], rule)
+                    for row, of_row in enumerate(masks, start=first):
+                        counts = (count_types(of_row, of_labels[row], types) for of_labels in (typed, shuffled))
+                        on_sequence(rule, place, row, *counts)
 
             reader.read(batch, on_layer)
             advance(batch.numel())
-    return counts

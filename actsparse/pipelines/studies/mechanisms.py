@@ -99,8 +99,7 @@ def history_uncertainty(bench: Bench) -> Outcome:
     hu1, share = found.at("hu1", r=DENSITY), found.at("history_share", r=DENSITY, pop="nat")
     out.conclude(
         f"after two histories the masks of a token differ by {shown(hu1)} (0 the same, 1 chance; our bar: 0.5); the"
-        f" history makes {shown(share)} of what is specific to a mask; HU2"
-        f" {found.at('hu2', r=DENSITY).value or 0.0:.2f}.",
+        f" history makes {shown(share)} of what is specific to a mask; HU2 {shown(found.at('hu2', r=DENSITY))}.",
         above(hu1, 0.5),
         hu1,
     )
@@ -129,9 +128,7 @@ def inertia_without_meaning(bench: Bench) -> Outcome:
         if point.value is not None:
             out.add("prefix", "mean over layers", point, "1", x=2**power)
     for factor in ("neuron", "sequence", "token_type", "position", "residual"):
-        values = [found.at("si3", layer, factor=factor).value for layer in range(bench.layers)]
-        known = [value for value in values if value is not None]
-        out.add("shares", "share", sum(known) / len(known) if known else None, "share", label=factor)
+        out.add("shares", "share", found.at("si3", factor=factor), "share", label=factor)
     for text in ("real", "random"):
         for feed in ("parallel", "sequential"):
             for band in ("early", "middle", "late"):

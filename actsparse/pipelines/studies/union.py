@@ -1,14 +1,11 @@
 """S4: how many neurons, and how many KV groups, a batch of sequences needs together (methods.md, sections 6 and 8)."""
 
-from collections.abc import Callable
-
 import torch
-from jaxtyping import Bool
+from jaxtyping import Int
 from torch import Tensor
 
-from actsparse.core.batch_union import BatchUnion, batch_union
-from actsparse.core.bootstrap import Interval
-from actsparse.core.overlap import topk_masks
+from actsparse.core.batch_union import batch_union, layer_unions
+from actsparse.core.overlap import firing_counts, topk_masks
 from actsparse.models.taps import tapped
 from actsparse.pipelines.studies.bench import Bench
 from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, percent
@@ -22,25 +19,28 @@ LOST = 0.9
 """Share of the neurons from which on we call their sparsity lost."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
+# At how many positions of each block a unit is kept.
+Counts = Int[Tensor, "layers blocks units"]
+
 
 def batch_unions(bench: Bench) -> Outcome:
     """Union density of batches of 1 to 64 tokens of different sequences, for neurons and for KV groups."""
     out = Outcome(S4, bench.quick, settings={"density": f"{DENSITY:g}"})
     out.panel("union", "Share that a batch needs together", PanelKind.LINE, "batch size", "share of units", log_x=True,
               reference=1.0)  # fmt: skip
-    neurons, groups, labels = _collect(bench)
-    found = {"neurons": _unions(neurons, labels), "KV groups": _unions(groups, labels)}
+    found = {
+        name: [batch_union(fired, POSITIONS, max_batch=BATCHES[-1]) for fired in counts]
+        for name, counts in zip(("neurons", "KV groups"), _collect(bench), strict=True)
+    }
+    measured = {name: layer_unions(layers) for name, layers in found.items()}
     for name, layers in found.items():
         for size in BATCHES:
-            if size <= len(layers[0].measured):
-                out.add("union", name, _over_layers(layers, lambda one, b=size: one.measured[b - 1]), "share", x=size)
-                out.add("union", f"{name}, if independent",
-                        _over_layers(layers, lambda one, b=size: one.independent[b - 1]), "share", x=size)  # fmt: skip
-    at = min(8, len(found["neurons"][0].measured))
-    unions = {
-        name: without_one(masks, labels, at, _over_layers(found[name], lambda one: one.measured[at - 1]))
-        for name, masks in (("neurons", neurons), ("KV groups", groups))
-    }
+            if size <= len(measured[name]):
+                out.add("union", name, measured[name][size - 1].mean, "share", x=size)
+                independent = sum(one.independent[size - 1] for one in layers) / len(layers)
+                out.add("union", f"{name}, if independent", independent, "share", x=size, n=layers[0].tokens)
+    at = min(8, len(measured["neurons"]))
+    unions = {name: one[at - 1].mean for name, one in measured.items()}
     groups_of_layer = bench.loaded.record.kv_heads
     out.notes.append(
         "heads stay sparse per sequence, since each sequence reads its own KV cache; the union says what shared weights"
@@ -57,42 +57,8 @@ def batch_unions(bench: Bench) -> Outcome:
     return out
 
 
-def without_one(masks: Bool[Tensor, "layers tokens units"], labels: Tensor, batch: int, union: Interval) -> Interval:
-    """A union density with its 95 % interval over sequences: each is left out once (jackknife), since drawing them
-    with replacement would count a sequence twice in a batch and make unions smaller. Without two more sequences than
-    a batch takes there is no interval."""
-    sequences = labels.unique().tolist()
-    if union.value is None or len(sequences) < batch + 2:
-        return union
-    values = torch.tensor(
-        [
-            sum(
-                batch_union(layer[labels != out], labels[labels != out], max_batch=batch).measured[batch - 1]
-                for layer in masks
-            )
-            / len(masks)
-            for out in sequences
-        ],
-        dtype=torch.float64,
-    )
-    count = len(sequences)
-    stderr = float(((values - values.mean()).square().sum() * (count - 1) / count).sqrt())
-    low, high = max(0.0, union.value - 1.96 * stderr), min(1.0, union.value + 1.96 * stderr)
-    return Interval(value=union.value, low=low, high=high, n=count, stderr=stderr)
-
-
-def _unions(masks: Bool[Tensor, "layers tokens units"], labels: Tensor) -> list[BatchUnion]:
-    return [batch_union(one, labels, max_batch=BATCHES[-1]) for one in masks]
-
-
-def _over_layers(layers: list[BatchUnion], read: Callable[[BatchUnion], float]) -> Interval:
-    values = torch.tensor([read(one) for one in layers], dtype=torch.float64)
-    return Interval(value=float(values.mean()), low=None, high=None, n=layers[0].tokens, stderr=None)
-
-
-def _collect(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-r masks of neurons and of KV groups [layers, tokens, units] at positions spread over blocks, and each token's
-    block."""
+def _collect(bench: Bench) -> tuple[Counts, Counts]:
+    """At how many of the positions, spread over each block, a neuron and a KV group is in the top-r mask."""
     places = torch.linspace(bench.sink_tokens, bench.block_length - 1, POSITIONS).long()
     chosen = torch.arange(len(bench.pool))[: 16 if bench.quick else 64]
     norms = [layer.down_norms(bench.loaded.record.intermediate_size) for layer in bench.loaded.sites.layers]
@@ -101,10 +67,11 @@ def _collect(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
 
     def on_neurons(site: Site, a: Tensor) -> None:
         scores = a[0, places].float().abs() * norms[site.layer].to(a.device)
-        neurons[site.layer].append(topk_masks(scores, DENSITY).cpu())
+        neurons[site.layer].append(firing_counts(topk_masks(scores, DENSITY)).cpu())
 
     def on_heads(site: Site, o: Tensor) -> None:
-        groups[site.layer].append(topk_masks(group_norms(bench, site.layer, o[0, places]), DENSITY).cpu())
+        masks = topk_masks(group_norms(bench, site.layer, o[0, places]), DENSITY)
+        groups[site.layer].append(firing_counts(masks).cpu())
 
     with (
         bench.progress.task(f"{bench.name}: unions", len(chosen), "blocks") as advance,
@@ -114,8 +81,7 @@ def _collect(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
         for block in chosen.tolist():
             bench.loaded.model.base_model(input_ids=bench.pool[block][None].to(bench.loaded.device), use_cache=False)
             advance(1)
-    labels = torch.arange(len(chosen)).repeat_interleave(POSITIONS)
-    return torch.stack([torch.cat(rows) for rows in neurons]), torch.stack([torch.cat(rows) for rows in groups]), labels
+    return torch.stack([torch.stack(rows) for rows in neurons]), torch.stack([torch.stack(rows) for rows in groups])
 
 
 def group_norms(bench: Bench, layer: int, o: Tensor) -> Tensor:

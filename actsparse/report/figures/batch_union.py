@@ -1,5 +1,7 @@
 """Batch union: how many neurons a batch of B tokens needs together."""
 
+from typing import Any
+
 import plotly.graph_objects as go
 import polars as pl
 
@@ -8,7 +10,7 @@ from actsparse.report.figures.columns import as_float, counted, measured
 from actsparse.report.figures.marks import add_line, log2_axis
 from actsparse.report.looks import DEPTH, INK, Looks
 from actsparse.report.panels import ProfilePanel
-from actsparse.report.wording import percent
+from actsparse.report.wording import between, percent
 
 CURVES = {
     "union": ("measured", "solid"),
@@ -19,12 +21,12 @@ PAYS = 0.97
 
 
 def curves(panel: ProfilePanel) -> pl.DataFrame:
-    """`metric, r, b, value, n`: the share of neurons that any of B tokens uses, mean of layers."""
+    """`metric, r, b, value, low, high, n`: the share of neurons that any of B tokens uses, mean of layers."""
     parts = [
         measured(panel.measures, metric, numbers=("r", "b")).with_columns(metric=pl.lit(metric)) for metric in CURVES
     ]
     frame = pl.concat(parts).filter(pl.col("layer").is_null()).drop_nulls(["r", "b"])
-    found = frame.select("metric", "r", "b", "value", "n").sort("r", "metric", "b")
+    found = frame.select("metric", "r", "b", "value", "low", "high", "n").sort("r", "metric", "b")
     return found if "union" in set(found["metric"]) else found.clear()
 
 
@@ -39,6 +41,9 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         for metric, (name, dash) in CURVES.items():
             rows = frame.filter((pl.col("metric") == metric) & (pl.col("r") == density))
             if rows.height:
+                # bars where they can be told apart
+                apart = pl.col("b").is_in([2.0**power for power in range(7)])
+                rows = rows.with_columns(pl.when(apart).then(pl.col(end)).alias(end) for end in ("low", "high"))
                 add_line(
                     figure, rows, x="b", y="value", name=f"{density:.0%} kept: {name}", colour=colour, dash=dash,
                     width=2.2 if metric == "union" else 1.3, markers=False, hover="B = %{x}: %{y:.1%}",
@@ -49,8 +54,9 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
 def caption(frame: pl.DataFrame) -> str:
     """The union at batches of 2, 4 and 8, beside independent tokens, and where nothing is left to skip."""
     rows = frame.filter((pl.col("metric") == "union") & (pl.col("r") == frame["r"].min())).sort("b")
-    at = {int(b): value for b, value in rows.select("b", "value").iter_rows()}
-    points = ", ".join(f"{percent(at[b], 0)} at B = {b}" for b in (1, 2, 4, 8, 16) if b in at)
+    at = {int(row["b"]): row["value"] for row in rows.iter_rows(named=True)}
+    points = ", ".join(f"{_share(row)} at B = {int(row['b'])}" for row in rows.iter_rows(named=True)
+                       if row["b"] in (1, 2, 4, 8, 16))  # fmt: skip
     text = f"Of neurons kept at {percent(as_float(frame['r'].min()), 0)}, a batch uses {points}"
     full = rows.filter(pl.col("value") >= PAYS)["b"].min()
     last = int(as_float(rows["b"].max()))
@@ -66,7 +72,13 @@ def caption(frame: pl.DataFrame) -> str:
         text += (
             f". Tokens of different texts {_beside_independent(at[8] - as_float(same['value'][0]))} independent ones"
         )
-    return f"{text}.{counted(frame, 'tokens')}"
+    return f"{text}.{counted(rows, 'texts')}"
+
+
+def _share(row: dict[str, Any]) -> str:
+    """A share with its interval, in per cent."""
+    interval = between(*(100 * as_float(row[end]) for end in ("low", "high")), decimals=0)
+    return percent(row["value"], 0) + (f" ({interval})" if interval else "")
 
 
 def _beside_independent(gap: float) -> str:

@@ -159,13 +159,13 @@ def caption_by_layer(frame: pl.DataFrame) -> str:
 
 
 def information(panel: ProfilePanel) -> pl.DataFrame:
-    """`layer, metric, r, value, n`: HU2 and its value under shuffled labels."""
+    """`layer, metric, r, value, low, high, n`: HU2 and its value under shuffled labels."""
     parts = [
         measured(panel.measures, metric, numbers=("r",)).with_columns(metric=pl.lit(metric))
         for metric in ("hu2", "hu2_shuffled")
     ]
     frame = pl.concat(parts).filter(pl.col("layer").is_not_null())
-    return frame.select("layer", "metric", "r", "value", "n").sort("metric", "r", "layer")
+    return frame.select("layer", "metric", "r", "value", "low", "high", "n").sort("metric", "r", "layer")
 
 
 def draw_information(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -195,7 +195,7 @@ def caption_information(frame: pl.DataFrame) -> str:
     """What the token id explains, where most and least, and whether the check holds."""
     rows = frame.filter((pl.col("metric") == "hu2") & (pl.col("r") == frame["r"].min()))
     if rows.is_empty():
-        return f"Only the check of HU2 was measured.{counted(frame, 'tokens')}"
+        return f"Only the check of HU2 was measured.{counted(frame, 'texts')}"
     mean = as_float(rows["value"].mean())
     check = frame.filter(pl.col("metric") == "hu2_shuffled")["value"]
     off = (check - 1).abs().max()
@@ -203,7 +203,7 @@ def caption_information(frame: pl.DataFrame) -> str:
     text += f"history. {_ends(rows, 'HU2')}"
     if isinstance(off, float) and off > 0.02:
         text += f" Shuffled labels give {number(as_float(check.mean()), 3)} instead of 1."
-    return text + counted(frame, "tokens")
+    return text + counted(frame, "texts")
 
 
 def _ends(rows: pl.DataFrame, name: str) -> str:
