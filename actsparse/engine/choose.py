@@ -14,12 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.forward import forward_run
-from actsparse.engine.memory import is_out_of_memory
 from actsparse.engine.own import OwnRun, OwnSteps
 from actsparse.engine.sparse import why_not_sliced
 from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.translate import NoStepError
-from actsparse.errors import ModelError, PlanError
+from actsparse.errors import ModelError, PlanError, is_out_of_memory
 from actsparse.methods.gates import LayerGates
 from actsparse.models.families import FAMILIES
 from actsparse.models.sites import ModelSites

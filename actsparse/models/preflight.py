@@ -4,7 +4,6 @@ No limit here is met by a real model: layers and experts in the thousands, weigh
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actsparse.errors import ModelError
+from actsparse.models.room import room
 
 MOST_JSON_BYTES = 64 * 2**20
 MOST_PARTS = 10_000
@@ -80,8 +80,8 @@ def check_counts(directory: Path) -> None:
 
 
 def check_size(config: Any, weights: list[Path], name: str, dtype: torch.dtype, *, in_memory: bool) -> None:
-    """Raise ModelError where a configuration describes more than its weights can hold or, with `in_memory`, than this
-    machine has room for. The model is laid out without memory for it."""
+    """Raise ModelError where a configuration describes more than its weights can hold or, with `in_memory`, than there
+    is room for. The model is laid out without memory for it."""
     try:
         with torch.device("meta"):
             laid_out = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -97,26 +97,13 @@ def check_size(config: Any, weights: list[Path], name: str, dtype: torch.dtype, 
             f" {buffers:,} bytes of buffers that config.json describes",
             "check that the weights are whole and that this config.json belongs to them",
         )
-    needed, there = parameters * dtype.itemsize, memory_bytes()
-    if in_memory and there is not None and needed > there:
+    needed, free = parameters * dtype.itemsize, room()
+    if in_memory and free is not None and needed > free.bytes:
         raise ModelError(
-            f"{name} takes {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and this machine has"
-            f" {there / 1e9:.1f} GB of memory",
+            f"{name} takes {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free.bytes / 1e9:.1f} GB"
+            f" of memory are free in {free.where}",
             "use --dtype bfloat16, or spread it with --device-map auto",
         )
-
-
-def memory_bytes() -> int | None:
-    """Memory and swap of this machine; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        named = dict(line.split(":", 1) for line in lines if ":" in line)
-        return sum(int(named[key].split()[0]) * 1024 for key in ("MemTotal", "SwapTotal"))
-    except (OSError, ValueError, KeyError):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError):
-            return None
 
 
 def _check_index(index: Path, directory: Path) -> None:

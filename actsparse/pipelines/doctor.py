@@ -18,7 +18,7 @@ from actsparse.engine.timing import read_bandwidth
 from actsparse.errors import ActsparseError
 from actsparse.models.home import home
 from actsparse.models.load import resolve_device
-from actsparse.models.preflight import memory_bytes
+from actsparse.models.room import room
 from actsparse.pipelines.evaluate import evaluate
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.progress import Progress, Silent
@@ -102,9 +102,9 @@ def _installed(package: str) -> str | None:
 
 
 def _devices() -> Iterator[Check]:
-    memory = memory_bytes()
-    room = "" if memory is None else f", {memory / 1e9:.1f} GB of memory and swap"
-    yield Check(group="devices", name="cpu", value=f"{processor()}, {torch.get_num_threads()} threads{room}")
+    free = room()
+    said = "" if free is None else f", {free.bytes / 1e9:.1f} GB of memory free in {free.where}"
+    yield Check(group="devices", name="cpu", value=f"{processor()}, {torch.get_num_threads()} threads{said}")
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         yield Check(

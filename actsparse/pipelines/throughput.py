@@ -10,8 +10,8 @@ from torch import Tensor
 from actsparse.core.cost import saved
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
-from actsparse.engine.memory import is_out_of_memory, memory_bytes
-from actsparse.errors import PlanError
+from actsparse.engine.memory import peak_bytes
+from actsparse.errors import PlanError, is_out_of_memory
 from actsparse.methods.plan import drops_of
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
@@ -90,7 +90,7 @@ def _one(
                 run.use(sparse=sparse)
                 arm.tokens.append(timing.token_laps(run, model, stream))
         unread = _unread(session, group, run)
-        memory = memory_bytes(model.device)
+        memory = peak_bytes(model.device)
         announced = run.announced
     for text in announced:
         session.warn(f"throughput at batch {batch}: {text}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Zygote
+from processes import Zygote, little_memory
 
 from actsparse.cli.app import main
 from actsparse.errors import ModelError, is_out_of_memory
@@ -244,16 +243,11 @@ def test_a_half_batch_that_does_not_fit_either_is_a_clear_error(
 
 
 def test_real_exhaustion_of_memory_is_recognised() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
-    try:
+    with little_memory(2**28):
         with pytest.raises(RuntimeError, match="allocate memory") as of_torch:
             torch.ones(2**30)
         with pytest.raises(MemoryError) as of_python:
             bytearray(2**31)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert is_out_of_memory(of_torch.value)
     assert is_out_of_memory(of_python.value)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))

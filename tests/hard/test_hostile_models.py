@@ -2,20 +2,24 @@
 
 import json
 import pickle
+import re
 import shutil
 import struct
-import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Zygote, little_memory
+from tiny import make_model, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actsparse.errors import ModelError
 from actsparse.models import preflight, sources
 from actsparse.models.gguf_header import read_header
 from actsparse.models.load import load
+from actsparse.models.room import Room
 from actsparse.specs import ModelSpec
 
 
@@ -77,17 +81,17 @@ def whole_gguf(path: Path) -> Path:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // 2)
-    writer.add_vocab_size(len(letters) + 2)
+    writer.add_vocab_size(len(letters) + 3)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|endoftext|>", *letters, "ab"])
-    writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * (len(letters) + 1)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<|endoftext|>", *letters, "ab", "abc"])
+    writer.add_token_types([TokenType.CONTROL, *[TokenType.NORMAL] * (len(letters) + 2)])
+    writer.add_token_merges(["a b", "ab c"])  # transformers before 5.23 cannot read one alone
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     draw = np.random.default_rng(0)
     shapes = {
-        "token_embd.weight": (len(letters) + 2, width),
+        "token_embd.weight": (len(letters) + 3, width),
         "output_norm.weight": (width,),
         "blk.0.attn_norm.weight": (width,),
         "blk.0.ffn_norm.weight": (width,),
@@ -170,11 +174,13 @@ def test_an_archive_that_unpacks_into_more_than_it_holds_is_refused(copied: Path
     assert "unpacks into 10,000,000 bytes" in refused(copied, allow_pickle=True).what
 
 
+LITTLE_MEMORY = 2**29
 ABSURD = {
     "num_hidden_layers": 10**9,
     "num_attention_heads": 10**8,
     "hidden_size": 10**7,
     "intermediate_size": 10**10,
+    "intermediate_size a little": 2 * 10**6,
     "vocab_size": 10**9,
     "head_dim": 10**9,
     "max_position_embeddings": "many",
@@ -187,16 +193,28 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("name", ABSURD)
-def test_an_absurd_configuration_is_refused_before_it_is_allocated(copied: Path, name: str) -> None:
-    changed(copied, **{name: ABSURD[name]})
-    tracemalloc.start()
-    try:
-        error = refused(copied)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert "llama" in error.what
-    assert peak < 200e6
+def test_an_absurd_configuration_is_refused_before_it_is_allocated(
+    copied: Path, name: str, zygote: Zygote, tmp_path: Path
+) -> None:
+    changed(copied, **{name.split(" ")[0]: ABSURD[name]})
+    (tmp_path / "w").mkdir()
+    code, _ = zygote.run(["profile", "--model", str(copied), "--device", "cpu"], tmp_path / "w", memory=LITTLE_MEMORY)
+    said = (tmp_path / "w.log").read_text()
+    assert code == 1, said
+    # what is allocated first fails in other words: out of memory, or does not fit
+    assert re.search("llama: config.json cannot be used|weights of llama are .*, too few for the", said), said
+    assert "Traceback" not in said
+
+
+def test_so_little_memory_lets_a_true_configuration_load_and_no_weights_of_an_absurd_one(
+    copied: Path, zygote: Zygote, tmp_path: Path, prompts_file: Path
+) -> None:
+    (tmp_path / "w").mkdir()
+    command = ["profile", "--model", str(copied), "--device", "cpu", "--prompts", str(prompts_file), "--probes", "none"]
+    assert zygote.run(command, tmp_path / "w", memory=LITTLE_MEMORY)[0] == 0, (tmp_path / "w.log").read_text()
+    changed(copied, intermediate_size=ABSURD["intermediate_size a little"])
+    with pytest.raises(RuntimeError, match="allocate memory"), little_memory(LITTLE_MEMORY):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(copied))
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "mixtral", "opt"])
@@ -207,10 +225,23 @@ def test_absurd_positions_and_experts_are_refused(family: str, tiny_folder: Call
 
 
 def test_a_model_larger_than_memory_is_refused_with_a_way_out(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "memory_bytes", lambda: 50_000)
+    monkeypatch.setattr(preflight, "room", lambda: Room(50_000, "this machine"))
     error = refused(copied)
-    assert "of memory" in error.what
+    assert "0.0 GB of memory are free in this machine" in error.what
     assert "--device-map auto" in error.hint
+
+
+def test_a_model_larger_than_a_ulimit_is_refused_before_it_is_allocated(zygote: Zygote, tmp_path: Path) -> None:
+    model = make_model("llama", intermediate_size=200_000)
+    model.save_pretrained(tmp_path / "large")
+    make_tokenizer().save_pretrained(tmp_path / "large")
+    (tmp_path / "w").mkdir()
+    command = ["profile", "--model", str(tmp_path / "large"), "--device", "cpu"]
+    assert zygote.run(command, tmp_path / "w", memory=2**27)[0] == 1
+    said = (tmp_path / "w.log").read_text()
+    assert re.search(
+        r"large takes 0\.\d GB as float32, and 0\.\d GB of memory are free in this process \(ulimit -v\)", said
+    )
 
 
 def test_a_configuration_that_is_too_deep_or_too_large_is_refused(

@@ -1,21 +1,22 @@
 """Starts commands as children of one warm process, and kills them for good where it is told to.
 
 Reads one JSON object a line: `argv`, `cwd`, and when to die: `event` (before the n-th touch of a file below `cwd`) or
-`seconds`. Answers with `code` (negative: the signal) and how many `events` there were.
+`seconds`; `memory` bounds the bytes that it can take. Answers with `code` (negative: the signal) and how many `events`
+there were.
 """
 
 import json
 import mmap
 import os
-import resource
 import signal
 import struct
 import sys
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 import transformers  # noqa: F401
+from processes import little_memory
 
 import actsparse.pipelines.run
 import actsparse.report.build  # noqa: F401
@@ -44,12 +45,10 @@ def child(job: dict) -> None:
         if seen == die_at:
             os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
 
-    if job.get("memory"):
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + job["memory"],) * 2)
     sys.argv = ["actsparse", *job["argv"]]
     sys.addaudithook(count)
-    code = main(job["argv"])
+    with little_memory(job["memory"]) if "memory" in job else nullcontext():
+        code = main(job["argv"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -41,7 +41,8 @@ def test_the_reloaded_checkpoint_computes_the_masked_model(model_type: str, tmp_
     before = model(input_ids=ids).logits
     made = smaller_model(sites, masks, [None] * LAYERS)
     save_smaller(made, make_tokenizer(), tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    attention = model.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention).eval()
     with torch.no_grad():
         found = loaded(input_ids=ids).logits
     torch.testing.assert_close(found, masked_logits(model, sites, masks, [None] * LAYERS, ids), rtol=1e-4, atol=1e-4)
