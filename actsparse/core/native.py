@@ -63,7 +63,7 @@ def gpu_library(source: str, device: torch.device) -> ctypes.CDLL | None:
     name = f"actsparse_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}_sm{major}{minor}"
     build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
     build.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
+    flags = ["-O3", "-std=c++20", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
     try:
         cpp_extension.load(
             name=name,

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from actsparse.core.masks import kept_count
 from actsparse.core.quantiles import FIRST_BIN, LogHistogram
-from actsparse.core.row_sums import ColumnSums, EntrySums, Rows, add_columns, add_entries, add_squares
+from actsparse.core.row_sums import (
+    add_columns,
+    add_entries,
+    add_positions,
+    add_squares,
+    numbers,
+    summed_norms,
+)
+from actsparse.core.rows import ColumnSums, EntrySums, PositionSums, Rows
 
 ACTIVE_DENSITY = 0.2
 POSITION_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -135,16 +143,8 @@ class NeuronSums:
             return
         into = ColumnSums(self.active, self.nonzero, self.total, self.total_abs, self.share_square, self.largest)
         squares, zeros = add_columns(a, down_norms, kept_count(ACTIVE_DENSITY, a.width), into)
-        self.seen[0] += len(a)
-        self.seen[1] += (squares > 0).sum()
-        device = self.seen.device
-        edges = torch.tensor(POSITION_EDGES, device=device)
-        places = torch.bucketize(positions.to(device), edges, right=True) - 1
-        # a product instead of index_add_, whose order on a GPU changes from run to run
-        inside = places == torch.arange(len(edges), device=device)[:, None]
-        self.position_square += inside.double() @ squares
-        self.position_zeros += (inside.double() @ zeros.double()).long()
-        self.position_tokens += inside.sum(dim=1)
+        by_position = (self.position_square, self.position_zeros, self.position_tokens)
+        add_positions(positions, squares, zeros, PositionSums(POSITION_EDGES, *by_position, self.seen))
 
     def add_up(self, u: Rows) -> None:
         """Add the up activations of some tokens."""
@@ -188,14 +188,13 @@ class HeadSums:
     def tokens(self) -> int:
         return int(self.seen[0])
 
-    def add(self, o: Float[Tensor, "tokens width"], grams: "HeadGrams") -> None:
+    def add(self, o: Rows, grams: "HeadGrams") -> None:
         """Add the concatenated head outputs of some tokens."""
-        o = o.detach().float().nan_to_num(0.0, 0.0, 0.0)
+        values = numbers(o)
         self.seen += len(o)
-        heads = output_norms(o, grams.heads).sum(dim=0, dtype=torch.float64)
+        heads = summed_norms(values, grams.heads)
         self.heads += heads
-        alike = grams.groups is grams.heads
-        self.groups += heads if alike else output_norms(o, grams.groups).sum(dim=0, dtype=torch.float64)
+        self.groups += heads if grams.groups is grams.heads else summed_norms(values, grams.groups)
 
     def merge(self, other: "HeadSums") -> None:
         """Add what another accumulator saw."""
@@ -236,15 +235,6 @@ class HeadGrams:
             return self
         heads = self.heads.to(device)
         return HeadGrams(heads, heads if self.groups is self.heads else self.groups.to(device))
-
-
-def output_norms(
-    o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units part part"]
-) -> Float[Tensor, "tokens units"]:
-    """||W_h o_h|| of each unit (head or group) at each token."""
-    parts = o.view(o.shape[0], grams.shape[0], grams.shape[1])
-    weighed = torch.bmm(parts.transpose(0, 1), grams)
-    return torch.linalg.vecdot(weighed.transpose(0, 1), parts).clamp_min(0).sqrt()
 
 
 def _grams(weight: Tensor, units: int) -> Tensor:

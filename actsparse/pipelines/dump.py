@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actsparse.core.streaming import HeadGrams, output_norms
+from actsparse.core.row_sums import output_norms
+from actsparse.core.streaming import HeadGrams
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel

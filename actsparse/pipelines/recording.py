@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actsparse.core.reservoir import position_keys
-from actsparse.core.row_sums import Rows
+from actsparse.core.rows import Rows
 from actsparse.core.streaming import HeadGrams, moved
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
@@ -52,8 +52,7 @@ class Recorder:
             if Site(layer=i, kind=SiteKind.ATTN_OUT) in state.moments
         }
         self._rows = _Places(torch.zeros(0, dtype=torch.int64))
-        self._positions = self._sampled = self._rows
-        self._slots = torch.zeros(0, dtype=torch.int64)
+        self._positions = self._sampled = self._slots = self._rows
         self._keys, self._stand = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
         self._texts, self._lengths = self._stand, torch.zeros(0, dtype=torch.int64)
         self._tap = Tap()
@@ -102,10 +101,11 @@ class Recorder:
         self._keys = np.concatenate([none.view(np.uint64), *keys])
         self._texts = np.concatenate([none, *texts])
         self._lengths = torch.tensor([len(at) for at in positions])
-        places, self._slots = self.state.reservoir.admit(self._keys, self._stand, self._texts)
+        places, slots = self.state.reservoir.admit(self._keys, self._stand, self._texts)
         self._rows = _Places(torch.from_numpy(rows))
         self._positions = _Places(torch.from_numpy(self._stand))
         self._sampled = _Places(torch.from_numpy(rows)[places])
+        self._slots = _Places(slots)
 
     def _on_value(self, site: Site, x: Float[Tensor, "batch seq width"]) -> None:
         state, layer = self.state, site.layer
@@ -123,7 +123,7 @@ class Recorder:
             self._down_norms[place] = self._down_norms[place].to(x.device)
             state.neurons[place].add(rows, self._down_norms[place], positions)
             if site.expert is None:
-                state.reservoir.put(layer, self._slots, rows.flat[self._sampled.on(x.device)])
+                state.reservoir.put(layer, self._slots.on(x.device), rows.flat[self._sampled.on(x.device)])
             else:
                 self._sample_expert(place, rows.flat)
         elif site.kind is SiteKind.UP:
@@ -133,7 +133,7 @@ class Recorder:
         elif site.kind is SiteKind.ATTN_OUT:
             state.heads[layer] = moved(state.heads[layer], x.device)
             self._grams[layer] = self._grams[layer].on(x.device)
-            state.heads[layer].add(rows.values(), self._grams[layer])
+            state.heads[layer].add(rows, self._grams[layer])
 
     def _sample_expert(self, place: int, flat: Float[Tensor, "all width"]) -> None:
         """Offer the tokens that an expert serves to its sample."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from actsparse.core import row_sums
+from actsparse.core import row_sums_cpu
 from actsparse.core.native import library
 from actsparse.core.quantiles import BINS, FIRST_BIN
-from actsparse.core.row_sums import ColumnSums, EntrySums, Rows, add_columns, add_entries, add_squares
+from actsparse.core.row_sums import add_columns, add_entries, add_squares
+from actsparse.core.rows import ColumnSums, EntrySums, Rows
 
 WIDTH, K = 37, 7
 NORMS = torch.linspace(0.5, 2.0, WIDTH)
@@ -20,7 +21,7 @@ NORMS = torch.linspace(0.5, 2.0, WIDTH)
 @pytest.fixture(params=["compiled", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(row_sums, "library", lambda _source: None)
+        monkeypatch.setattr(row_sums_cpu, "library", lambda _source: None)
     elif library("row_sums.cpp") is None:
         pytest.skip("no C++ compiler here")
     return request.param
@@ -187,7 +188,7 @@ def test_ties_and_extreme_counts_of_the_top_set(way: str, k: int) -> None:
 def test_halves_are_counted_by_their_patterns_like_their_values(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_sums, "library", lambda _source: None)
+    monkeypatch.setattr(row_sums_cpu, "library", lambda _source: None)
     x = activations(70).clamp(-60000, 60000).to(dtype)
     x[3, 5], x[4, 6], x[5, 7], x[6, 8] = math.nan, math.inf, -math.inf, -0.0
     found, expected = entries(), entries()

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actsparse.core.row_sums import Rows
-from actsparse.core.streaming import POSITION_EDGES, HeadGrams, HeadSums, Moments, NeuronSums, output_norms
+from actsparse.core.row_sums import output_norms
+from actsparse.core.rows import Rows
+from actsparse.core.streaming import POSITION_EDGES, HeadGrams, HeadSums, Moments, NeuronSums
 
 NEURONS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 15, 4, 2, 3, 10
 NORMS = torch.linspace(0.5, 2.0, NEURONS)
@@ -280,7 +281,7 @@ def test_output_norms_are_the_norms_of_the_products(units):
 def test_a_groups_norm_is_that_of_the_sum_of_its_heads_not_the_sum_of_their_norms():
     weight, o = output_projection(), normal(10, HEADS * HEAD_DIM, seed=7)
     sums = HeadSums.zeros(HEADS, KV_HEADS)
-    sums.add(o, HeadGrams.of(weight, HEADS, KV_HEADS))
+    sums.add(Rows.of(o), HeadGrams.of(weight, HEADS, KV_HEADS))
     outputs = torch.stack([o[:, 3 * h : 3 * h + 3] @ weight[:, 3 * h : 3 * h + 3].T for h in range(HEADS)])
     of_groups = outputs.view(KV_HEADS, 2, 10, HIDDEN).sum(dim=1)
     assert torch.allclose(sums.heads.float(), outputs.norm(dim=2).sum(dim=1), rtol=1e-4)
@@ -295,9 +296,9 @@ def test_head_sums_merge_to_what_one_pass_sees_and_survive_a_shard(order, cut):
     sequences = [normal(2 + 3 * i, HEADS * HEAD_DIM, seed=i) for i in range(4)]
     at_once, first, second = (HeadSums.zeros(HEADS, KV_HEADS) for _ in range(3))
     for o in sequences:
-        at_once.add(o, grams)
+        at_once.add(Rows.of(o), grams)
     for place, i in enumerate(order):
-        (first if place < cut else second).add(sequences[i], grams)
+        (first if place < cut else second).add(Rows.of(sequences[i]), grams)
     first.merge(HeadSums.of_tensors(second.tensors()))
     assert first.tokens == at_once.tokens == 26
     assert torch.allclose(first.heads, at_once.heads, rtol=1e-9)

@@ -1,0 +1,134 @@
+"""`core.row_sums` on a GPU: CUDA kernels (`kernels/row_sums.cu`). Nothing here waits for the device.
+
+A sum over rows leaves every chunk of rows in a place of its own and is folded in order: the same bits in every run.
+"""
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from actsparse.core.native import gpu_library
+from actsparse.core.rows import ColumnSums, EntrySums, PositionSums, Rows
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Rows that one block sums.
+CHUNK = 128
+
+
+def available(device: torch.device) -> bool:
+    """Whether this is a GPU, and there is a compiler to build its kernels."""
+    return device.type == "cuda" and gpu_library("row_sums.cu", device) is not None
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the kernels take this tensor: numbers of a type that they know on such a GPU."""
+    return tensor.dtype in DTYPES and available(tensor.device)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """The shared memory that a block may ask for; with less, the same is done more slowly."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def add_entries(rows: Rows, into: EntrySums, first: int) -> None:
+    """See `row_sums.add_entries`."""
+    blocks = min(len(rows), _multiprocessors(rows.flat.device))
+    parts = torch.empty(3 * blocks, dtype=torch.float64, device=rows.flat.device)
+    _run(
+        "actsparse_entries", rows.flat.device, *_arguments(rows),
+        into.counts, c_int32(first), c_int32(len(into.counts)), into.apart, into.seen, into.sums, parts,
+        c_int32(blocks), c_int32(shared_bytes(rows.flat.device)),
+    )  # fmt: skip
+
+
+def add_columns(
+    rows: Rows, norms: Float[Tensor, " neurons"], k: int, into: ColumnSums
+) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """See `row_sums.add_columns`."""
+    device, count = rows.flat.device, len(rows)
+    least, inverse = torch.empty(2, count, device=device)
+    squares = torch.empty(count, dtype=torch.float64, device=device)
+    zeros = torch.empty(count, dtype=torch.int64, device=device)
+    _run(
+        "actsparse_neurons", device, *_arguments(rows),
+        norms.float().contiguous(), c_int64(k), least, inverse, squares, zeros, *into.parts(), _parts(rows, 3),
+        c_int32(CHUNK), c_int32(shared_bytes(device)),
+    )  # fmt: skip
+    return squares, zeros
+
+
+def add_squares(rows: Rows, into: Float[Tensor, " width"]) -> None:
+    """See `row_sums.add_squares`."""
+    _run("actsparse_squares", rows.flat.device, *_arguments(rows), into, _parts(rows, 1), c_int32(CHUNK))
+
+
+def add_positions(
+    positions: Int[Tensor, " rows"],
+    squares: Float[Tensor, " rows"],
+    zeros: Int[Tensor, " rows"],
+    into: PositionSums,
+) -> None:
+    """See `row_sums.add_positions`."""
+    edges = _edges(into.edges, positions.device)
+    _run(
+        "actsparse_positions", positions.device, positions.contiguous(), c_int64(len(positions)), edges,
+        c_int32(len(edges)), squares, zeros, into.square, into.zeros, into.tokens, into.seen,
+    )  # fmt: skip
+
+
+def numbers(rows: Rows) -> Float[Tensor, "rows width"]:
+    """See `Rows.numbers`."""
+    found = torch.empty(len(rows), rows.width, device=rows.flat.device)
+    _run("actsparse_numbers", rows.flat.device, *_arguments(rows), found)
+    return found
+
+
+def summed_norms(
+    weighed: Float[Tensor, "units tokens part"], o: Float[Tensor, "tokens width"]
+) -> Float[Tensor, " units"]:
+    """Over tokens, the sums (float64) of sqrt(<weighed, o>) of every unit, products that are negative as 0."""
+    units, tokens, part = weighed.shape
+    parts = torch.empty(units, -(-tokens // CHUNK), dtype=torch.float64, device=o.device)
+    sizes = (c_int64(tokens), c_int32(units), c_int32(part))
+    _run("actsparse_unit_norms", o.device, weighed.contiguous(), o.contiguous(), *sizes, parts, c_int32(CHUNK))
+    return parts.sum(dim=1)
+
+
+Argument = Tensor | ctypes._SimpleCData | None
+
+
+def _run(name: str, device: torch.device, *arguments: Argument) -> None:
+    """Launch on the current stream of the device. Raises RuntimeError where that fails."""
+    kernels = gpu_library("row_sums.cu", device)
+    assert kernels is not None, "ask serves() first"
+    plain = [c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one for one in arguments]
+    with torch.cuda.device(device):
+        code = kernels[name](*plain, c_void_p(torch.cuda.current_stream().cuda_stream))
+    if code:
+        raise RuntimeError(f"{name}: CUDA error {code}")
+
+
+def _arguments(rows: Rows) -> tuple[Argument, ...]:
+    index = None if rows.index is None else rows.index.contiguous()
+    sizes = (c_int64(len(rows)), c_int64(rows.width), c_int32(DTYPES[rows.flat.dtype]))
+    return (rows.flat, c_int64(rows.flat.stride(0)), index, *sizes)
+
+
+def _parts(rows: Rows, kinds: int) -> Tensor:
+    """Room for what every chunk of rows finds for every column."""
+    shape = (-(-len(rows) // CHUNK), kinds, rows.width)
+    return torch.empty(shape, dtype=torch.float64, device=rows.flat.device)
+
+
+@cache
+def _edges(edges: tuple[int, ...], device: torch.device) -> Int[Tensor, " bins"]:
+    return torch.tensor(edges, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
