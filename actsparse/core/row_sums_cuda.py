@@ -4,6 +4,8 @@ A sum over rows leaves every chunk of rows in a place of its own and is folded i
 """
 
 import ctypes
+from collections.abc import Callable
+from contextlib import nullcontext
 from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -29,6 +31,7 @@ def serves(tensor: Tensor) -> bool:
     return tensor.dtype in DTYPES and available(tensor.device)
 
 
+@cache
 def shared_bytes(device: torch.device) -> int:
     """The shared memory that a block may ask for; with less, the same is done more slowly."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -103,13 +106,21 @@ Argument = Tensor | ctypes._SimpleCData | None
 
 def _run(name: str, device: torch.device, *arguments: Argument) -> None:
     """Launch on the current stream of the device. Raises RuntimeError where that fails."""
-    kernels = gpu_library("row_sums.cu", device)
-    assert kernels is not None, "ask serves() first"
     plain = [c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one for one in arguments]
-    with torch.cuda.device(device):
-        code = kernels[name](*plain, c_void_p(torch.cuda.current_stream().cuda_stream))
+    stream = c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    # entering a device costs as much as a launch, and most often it is the one at work
+    here = nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    with here:
+        code = _kernel(name, device)(*plain, stream)
     if code:
         raise RuntimeError(f"{name}: CUDA error {code}")
+
+
+@cache
+def _kernel(name: str, device: torch.device) -> Callable[..., int]:
+    kernels = gpu_library("row_sums.cu", device)
+    assert kernels is not None, "ask serves() first"
+    return kernels[name]
 
 
 def _arguments(rows: Rows) -> tuple[Argument, ...]:

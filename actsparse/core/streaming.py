@@ -33,10 +33,9 @@ Sums = TypeVar("Sums", "Moments", "NeuronSums", "HeadSums")
 
 def moved(sums: Sums, device: torch.device) -> Sums:
     """The same sums on a device; themselves where they are there."""
-    state = sums.tensors()
-    if all(tensor.device == device for tensor in state.values()):
+    if sums.seen.device == device:
         return sums
-    return type(sums).of_tensors({name: tensor.to(device) for name, tensor in state.items()})
+    return type(sums).of_tensors({name: tensor.to(device) for name, tensor in sums.tensors().items()})
 
 
 @dataclass

@@ -123,15 +123,22 @@ __global__ void __launch_bounds__(kEntryThreads) entries(Rows rows, Bins bins, i
       float sum = 0, sizes = 0, squares = 0;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float raw = number(read[one].at[v]), x = finite(raw) ? raw : 0.0f, size = fabsf(x);
+        float x = number(read[one].at[v]), size = fabsf(x);
         const unsigned int bits = __float_as_uint(size);
         const int place = static_cast<int>(bits >> 13) - bins.first, inside = place - bins.window;
-        broken += !finite(raw);
-        if (bits == 0) ++zeros;
-        else if (place < 0) ++below;
-        else if (place >= bins.count) ++above;
-        else if (inside >= 0 && inside < bins.size) atomicAdd(&counted[spread(inside)], 1u);
-        else add(bins.counts + place, 1);
+        if (static_cast<unsigned int>(inside) < static_cast<unsigned int>(bins.size)) {
+          atomicAdd(&counted[spread(inside)], 1u);
+        } else if (!finite(x)) {
+          ++broken, ++zeros, x = 0, size = 0;
+        } else if (bits == 0) {
+          ++zeros;
+        } else if (place < 0) {
+          ++below;
+        } else if (place >= bins.count) {
+          ++above;
+        } else {
+          add(bins.counts + place, 1);
+        }
         sum += x, sizes += size, squares += size * size, most = fmaxf(most, size);
       }
       total += sum, absolute += sizes, square += squares;
@@ -353,7 +360,9 @@ __global__ void numbers(Rows rows, float* out) {
   const T* row = rows.at<T>(blockIdx.x);
   for (int pack = threadIdx.x; pack < rows.width / V; pack += blockDim.x) {
     const Pack<T, V> read = load<T, V>(row + pack * V);
-    for (int v = 0; v < V; ++v) out[static_cast<int64_t>(blockIdx.x) * rows.width + pack * V + v] = clean(read.at[v]);
+    Pack<float, V> found;
+    for (int v = 0; v < V; ++v) found.at[v] = clean(read.at[v]);
+    *reinterpret_cast<Pack<float, V>*>(out + static_cast<int64_t>(blockIdx.x) * rows.width + pack * V) = found;
   }
 }
 
