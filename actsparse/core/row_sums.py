@@ -171,7 +171,7 @@ def add_positions(
 def summed_norms(o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units part part"]) -> Float[Tensor, " units"]:
     """`output_norms` summed over tokens (float64)."""
     if len(o) and row_sums_cuda.serves(o):
-        return row_sums_cuda.summed_norms(_weighed(o, grams), o)
+        return row_sums_cuda.summed_norms(o, grams)
     return output_norms(o, grams).sum(dim=0, dtype=torch.float64)
 
 
@@ -180,16 +180,10 @@ def output_norms(
 ) -> Float[Tensor, "tokens units"]:
     """||W_h o_h|| of each unit (head or group) at each token, from the units' W_h^T W_h."""
     parts = o.view(o.shape[0], grams.shape[0], grams.shape[1])
-    return torch.linalg.vecdot(_weighed(o, grams).transpose(0, 1), parts).clamp_min(0).sqrt()
+    weighed = torch.bmm(parts.transpose(0, 1), grams)
+    return torch.linalg.vecdot(weighed.transpose(0, 1), parts).clamp_min(0).sqrt()
 
 
 def numbers(rows: Rows) -> Float[Tensor, "rows width"]:
-    """The rows in float32, NaN and infinities as zeros."""
+    """The rows for `summed_norms`: NaN and infinities as zeros, in a type that loses nothing."""
     return row_sums_cuda.numbers(rows) if len(rows) and row_sums_cuda.serves(rows.flat) else rows.numbers()
-
-
-def _weighed(
-    o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units part part"]
-) -> Float[Tensor, "units tokens part"]:
-    parts = o.view(o.shape[0], grams.shape[0], grams.shape[1])
-    return torch.bmm(parts.transpose(0, 1), grams)

@@ -84,20 +84,27 @@ def add_positions(
 
 
 def numbers(rows: Rows) -> Float[Tensor, "rows width"]:
-    """See `Rows.numbers`."""
-    found = torch.empty(len(rows), rows.width, device=rows.flat.device)
+    """The rows, NaN and infinities as zeros: in bfloat16 where they are that, which loses nothing, else in float32."""
+    dtype = torch.bfloat16 if rows.flat.dtype == torch.bfloat16 else torch.float32
+    found = torch.empty(len(rows), rows.width, device=rows.flat.device, dtype=dtype)
     _run("actsparse_numbers", rows.flat.device, *_arguments(rows), found)
     return found
 
 
-def summed_norms(
-    weighed: Float[Tensor, "units tokens part"], o: Float[Tensor, "tokens width"]
-) -> Float[Tensor, " units"]:
-    """Over tokens, the sums (float64) of sqrt(<weighed, o>) of every unit, products that are negative as 0."""
-    units, tokens, part = weighed.shape
-    parts = torch.empty(units, -(-tokens // CHUNK), dtype=torch.float64, device=o.device)
-    sizes = (c_int64(tokens), c_int32(units), c_int32(part))
-    _run("actsparse_unit_norms", o.device, weighed.contiguous(), o.contiguous(), *sizes, parts, c_int32(CHUNK))
+def summed_norms(o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units part part"]) -> Float[Tensor, " units"]:
+    """See `row_sums.summed_norms`; o as `numbers` gives it."""
+    units, part, _ = grams.shape
+    by_unit = o.view(len(o), units, part).transpose(0, 1)
+    if o.dtype == torch.bfloat16:
+        # tensor cores take two bfloat16 numbers, whose sum is a float32 up to 2^-17 of it
+        high = grams.bfloat16()
+        both = torch.cat([high, (grams - high).bfloat16()], dim=2)
+        weighed = torch.bmm(by_unit, both, out_dtype=torch.float32)
+    else:
+        weighed = torch.bmm(by_unit, grams)
+    parts = torch.empty(units, -(-len(o) // CHUNK), dtype=torch.float64, device=o.device)
+    sizes = (c_int64(len(o)), c_int32(units), c_int32(weighed.shape[2] // part), c_int32(part))
+    _run("actsparse_unit_norms", o.device, weighed, o, c_int32(DTYPES[o.dtype]), *sizes, parts, c_int32(CHUNK))
     return parts.sum(dim=1)
 
 

@@ -76,7 +76,7 @@ def test_a_gpu_counts_and_sums_like_a_cpu(
         sums = Sums.zeros(width, device)
         rows = Rows.of(x.to(device)[..., width:], index.to(device))
         sums.add(rows, norms.to(device), (index % 211 * 40).to(device))
-        found.append(sums.tensors() | {"numbers": numbers(rows).cpu()})
+        found.append(sums.tensors() | {"numbers": numbers(rows).float().cpu()})
     cpu, gpu = found
     for name, expected in cpu.items():
         if expected.dtype == torch.int64:
@@ -105,13 +105,16 @@ def test_grouping_rows_changes_no_count_and_no_sum_by_1e_9(dtype: torch.dtype) -
     assert all(torch.equal(sums, once[name]) for name, sums in again.tensors().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("units", "part"), [(32, 128), (3, 192), (5, 7)])
-def test_norms_of_units_are_summed_like_on_a_cpu(units: int, part: int) -> None:
+def test_norms_of_units_are_summed_like_on_a_cpu(units: int, part: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
-    o, slices = torch.randn(333, units * part, generator=generator), torch.randn(units, part, 64, generator=generator)
+    o = torch.randn(333, units * part, generator=generator).to(dtype)
+    slices = torch.randn(units, part, 64, generator=generator, dtype=torch.float64)
     o[7] = 0.0
-    grams = slices @ slices.transpose(1, 2)
-    torch.testing.assert_close(summed_norms(o.cuda(), grams.cuda()).cpu(), summed_norms(o, grams), rtol=1e-4, atol=0.0)
+    exact = torch.einsum("tup,upk->tuk", o.double().view(333, units, part), slices).norm(dim=2).sum(dim=0)
+    grams = (slices @ slices.transpose(1, 2)).float().cuda()
+    torch.testing.assert_close(summed_norms(o.cuda(), grams).cpu(), exact, rtol=2e-5, atol=0.0)
 
 
 def test_nothing_waits_for_the_device() -> None:

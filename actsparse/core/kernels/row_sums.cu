@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <type_traits>
 
 namespace {
 
@@ -354,29 +355,34 @@ __global__ void position_values(const int64_t* positions, const int64_t* edges, 
   }
 }
 
-// out [count, width]: the rows in float32.
-template <typename T, int V>
-__global__ void numbers(Rows rows, float* out) {
+__device__ void store(float& into, float value) { into = value; }
+__device__ void store(__nv_bfloat16& into, float value) { into = __float2bfloat16(value); }
+
+// out [count, width]: the rows, clean.
+template <typename T, int V, typename O>
+__global__ void numbers(Rows rows, O* out) {
   const T* row = rows.at<T>(blockIdx.x);
   for (int pack = threadIdx.x; pack < rows.width / V; pack += blockDim.x) {
     const Pack<T, V> read = load<T, V>(row + pack * V);
-    Pack<float, V> found;
-    for (int v = 0; v < V; ++v) found.at[v] = clean(read.at[v]);
-    *reinterpret_cast<Pack<float, V>*>(out + static_cast<int64_t>(blockIdx.x) * rows.width + pack * V) = found;
+    Pack<O, V> found;
+    for (int v = 0; v < V; ++v) store(found.at[v], clean(read.at[v]));
+    *reinterpret_cast<Pack<O, V>*>(out + static_cast<int64_t>(blockIdx.x) * rows.width + pack * V) = found;
   }
 }
 
-// parts [units, chunks]: over the rows of a chunk, the sum of sqrt(max(0, <weighed [units, count, part], o [count, units,
-// part]>)). A warp a row.
-__global__ void unit_norms(const float* weighed, const float* o, int count, int part, int chunk, double* parts) {
+// parts [units, chunks]: over the rows of a chunk, the sum of sqrt(max(0, <weighed, o>)), with weighed [units, count,
+// pieces, part] summed over pieces and o [count, units, part]. A warp a row.
+template <typename O>
+__global__ void unit_norms(const float* weighed, const O* o, int count, int pieces, int part, int chunk, double* parts) {
   const int lane = threadIdx.x % kWarp, units = gridDim.x, unit = blockIdx.x;
   const int stop = min(count, static_cast<int>(blockIdx.y + 1) * chunk);
   double total = 0;
   for (int r = blockIdx.y * chunk + threadIdx.x / kWarp; r < stop; r += blockDim.x / kWarp) {
-    const float* left = weighed + (static_cast<int64_t>(unit) * count + r) * part;
-    const float* right = o + (static_cast<int64_t>(r) * units + unit) * part;
+    const float* left = weighed + (static_cast<int64_t>(unit) * count + r) * pieces * part;
+    const O* right = o + (static_cast<int64_t>(r) * units + unit) * part;
     float dot = 0;
-    for (int i = lane; i < part; i += kWarp) dot += left[i] * right[i];
+    for (int i = lane; i < part; i += kWarp)
+      for (int piece = 0; piece < pieces; ++piece) dot += left[piece * part + i] * number(right[i]);
     for (int step = kWarp / 2; step; step /= 2) dot += __shfl_xor_sync(kAll, dot, step);
     total += lane == 0 ? sqrtf(fmaxf(dot, 0.0f)) : 0.0f;
   }
@@ -472,10 +478,12 @@ int actsparse_squares(ROWS, double* into, double* parts, int chunk, cudaStream_t
   return error ? error : fold(rows, chunk, parts, 1, Targets{{into}}, stream);
 }
 
-int actsparse_numbers(ROWS, float* out, cudaStream_t stream) {
+// out: bfloat16 where the rows are, else float32.
+int actsparse_numbers(ROWS, void* out, cudaStream_t stream) {
   const Rows rows = make(base, stride, index, count, width);
   return by_type<16>(rows, kind, [&]<typename T, int V>() -> int {
-    numbers<T, V><<<rows.count, kRowThreads, 0, stream>>>(rows, out);
+    using O = std::conditional_t<std::is_same_v<T, __half>, float, T>;
+    numbers<T, V><<<rows.count, kRowThreads, 0, stream>>>(rows, static_cast<O*>(out));
     return cudaGetLastError();
   });
 }
@@ -488,10 +496,14 @@ int actsparse_positions(const int64_t* positions, int64_t count, const int64_t* 
   return cudaGetLastError();
 }
 
-int actsparse_unit_norms(const float* weighed, const float* o, int64_t count, int units, int part, double* parts, int chunk,
-                         cudaStream_t stream) {
+// kind: of o, float32 (0) or bfloat16 (1).
+int actsparse_unit_norms(const float* weighed, const void* o, int kind, int64_t count, int units, int pieces, int part,
+                         double* parts, int chunk, cudaStream_t stream) {
   const dim3 grid(units, chunks_of(static_cast<int>(count), chunk));
-  unit_norms<<<grid, 256, 0, stream>>>(weighed, o, static_cast<int>(count), part, chunk, parts);
-  return cudaGetLastError();
+  const auto launch = [&](auto* values) {
+    unit_norms<<<grid, 256, 0, stream>>>(weighed, values, static_cast<int>(count), pieces, part, chunk, parts);
+    return cudaGetLastError();
+  };
+  return kind == 0 ? launch(static_cast<const float*>(o)) : launch(static_cast<const __nv_bfloat16*>(o));
 }
 }
