@@ -3,7 +3,8 @@
     python benchmarks/profile_overhead.py --model smollm2
     python benchmarks/profile_overhead.py --shape llama-2-7b --device cuda --dtype bfloat16 --batch 8 --length 512
 
-Plain and recorded passes run in turn (A B A B ...); the ratio is the median over pairs. `layers` is the model without
+Plain and recorded passes run in turn (A B A B ...), `--batches` of them after one another, as a profile does it; the
+ratio is the median over pairs. `layers` is the model without
 its head, which is all that a profile runs; `model` is what people call a forward pass, head and logits included.
 `memory` is what recording holds beyond the model and the plain pass: the peak on a GPU, the growth of the process on a
 CPU. `held` is counted tensor by tensor: the sums of all statistics, constants of the weights, and the sample, which
@@ -58,12 +59,13 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device, layers: i
     return LoadedModel(model, dressed.tokenizer, resolve(model), record)
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Wall and CPU seconds of `work`."""
+def timed(work: Callable[[], object], times: int, device: torch.device) -> tuple[float, float]:
+    """Wall and CPU seconds of `work`, done so many times."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    for _ in range(times):
+        work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--batch", type=int, default=4, help="sequences in a pass")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--batches", type=int, default=1, help="passes in a row that are timed together")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--reservoir-mb", type=int, default=512)
     asked = parser.parse_args()
@@ -124,12 +127,11 @@ def main() -> None:
     recorder = Recorder(loaded, state, seed=0)
     recorder.record(batch)
     arms = {"layers": layers_alone, "model": whole_model, "recorded": lambda: recorder.record(batch)}
-    laps = [{name: timed(work, device) for name, work in arms.items()} for _ in range(asked.pairs)]
-    tokens = asked.batch * asked.length
+    laps = [{name: timed(work, asked.batches, device) for name, work in arms.items()} for _ in range(asked.pairs)]
+    tokens = asked.batches * asked.batch * asked.length
     name = asked.model or f"{asked.shape or 'smollm2-135m'} ({len(layers)} layers)"
-    print(
-        f"{name}, {asked.dtype} on {device}, {asked.batch} x {asked.length} tokens, {torch.get_num_threads()} threads"
-    )
+    passes = f"{asked.batches} x {asked.batch} x {asked.length} tokens"
+    print(f"{name}, {asked.dtype} on {device}, {passes}, {torch.get_num_threads()} threads")
     print(f"{'':10}{'wall us/token':>15}{'CPU us/token':>15}")
     for arm in arms:
         wall, cpu = (statistics.median(lap[arm][place] for lap in laps) / tokens * 1e6 for place in (0, 1))

@@ -32,6 +32,10 @@ class Batch:
         return (self.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
 
     @property
+    def padded(self) -> bool:
+        return any(len(ids) < self.input_ids.shape[1] for ids in self.sequences)
+
+    @property
     def tokens(self) -> int:
         return sum(len(ids) for ids in self.sequences)
 
@@ -40,6 +44,13 @@ class Batch:
         """(row of the batch, positions in its sequence that count) of every sequence that has any."""
         pairs = enumerate(zip(self.sequences, self.starts, strict=True))
         return [(row, slice(start, len(ids))) for row, (ids, start) in pairs if len(ids) > start]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """The same on a device. A GPU is not waited for: the next batch is prepared while it is at work on this one."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def groups(lengths: Sequence[int], batch_size: int | None) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, Tap, tapped
-from actsparse.pipelines.batches import Batch, PaddingSide, groups, padded
+from actsparse.pipelines.batches import Batch, PaddingSide, groups, padded, sent
 from actsparse.pipelines.distributed import ALONE, Team
 from actsparse.pipelines.halving import halving
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
@@ -72,8 +72,9 @@ class Recorder:
         device = self.loaded.device
         with tapped(self.loaded.sites, callbacks, self.state.layers) as self._tap:
             self.loaded.model.base_model(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
+                input_ids=sent(batch.input_ids, device),
+                # with a mask, transformers waits for the device to know whether it hides anything
+                attention_mask=sent(batch.attention_mask, device) if batch.padded else None,
                 use_cache=False,
                 **self._placed(batch),
             )
@@ -83,7 +84,7 @@ class Recorder:
         places = batch.position_ids
         if places is None or "position_ids" not in inspect.signature(self.loaded.model.base_model.forward).parameters:
             return {}
-        return {"position_ids": places.to(self.loaded.device)}
+        return {"position_ids": sent(places, self.loaded.device)}
 
     def _choose(self, batch: Batch) -> None:
         """Which rows of the flattened batch count, where they stand, and which of them enter the sample."""
@@ -162,7 +163,7 @@ class _Places:
 
     def on(self, device: torch.device) -> Int[Tensor, " rows"]:
         if device not in self._on:
-            self._on[device] = next(iter(self._on.values())).to(device)
+            self._on[device] = sent(next(iter(self._on.values())), device)
         return self._on[device]
 
 
