@@ -16,6 +16,7 @@ from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.speed import PlanSpeed, Speeds
 from actsparse.pipelines.task_tables import task_document
+from actsparse.pipelines.unread import unread_by_engine
 from actsparse.results import EvalRow, Sparsity, StepBytes, Unit, param
 
 
@@ -193,11 +194,8 @@ def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | N
     """What the engine did not read; nothing for an oracle, whose masks are known too late; None without an engine."""
     if group.plan.method.ideal:
         return nothing_saved()
-    if not found.useful_kept:
-        return None
-    dropped = {(one.unit, one.layer): 1 - one.share for one in found.useful_kept}
-    drops = drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp)
-    return saved(cost, [one.along_one_axis() for one in drops])
+    kept = {(one.unit.value, one.layer): one.share for one in found.useful_kept}
+    return unread_by_engine(group.plan.layer_gates(), kept, cost)
 
 
 def _sparsity_rows(name: str, sparsity: Sparsity, basis: str) -> list[EvalRow]:

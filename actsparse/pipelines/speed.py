@@ -21,6 +21,7 @@ from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
+from actsparse.pipelines.unread import UNITS
 from actsparse.results import Generation, TimingRow, Unit, Verdict, path_tolerance
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
@@ -28,7 +29,6 @@ from actsparse.store.files import write_bytes
 FLIPS_TOLERANCE = 1e-2
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
-UNITS = frozenset(unit.value for unit in Unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

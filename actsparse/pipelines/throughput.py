@@ -7,20 +7,18 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from actsparse.core.cost import saved
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
 from actsparse.engine.memory import peak_bytes
 from actsparse.errors import PlanError, is_out_of_memory
-from actsparse.methods.plan import drops_of
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
-from actsparse.results import ThroughputRow, Unit
+from actsparse.pipelines.unread import unread_by_engine
+from actsparse.results import ThroughputRow
 
 ROUNDS = 3
 QUANTILES = {"ms_p50": 0.5, "ms_p90": 0.9, "ms_p99": 0.99}
-UNITS = frozenset(unit.value for unit in Unit)
 
 
 @dataclass
@@ -150,13 +148,8 @@ def _unread(session: Session, group: PlanGroup | None, run: Run) -> float:
     """The share of a step's weight bytes that the engine did not read; as fitted where it does not count."""
     if group is None:
         return 0.0
-    kept = {(Unit(unit), layer): share for (unit, layer), share in run.kept().items() if unit in UNITS}
-    if not kept:
-        return (group.plan.realised or group.plan.predicted).model_bytes_frac
-    dropped = {place: 1 - share for place, share in kept.items()}
-    cost = session.cost
-    drops = drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp)
-    return saved(cost, [one.along_one_axis() for one in drops]).model_bytes_frac
+    counted = unread_by_engine(group.plan.layer_gates(), run.kept(), session.cost)
+    return (counted or group.plan.realised or group.plan.predicted).model_bytes_frac
 
 
 def _cache_bytes(session: Session, batch: int, position: float) -> float:

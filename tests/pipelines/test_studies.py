@@ -18,7 +18,9 @@ from actsparse.cli.app import main
 from actsparse.core.bootstrap import Interval
 from actsparse.core.ladder import ordinary_ids, random_tokens
 from actsparse.data.texts import TextReader
+from actsparse.engine.choose import Engines
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
+from actsparse.methods.plan import Plan
 from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
@@ -460,3 +462,30 @@ def test_layers_are_picked_on_other_blocks_than_they_are_compared_on() -> None:
     assert spread.value == pytest.approx(-0.3)
     assert above(spread, 0.0) is not ClaimVerdict.HOLDS
     assert sensitivity.picked_apart({0: losses(1.0), 1: losses(2.0)}, 0, 0)[2].low is None
+
+
+def test_the_ceiling_of_a_latency_is_that_of_the_bytes_read(
+    tiny_loaded: Callable, tiny_folder: Callable, long_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TDA's thresholds keep another share of this prompt than they were fitted to."""
+    loaded, plans, timed = tiny_loaded("llama"), {}, speed.time_plan
+
+    def spy(bench: bench_module.Bench, engines: Engines, plan: Plan, *, prompt: int, tokens: int) -> speed.Timed:
+        plans[plan.name] = plan, prompt
+        return timed(bench, engines, plan, prompt=prompt, tokens=tokens)
+
+    monkeypatch.setattr(speed, "time_plan", spy)
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "t2", "tda", "T2"))
+    plan, prompt = plans["tda@0.5"]
+    ids = pool_of(loaded, long_corpus)[0, :prompt]
+    with torch.no_grad():
+        acts = neuron_inputs(loaded.model, lambda: loaded.model(input_ids=ids[None], use_cache=False))
+    dropped = []
+    for entry, a in zip(plan.fit.layers, acts, strict=True):
+        rows = a[SINK:].double()
+        s = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt()
+        dropped.append(float((s * FFN**0.5 < entry.threshold).double().mean()))
+    step = loaded.record.step
+    unread = sum(dropped) / LAYERS * step.mlp_total / step.total
+    assert unread != pytest.approx(plan.predicted.model_bytes_frac, abs=1e-3)
+    assert point(run, "speedup", "tda@0.5: ceiling", x=float(prompt)) == pytest.approx(1 / (1 - unread), rel=1e-9)

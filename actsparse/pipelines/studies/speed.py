@@ -22,6 +22,7 @@ from actsparse.pipelines.studies.outcome import Experiment, Outcome, above, perc
 from actsparse.pipelines.studies.routers import options, routed_layers
 from actsparse.pipelines.studies.scores import Scored, drop_mean, perplexity, relative_quality
 from actsparse.pipelines.studies.tda import PAPER
+from actsparse.pipelines.unread import unread_by_engine
 from actsparse.results import ClaimVerdict, PanelKind
 
 SHARE = 0.5
@@ -36,12 +37,13 @@ KEPT, FASTER = 0.95, 1.05
 
 @dataclass(frozen=True)
 class Timed:
-    """The speed of a plan, or why it has none; `not_read` is the share of the model's bytes that it predicts not to
-    read."""
+    """The speed of a plan, or why it has none; `not_read` is the share of the model's bytes that the timed laps did not
+    read, or that the plan predicts not to, where the engine does not count (`counted`)."""
 
     speed: timing.Speed | None
     reason: str
     not_read: float
+    counted: bool = False
 
     @property
     def speedup(self) -> Interval:
@@ -58,16 +60,19 @@ def time_plan(bench: Bench, engines: Engines, plan: Plan, *, prompt: int, tokens
 
 
 def time_gates(
-    bench: Bench, engines: Engines, gates: Sequence[LayerGates], not_read: float, *, prompt: int, tokens: int
+    bench: Bench, engines: Engines, gates: Sequence[LayerGates], predicted: float, *, prompt: int, tokens: int
 ) -> Timed:
-    """ABAB pairs of dense and sparse decode after the first `prompt` tokens of the first block."""
+    """ABAB pairs of dense and sparse decode after the first `prompt` tokens of the first block; `predicted` is the
+    share of the model's bytes that the gates are expected not to read."""
     ids = bench.pool[0, :prompt][None].to(bench.loaded.device)
     try:
         with engines.open(gates, sink_tokens=bench.sink_tokens, max_length=prompt + tokens + 2) as run:
             laps = timing.measure(run, bench.loaded.model, ids, pairs=5 if bench.quick else 15, tokens=tokens)
+            unread = unread_by_engine(gates, run.kept(), bench.cost)
     except PlanError as error:
-        return Timed(None, error.what, not_read)
-    return Timed(timing.summary({0: laps}), "", not_read)
+        return Timed(None, error.what, predicted)
+    not_read = predicted if unread is None else unread.model_bytes_frac
+    return Timed(timing.summary({0: laps}), "", not_read, counted=unread is not None)
 
 
 def latency(bench: Bench) -> Outcome:
@@ -118,6 +123,9 @@ def _add_phases(out: Outcome, name: str, prompt: int, timed: Timed) -> None:
         out.add("phases", f"{name}: {phase}", milliseconds, "ms", x=prompt, n=speed.pairs)
     out.add("speedup", name, timed.speedup, "1", x=prompt)
     out.add("speedup", f"{name}: ceiling", ceiling(timed.not_read), "1", x=prompt)
+    if not timed.counted:
+        out.notes.append(f"{name} after {prompt} tokens: this engine does not count what it reads, so the ceiling is"
+                         " that of the bytes predicted")  # fmt: skip
 
 
 def kinds(bench: Bench) -> dict[str, str]:
