@@ -21,6 +21,7 @@ from actsparse.data.texts import TextReader
 from actsparse.engine.choose import Engines
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
 from actsparse.methods.plan import Plan
+from actsparse.methods.tda import Tda
 from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
@@ -29,7 +30,7 @@ from actsparse.pipelines.studies import donors, frontier, heads, routers, sensit
 from actsparse.pipelines.studies.outcome import above, below
 from actsparse.pipelines.studies.registry import STUDIES, runners
 from actsparse.pipelines.studies.run import study
-from actsparse.pipelines.studies.scores import Scored
+from actsparse.pipelines.studies.scores import FIELDS, Scored
 from actsparse.results import ClaimVerdict, PanelKind, SiteKind
 from actsparse.specs import DataSpec, ModelSpec, StudySpec
 from actsparse.store.runs import StudyRun
@@ -367,7 +368,7 @@ def test_families_without_experts_are_served_where_a_method_serves_none() -> Non
 @pytest.mark.parametrize(("gains", "known"), [((1.0, -0.8), False), ((-1.0, -1.2), False), ((1.0, 1.2), True)])
 def test_captured_is_unknown_where_the_oracle_gains_nothing_for_sure(gains: tuple[float, float], known: bool) -> None:
     def scored(nll: tuple[float, float]) -> Scored:
-        return Scored(*(torch.tensor(nll, dtype=torch.float64)[:, None] for _ in range(4)))
+        return Scored(*(torch.tensor(nll, dtype=torch.float64)[:, None] for _ in FIELDS))
 
     parts = {donors.STATIC: scored((3.0, 3.0)), donors.ORACLE: scored((3.0 - gains[0], 3.0 - gains[1]))}
     found = donors.captured_gain(parts, scored((2.9, 2.9)), donors.STATIC, 0)
@@ -442,7 +443,7 @@ def test_a_timed_study_is_up_to_date_on_its_own_machine_only(
 
 
 def losses(*blocks: float) -> Scored:
-    return Scored(*(torch.tensor(blocks, dtype=torch.float64)[:, None] for _ in range(4)))
+    return Scored(*(torch.tensor(blocks, dtype=torch.float64)[:, None] for _ in FIELDS))
 
 
 def test_a_mix_is_no_neuron_method_on_the_frontier() -> None:
@@ -489,3 +490,38 @@ def test_the_ceiling_of_a_latency_is_that_of_the_bytes_read(
     unread = sum(dropped) / LAYERS * step.mlp_total / step.total
     assert unread != pytest.approx(plan.predicted.model_bytes_frac, abs=1e-3)
     assert point(run, "speedup", "tda@0.5: ceiling", x=float(prompt)) == pytest.approx(1 / (1 - unread), rel=1e-9)
+
+
+def test_the_frontier_is_drawn_at_the_bytes_that_were_not_read(
+    tiny_loaded: Callable, tiny_folder: Callable, long_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TDA's thresholds keep another share of the scored prompts than they were fitted to."""
+    loaded, plans, score = tiny_loaded("llama"), {}, bench_module.Bench.score
+
+    def spy(bench: bench_module.Bench, short: str, *, prompt: int | None = None) -> Scored:
+        if short.startswith("tda"):
+            plans[short] = bench.plan(short)
+        return score(bench, short, prompt=prompt)
+
+    monkeypatch.setattr(bench_module.Bench, "score", spy)
+    monkeypatch.setattr(frontier, "all_methods", lambda: {"tda": Tda})
+    run = study(spec_of(tiny_folder("llama"), long_corpus, tmp_path / "s1", "frontier", "S1"))
+    pool, step = pool_of(loaded, long_corpus), loaded.record.step
+    realised = []
+    for plan in plans.values():
+        dropped = []
+        for block in range(N):
+            ids = pool[block, :PROMPT]
+            with torch.no_grad():
+                acts = neuron_inputs(loaded.model, lambda ids=ids: loaded.model(input_ids=ids[None], use_cache=False))
+            for entry, a in zip(plan.fit.layers, acts, strict=True):
+                rows = a[SINK:].double()
+                s = ((rows / rows.norm(dim=1, keepdim=True)) ** 2).mean(0).sqrt()
+                dropped.append(float((s * FFN**0.5 < entry.threshold).double().mean()))
+        realised.append(sum(dropped) / len(dropped) * step.mlp_total / step.total)
+    rows = run.rows.filter(pl.col("panel") == "ppl")
+    assert rows["x"].to_list() == pytest.approx(realised, rel=1e-9)
+    predicted = [plan.predicted.model_bytes_frac for plan in plans.values()]
+    assert rows["x"].to_list() != pytest.approx(predicted, abs=1e-4)
+    off = [x for x, target in zip(realised, frontier.TARGETS, strict=False) if abs(x - target) > frontier.OFF]
+    assert sum("leaves" in note for note in run.experiments[0].notes) == len(off)

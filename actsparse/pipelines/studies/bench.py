@@ -8,19 +8,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from actsparse.core.cost import saved
 from actsparse.core.overlap import topk_masks
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.methods.plan import Plan, fit_plan
+from actsparse.methods.plan import Plan, drops_of, fit_plan
 from actsparse.methods.prompt_statistic import PromptReading
 from actsparse.methods.short import DENSE, parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines.calibration import TextCalibration
 from actsparse.pipelines.progress import Progress
-from actsparse.pipelines.studies.scores import Scored, mean_of
+from actsparse.pipelines.studies.scores import FIELDS, Scored, mean_of
 from actsparse.results import Site, SiteKind, StepBytes
 from actsparse.store import tensors
 from actsparse.store.run import RunWriter
@@ -137,30 +138,37 @@ class Bench:
         parts = []
         with self.progress.task(f"{self.name}: {key}", self.count, "blocks") as advance:
             for block in self.blocks:
-                shard = self.writer.shard(f"score-{_digest(self.identity, key, length, block)}.safetensors")
+                shard = self.writer.shard(f"score-{_digest(self.identity, key, length, block, *FIELDS)}.safetensors")
                 if not shard.exists():
                     tensors.write(shard, self._score_block(block, gates, length))
                 parts.append(tensors.read(shard))
                 advance(1)
-        return Scored(*(torch.stack([part[name] for part in parts]) for name in Scored.__annotations__))
+        return Scored(*(torch.stack([part[name] for part in parts]) for name in FIELDS))
 
     @torch.no_grad()
     def _score_block(self, block: int, gates: GatesOfBlock | None, prompt: int) -> dict[str, Tensor]:
         targets = self.pool[block, prompt:].to(self.loaded.device)
         dense = self.dense_log_probs(block, prompt)
         if gates is None:
-            sparse, kept = dense, torch.ones(self.layers, dtype=torch.float64)
+            sparse, kept, unread = dense, torch.ones(self.layers, dtype=torch.float64), 0.0
         else:
             run = MaskedPlan(gates(block), prompt_length=prompt, sink_tokens=self.sink_tokens)
             with masked(self.loaded.sites, run):
                 sparse = self._log_probs(block, prompt)
-            kept = kept_by_layer(run, self.layers)
+            kept, unread = kept_by_layer(run, self.layers), self._unread(run)
         return {
             "nll": -sparse.gather(1, targets[:, None]).squeeze(1).double(),
             "kl": (dense.exp() * (dense - sparse)).sum(dim=-1).double(),
             "top1": (dense.argmax(dim=-1) == sparse.argmax(dim=-1)).double(),
             "kept": kept,
+            "unread": torch.tensor(unread, dtype=torch.float64),
         }
+
+    def _unread(self, run: MaskedPlan) -> float:
+        """The share of the model's bytes that decode steps under a run's gates do not read, as counted."""
+        dropped = {place: 1 - tally.kept_frac for place, tally in run.tallies.items()}
+        drops = drops_of(run.gates, dropped, gated=self.loaded.record.gated)
+        return saved(self.cost, drops).model_bytes_frac
 
     def dense_log_probs(self, block: int, prompt: int) -> Float[Tensor, "tokens vocab"]:
         """Dense log-probabilities that predict tokens P..S-1 of a block; kept in memory as far as 1 GB goes."""

@@ -1,7 +1,7 @@
 """What plans got over blocks, and intervals of it by bootstrap over blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import exp
 
 import torch
@@ -14,12 +14,14 @@ from actsparse.core.bootstrap import Interval, bootstrap_mean, bootstrap_ratio
 @dataclass(frozen=True)
 class Scored:
     """One plan over every block; a control of several seeds is their mean. nll and kl in nats, `kept` is the share of
-    neurons (or of the plan's own units) kept in each layer."""
+    neurons (or of the plan's own units) kept in each layer, `unread` the share of the model's bytes that a decode step
+    does not read."""
 
     nll: Float[Tensor, "blocks tokens"]
     kl: Float[Tensor, "blocks tokens"]
     top1: Float[Tensor, "blocks tokens"]
     kept: Float[Tensor, "blocks layers"]
+    unread: Float[Tensor, "blocks"]
 
     @property
     def tokens(self) -> int:
@@ -28,17 +30,20 @@ class Scored:
 
     def part(self, tokens: slice) -> "Scored":
         """The same over some of the scored tokens of each block."""
-        return Scored(self.nll[:, tokens], self.kl[:, tokens], self.top1[:, tokens], self.kept)
+        return replace(self, nll=self.nll[:, tokens], kl=self.kl[:, tokens], top1=self.top1[:, tokens])
+
+
+FIELDS = tuple(one.name for one in fields(Scored))
 
 
 def of_blocks(scored: Scored, blocks: slice) -> Scored:
     """The same over some of the blocks."""
-    return Scored(*(getattr(scored, name)[blocks] for name in Scored.__annotations__))
+    return Scored(*(getattr(scored, name)[blocks] for name in FIELDS))
 
 
 def mean_of(scored: list[Scored]) -> Scored:
     """The mean over replicas, token by token."""
-    return Scored(*(torch.stack([getattr(one, name) for one in scored]).mean(dim=0) for name in Scored.__annotations__))
+    return Scored(*(torch.stack([getattr(one, name) for one in scored]).mean(dim=0) for name in FIELDS))
 
 
 def token_mean(values: Float[Tensor, "blocks tokens"], seed: int = 0) -> Interval:
@@ -65,6 +70,11 @@ def relative_quality(mine: Scored, dense: Scored, seed: int = 0) -> Interval:
 def drop_mean(scored: Scored, seed: int = 0) -> Interval:
     """The share dropped, mean over layers, with its interval over blocks."""
     return bootstrap_mean(1 - scored.kept.double().mean(dim=1), seed=seed)
+
+
+def unread_mean(scored: Scored) -> float:
+    """The share of the model's bytes that a decode step does not read, mean over blocks."""
+    return float(scored.unread.double().mean())
 
 
 def mapped(found: Interval, function: Callable[[float], float]) -> Interval:
