@@ -62,7 +62,7 @@ def counter() -> Tensor:
     return torch.zeros(1, dtype=torch.int64)
 
 
-def agree(make: Callable[[], Any], outputs: tuple[str, ...] = ("out",)) -> tuple[Any, Any]:
+def assert_agree(make: Callable[[], Any], outputs: tuple[str, ...] = ("out",)) -> tuple[Any, Any]:
     """Run the compiled and the torch operator on equal tensors and compare what they wrote."""
     ours, theirs = make(), make()
     Program([ours], build.library()).run()
@@ -78,7 +78,7 @@ def agree(make: Callable[[], Any], outputs: tuple[str, ...] = ("out",)) -> tuple
 def test_norm(batch: int, width: int, add: int) -> None:
     x, weights = drawn(batch, width), drawn(width)
     out = drawn(batch, width, seed=3) if add else poisoned(batch, width)
-    agree(
+    assert_agree(
         lambda: Norm(x=x, weight=weights, out=out.clone(), batch=batch, width=width, epsilon=1e-5, scale=0.5, add=add)
     )
 
@@ -103,7 +103,7 @@ def test_rows(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
         ),
     ]
     for extra, out in cases:
-        agree(lambda e=extra, o=out: Rows(**common, **e, out=o.clone(), stride=matrix.stride(0)))
+        assert_agree(lambda e=extra, o=out: Rows(**common, **e, out=o.clone(), stride=matrix.stride(0)))
 
 
 @dtypes
@@ -147,7 +147,7 @@ def test_neuron_sparse(width: int, rows: int, batch: int, dtype: torch.dtype, ga
         (drawn(rows).abs(), drawn(rows, seed=4)),
         (counter().float(), None),
     ):
-        ours, _ = agree(
+        ours, _ = assert_agree(
             lambda t=threshold, f=fill: NeuronSparse(
                 first=first, second=second, x=x, threshold=t, fill=f,
                 first_bias=None if f is None else drawn(rows, seed=5), second_bias=f,
@@ -203,7 +203,7 @@ def test_columns(width: int, rows: int, batch: int, dtype: torch.dtype) -> None:
         {"top": (rows + 2) // 3, "score": score},
         {"top": rows, "base": drawn(width), "fill": drawn(rows, seed=13)},
     ):
-        agree(
+        assert_agree(
             lambda c=changes: columns(
                 matrix, x, **{n: copied(v) for n, v in c.items()}, **({"out": out.clone()} if c.get("add") else {})
             ),
@@ -327,14 +327,14 @@ def test_attend(
 def test_multiply(batch: int, neurons: int) -> None:
     halves = drawn(batch, 2 * neurons)
     for activation in ACTIVATIONS.values():
-        agree(
+        assert_agree(
             lambda a=activation: Multiply(
                 halves=halves, out=poisoned(batch, neurons), batch=batch, neurons=neurons, activation=a
             )
         )
     mask = (drawn(batch, neurons, seed=1) > 0).to(torch.uint8)
     halves[:, neurons:][mask == 0] = torch.nan  # the second half of a dropped neuron is not computed
-    ours, _ = agree(
+    ours, _ = assert_agree(
         lambda: Multiply(
             halves=halves, mask=mask, fill=drawn(neurons, seed=2), out=poisoned(batch, neurons), batch=batch,
             neurons=neurons, activation=0,
@@ -365,7 +365,7 @@ def test_decide(batch: int, threshold: Tensor) -> None:
 @dtypes
 def test_embed_and_next(dtype: torch.dtype) -> None:
     table, token = weight(50, 21, dtype).contiguous(), torch.tensor([3, 49])
-    agree(
+    assert_agree(
         lambda: Embed(
             embedding=table, token=token, out=poisoned(2, 21), bfloat=bfloat(table), batch=2, width=21, scale=4.0
         )
@@ -380,7 +380,7 @@ def test_embed_and_next(dtype: torch.dtype) -> None:
             position=torch.tensor([4], dtype=torch.int32), batch=2, vocab=50, length=9,
         )  # fmt: skip
 
-    ours, _ = agree(make, ("token", "tokens", "position"))
+    ours, _ = assert_agree(make, ("token", "tokens", "position"))
     assert ours.token.tolist() == [int(logits[0].argmax()), 17]
 
 
