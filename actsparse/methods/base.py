@@ -304,14 +304,6 @@ def threshold_fit(
     )
 
 
-def quantile_fit(calibration: Calibration, kind: SiteKind, drops: Sequence[float]) -> Fit:
-    """Thresholds at each layer's quantile of |x| at a site, pooled over tokens and neurons of the layer."""
-    widths = calibration.widths
-    thresholds = [calibration.quantile(i, kind, drop) if drop > 0 else 0.0 for i, drop in enumerate(drops)]
-    realised = [calibration.share_below(i, kind, found) for i, found in enumerate(thresholds)]
-    return threshold_fit(thresholds, widths, predicted=drops, realised=realised)
-
-
 def histogram_fit(
     scores: Sequence[LogHistogram],
     calibration: Calibration,

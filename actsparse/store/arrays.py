@@ -6,14 +6,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from actsparse.errors import RunError
+from actsparse.store.files import damaged, missing
 
 
 def read(path: Path) -> dict[str, Any]:
     """The arrays at `path` by name; raises RunError where the file is absent or damaged."""
     if not path.exists():
-        raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
+        raise missing(path)
     try:
         return load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
+        raise damaged(path, error) from None

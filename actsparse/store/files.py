@@ -103,6 +103,16 @@ def plain_bytes(path: Path, most: int | None) -> bytes:
         ) from None
 
 
+def missing(path: Path) -> RunError:
+    """A file of a run that is not there."""
+    return RunError(f"{path} is missing", "repeat the command that made the run with --force")
+
+
+def damaged(path: Path, error: BaseException) -> RunError:
+    """A file of a run that cannot be read."""
+    return RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force")
+
+
 def disk_error(path: Path, error: OSError) -> RunError:
     """The RunError that says what the disk refused, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -27,7 +27,7 @@ from actsparse.results import (
 )
 from actsparse.store import arrays, tables
 from actsparse.store.codec import MAX_JSON_BYTES, decode
-from actsparse.store.files import plain_bytes, sha256_of
+from actsparse.store.files import missing, plain_bytes, sha256_of
 from actsparse.store.run import COMPLETE, DUMP, read_manifest
 
 
@@ -60,7 +60,7 @@ class Run:
     def file(self, name: str) -> Path:
         """The path of a file of the run; raises RunError where it does not belong to it."""
         if not self.has(name):
-            raise RunError(f"{self.path / name} is missing", "repeat the command that made the run with --force")
+            raise missing(self.path / name)
         return self.path / name
 
     def _bytes(self, name: str) -> bytes:

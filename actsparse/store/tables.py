@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import polars as pl
 
 from actsparse.errors import RunError
-from actsparse.store.files import write_bytes
+from actsparse.store.files import damaged, missing, write_bytes
 
 FEW_ROWS = 1_000_000
 ROWS_A_BYTE = 16
@@ -57,13 +57,13 @@ def read(path: Path, record: type) -> pl.DataFrame:
     version does not know is left out: columns may be added under one schema number, never changed.
     """
     if not path.exists():
-        raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
+        raise missing(path)
     try:
         _check_size(path)
         table = pl.read_parquet(path)
     # polars panics on some damaged files, and a panic is no Exception
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
+        raise damaged(path, error) from None
     expected, known = schema_of(record), dict(table.schema)
     optional = _optional(record)
     changed = {name for name, kind in expected.items() if name in known and known[name] not in (kind, pl.Null)}

@@ -8,8 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actsparse.errors import RunError
-from actsparse.store.files import write_atomic
+from actsparse.store.files import damaged, missing, write_atomic
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -30,8 +29,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors at `path`; raises RunError where the file is absent or damaged."""
     if not path.exists():
-        raise RunError(f"{path} is missing", "repeat the command that made the run with --force")
+        raise missing(path)
     try:
         return load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}", "repeat the command that made the run with --force") from None
+        raise damaged(path, error) from None

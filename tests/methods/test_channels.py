@@ -5,6 +5,7 @@ from math import floor
 
 import pytest
 import torch
+from hooked import inputs_of, weight_of
 from lengths import BLOCK, PROMPT, SINK
 from tiny import LAYERS
 from torch import Tensor
@@ -23,37 +24,10 @@ from actsparse.pipelines.progress import Silent
 from actsparse.results import Unit
 
 FUSED = ["phi3", "gpt2", "falcon"]
-Inputs = dict[tuple[int, Unit], Tensor]
 
 
 def fitted(text: str, loaded: LoadedModel, calibration: TextCalibration) -> Plan:
     return fit_plan(parse(text), calibration, loaded.record.step, gated=loaded.record.gated)[0]
-
-
-def inputs_of(loaded: LoadedModel, blocks: Sequences) -> Inputs:
-    """[tokens after the sinks, in] of every projection, by hooks of the test's own."""
-    found: dict[tuple[int, Unit], list[Tensor]] = {}
-    handles = []
-    for layer in loaded.sites.layers:
-        for unit, one in layer.projections.items():
-            rows = found.setdefault((layer.index, unit), [])
-            handles.append(
-                one.module.register_forward_pre_hook(
-                    lambda _m, args, rows=rows: rows.append(args[0].reshape(-1, args[0].shape[-1])[SINK:].clone())
-                )
-            )
-    with torch.no_grad():
-        for block in blocks.stack():
-            loaded.model(input_ids=block[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {place: torch.cat(rows) for place, rows in found.items()}
-
-
-def naive_weight(loaded: LoadedModel, layer: int, unit: Unit) -> Tensor:
-    one = loaded.sites.layers[layer].projections[unit]
-    weight = one.module.weight.detach()
-    return weight.T if one.transposed else weight
 
 
 @pytest.fixture(scope="module", params=["llama", *FUSED])
@@ -78,7 +52,7 @@ def test_wina_thresholds_weigh_channels_by_their_column(family: tuple, drop: flo
     loaded, calibration, inputs = family
     plan = fitted(f"wina:mode=threshold@{drop}", loaded, calibration)
     for entry in plan.fit.layers:
-        norms = naive_weight(loaded, entry.layer, entry.unit).norm(dim=0)
+        norms = weight_of(loaded, entry.layer, entry.unit).norm(dim=0)
         values = (inputs[entry.layer, entry.unit].abs() * norms).flatten().sort().values
         assert entry.threshold == pytest.approx(float(values[floor(drop * len(values) + 1e-9)]), rel=1e-5)
 
@@ -90,7 +64,7 @@ def test_top_k_keeps_exactly_k_of_the_largest_scores(family: tuple, name: str) -
     for layer, gates in enumerate(plan.gates()):
         for unit, rule in gates.rules.items():
             x = inputs[layer, unit]
-            weights = naive_weight(loaded, layer, unit).norm(dim=0) if name == "wina" else torch.ones(x.shape[1])
+            weights = weight_of(loaded, layer, unit).norm(dim=0) if name == "wina" else torch.ones(x.shape[1])
             k = max(1, floor(0.4 * x.shape[1] + 0.5))
             assert isinstance(rule.rule, TopK)
             mask = rule.rule.keep(x)
@@ -130,7 +104,7 @@ def test_rsparse_passes_what_it_drops_through_the_low_rank_part(
     inputs = inputs_of(loaded, Sequences(blocks.ids[:1], blocks.record))
     for layer in range(LAYERS):
         for unit in loaded.sites.layers[layer].projections:
-            weight, x = naive_weight(loaded, layer, unit), inputs[layer, unit]
+            weight, x = weight_of(loaded, layer, unit), inputs[layer, unit]
             rank = max(1, floor(0.2 * min(weight.shape) + 0.5))
             u, s, vh = torch.linalg.svd(weight.double())
             part = u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
@@ -146,7 +120,7 @@ def test_rsparse_passes_what_it_drops_through_the_low_rank_part(
     sizes = [
         max(1, floor(0.2 * min(w.shape) + 0.5)) * sum(w.shape) * 4
         for layer in range(LAYERS)
-        for w in (naive_weight(loaded, layer, unit) for unit in loaded.sites.layers[layer].projections)
+        for w in (weight_of(loaded, layer, unit) for unit in loaded.sites.layers[layer].projections)
     ]
     assert extra == sum(sizes)
     lost = (wina.predicted.model_bytes_frac - plan.predicted.model_bytes_frac) * loaded.record.step.total
@@ -193,7 +167,7 @@ def test_larosa_ranks_principal_components(
     for layer in range(LAYERS):
         basis = plan.gates()[layer].rules[Unit.Q].basis
         assert basis is not None
-        x, weight = inputs[layer, Unit.Q][: BLOCK - SINK], naive_weight(loaded, layer, Unit.Q)
+        x, weight = inputs[layer, Unit.Q][: BLOCK - SINK], weight_of(loaded, layer, Unit.Q)
         rotated = x @ basis
         kept = torch.zeros_like(x).scatter(1, rotated.abs().topk(x.shape[1] // 2).indices, 1.0)
         naive = (((rotated * (1 - kept)) @ basis.T @ weight.T).norm(dim=1) / (x @ weight.T).norm(dim=1)).mean()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FFN, HIDDEN, LAYERS, make_tokenizer, token_ids, words
+from lengths import BLOCK, PROMPT, SINK
+from tiny import FFN, HIDDEN, LAYERS, token_ids
 from torch import Tensor
 
 from actsparse.core.masks import kept_count
-from actsparse.data.sequences import Sequences, blocks_of
+from actsparse.data.sequences import Sequences
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.errors import PlanError
 from actsparse.methods import registry
@@ -30,7 +31,6 @@ from actsparse.results import SiteKind, Sparsity, ThresholdPlan, Unit
 from actsparse.store import tensors
 from actsparse.store.codec import decode, encode
 
-PROMPT, BLOCK, SINK = 16, 40, 4
 QUICK = {"dejavu": "dejavu:epochs=2,batch=32", "moefication": "moefication:neurons=2"}
 """Options under which a method suits a model of 48 neurons and a test of a second."""
 VARIANTS = (
@@ -52,23 +52,6 @@ every_method = pytest.mark.parametrize(
     ],
 )
 """Methods over neurons or channels; those over heads have `test_heads.py`, the mix of several `test_auto.py`."""
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded: Callable) -> LoadedModel:
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def blocks() -> Sequences:
-    return blocks_of(
-        words(400, seed=3), make_tokenizer(), block_length=BLOCK, prompt_length=PROMPT, source="t", role="calibration"
-    )
-
-
-@pytest.fixture(scope="module")
-def calibration(loaded: LoadedModel, blocks: Sequences) -> TextCalibration:
-    return of_blocks(loaded, blocks, PROMPT, Silent())
 
 
 def fitted(text: str, loaded: LoadedModel, calibration: TextCalibration) -> list[Plan]:

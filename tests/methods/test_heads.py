@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HEADS, LAYERS, make_model, make_tokenizer, token_ids, words
+from lengths import BLOCK, PROMPT
+from tiny import HEADS, LAYERS, make_model, token_ids
 from torch import Tensor
 from transformers import DynamicCache
 
 from actsparse.core.masks import kept_count
-from actsparse.data.sequences import Sequences, blocks_of
 from actsparse.engine.generation import sparse_generation
 from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.errors import ModelError, PlanError
@@ -22,32 +22,14 @@ from actsparse.methods.short import parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.taps import tapped
-from actsparse.pipelines.calibration import TextCalibration, of_blocks
-from actsparse.pipelines.progress import Silent
+from actsparse.pipelines.calibration import TextCalibration
 from actsparse.results import KvPolicy, Site, SiteKind, ThresholdPlan, Unit
 from actsparse.store.codec import decode, encode
 
-PROMPT, BLOCK, GROUPS = 6, 24, 2
+GROUPS = 2
 ROUTER = "heads-router:epochs=3,rate=0.01,rank=16"
 every_method = pytest.mark.parametrize("name", ["heads-oracle", ROUTER, "heads-random", "heads-static"])
 every_policy = pytest.mark.parametrize("policy", list(KvPolicy))
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_loaded: Callable) -> LoadedModel:
-    return tiny_loaded("llama")
-
-
-@pytest.fixture(scope="module")
-def blocks() -> Sequences:
-    return blocks_of(
-        words(400, seed=3), make_tokenizer(), block_length=BLOCK, prompt_length=PROMPT, source="t", role="calibration"
-    )
-
-
-@pytest.fixture(scope="module")
-def calibration(loaded: LoadedModel, blocks: Sequences) -> TextCalibration:
-    return of_blocks(loaded, blocks, PROMPT, Silent())
 
 
 def with_options(name: str, **options: object) -> str:

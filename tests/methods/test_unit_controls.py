@@ -5,6 +5,7 @@ from math import floor
 
 import pytest
 import torch
+from hooked import inputs_of, weight_of
 from lengths import PROMPT, SINK
 from tiny import HEADS, LAYERS, token_ids
 from torch import Tensor
@@ -48,26 +49,6 @@ def groups_of(plan: Plan) -> list[list[int]]:
     return found
 
 
-def mean_inputs(loaded: LoadedModel, blocks: Sequences) -> dict[tuple[int, Unit], Tensor]:
-    """Mean |x_j| at the input of every projection after the sink tokens, by hooks of the test's own."""
-    found: dict[tuple[int, Unit], list[Tensor]] = {}
-    handles = []
-    for layer in loaded.sites.layers:
-        for unit, one in layer.projections.items():
-            rows = found.setdefault((layer.index, unit), [])
-            handles.append(
-                one.module.register_forward_pre_hook(
-                    lambda _m, args, rows=rows: rows.append(args[0].reshape(-1, args[0].shape[-1])[SINK:].double())
-                )
-            )
-    with torch.no_grad():
-        for block in blocks.stack():
-            loaded.model(input_ids=block[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {place: torch.cat(rows).abs().mean(dim=0) for place, rows in found.items()}
-
-
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 @pytest.mark.parametrize("stat", ["mean_n", "mean_abs"])
 def test_static_channels_are_the_top_of_their_mean(
@@ -75,12 +56,11 @@ def test_static_channels_are_the_top_of_their_mean(
 ) -> None:
     loaded = tiny_loaded(family)
     plan = fitted(f"channels-static:stat={stat}@0.4", loaded, of_blocks(loaded, blocks, PROMPT, Silent()))[0]
-    found, means = channels_of(plan), mean_inputs(loaded, blocks)
-    assert found.keys() == means.keys()
-    for (layer, unit), mean in means.items():
-        one = loaded.sites.layers[layer].projections[unit]
-        weight = one.module.weight.detach().T if one.transposed else one.module.weight.detach()
-        scores = mean * weight.double().norm(dim=0) if stat == "mean_n" else mean
+    found, inputs = channels_of(plan), inputs_of(loaded, blocks)
+    assert found.keys() == inputs.keys()
+    for (layer, unit), x in inputs.items():
+        mean = x.double().abs().mean(dim=0)
+        scores = mean * weight_of(loaded, layer, unit).double().norm(dim=0) if stat == "mean_n" else mean
         k = max(1, floor(0.6 * len(mean) + 0.5))
         assert set(found[layer, unit].nonzero().squeeze(1).tolist()) == set(scores.topk(k).indices.tolist())
 

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.looks import INK, MUTED, PAPER, RULE, SHARE_SCALE, Looks, PlanLook
+from actsparse.report.looks import GOOD, INK, MUTED, PAPER, RULE, SHARE_SCALE, Looks, PlanLook
 from actsparse.report.plans import parse_plan
 from actsparse.report.wording import one_line
 
@@ -142,6 +142,22 @@ def add_reference(
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line=line, layer="below")
     if y is not None:
         figure.add_shape(type="line", y0=y, y1=y, x0=0, x1=1, xref="paper", line=line, layer="below", label=label)
+
+
+def add_usable_band(figure: go.Figure, dense: float, share: float) -> None:
+    """Shade the perplexities from that of dense to `share` over it."""
+    figure.add_shape(
+        type="rect",
+        x0=0,
+        x1=1,
+        xref="paper",
+        y0=dense,
+        y1=dense * (1 + share),
+        fillcolor=GOOD,
+        opacity=0.16,
+        line_width=0,
+        layer="below",
+    )
 
 
 def set_variants(figure: go.Figure, *, name: str, variants: Sequence[dict[str, Any]]) -> None:

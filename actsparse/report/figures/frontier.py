@@ -8,10 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import add_reference, canvas, floats, log_axis, look_of, plain
+from actsparse.report.figures.canvas import add_reference, add_usable_band, canvas, floats, log_axis, look_of, plain
 from actsparse.report.figures.columns import as_float, first_known
 from actsparse.report.figures.labels import Box, Mark, place_labels
-from actsparse.report.looks import GOOD, MUTED, Looks
+from actsparse.report.looks import MUTED, Looks
 from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel
 from actsparse.report.plans import Role
@@ -79,18 +79,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x_axis={"range": [low_x, high_x], "tickformat": ".2f"},
         y_axis=log_axis(10**low_y, 10**high_y),
     )
-    figure.add_shape(
-        type="rect",
-        x0=0,
-        x1=1,
-        xref="paper",
-        y0=dense,
-        y1=dense * (1 + USABLE),
-        fillcolor=GOOD,
-        opacity=0.16,
-        line_width=0,
-        layer="below",
-    )
+    add_usable_band(figure, dense, USABLE)
     add_reference(figure, x=1.0)
     best = frame.filter("best").sort("speedup")
     figure.add_scatter(

@@ -5,9 +5,18 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from actsparse.report.figures.canvas import add_reference, canvas, floats, log_axis, look_of, plain, set_variants
+from actsparse.report.figures.canvas import (
+    add_reference,
+    add_usable_band,
+    canvas,
+    floats,
+    log_axis,
+    look_of,
+    plain,
+    set_variants,
+)
 from actsparse.report.figures.columns import as_float, first_known
-from actsparse.report.looks import GOOD, Looks
+from actsparse.report.looks import Looks
 from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel
 from actsparse.report.plans import Role
@@ -62,18 +71,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         y_axis=log_axis(low, max(high, low * 1.3)),
     )
     if dense:
-        figure.add_shape(
-            type="rect",
-            x0=0,
-            x1=1,
-            xref="paper",
-            y0=dense,
-            y1=dense * (1 + USABLE),
-            fillcolor=GOOD,
-            opacity=0.16,
-            line_width=0,
-            layer="below",
-        )
+        add_usable_band(figure, dense, USABLE)
         add_reference(figure, y=dense, text=f"dense {number(dense)}")
     values: dict[str, list[list[Any]]] = {name: [] for name in TITLES if frame[name].is_not_null().any()}
     for (series,), rows in frame.partition_by("series", as_dict=True, maintain_order=True).items():
