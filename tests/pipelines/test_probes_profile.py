@@ -3,13 +3,13 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from listening import Listener
 from safetensors.torch import load_file
 from tiny import FFN, LAYERS, save_tiny
 from torch import Tensor
@@ -24,7 +24,6 @@ from actsparse.models.taps import tapped
 from actsparse.pipelines.probes.names import BY_DEFAULT, CHEAP_PARAMETERS, PROBES, chosen, left_out, probe_names
 from actsparse.pipelines.probes.text import probe_texts
 from actsparse.pipelines.profile import profile
-from actsparse.pipelines.progress import Advance, Silent
 from actsparse.results import SiteKind
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
 from actsparse.store.runs import ProfileRun
@@ -34,31 +33,6 @@ RUNGS = ("natural", "sentence-shuffled", "token-shuffled", "unigram-random", "un
 CONTROLS = ("identical", "shuffled", "random", "none", "other-token")
 DENSITIES = ("0.2", "0.5")
 ENDS = ("", "_low", "_high")
-
-
-class Listener(Silent):
-    """Ctrl-C after a number of steps of the task `what`; the notes and warnings that were given."""
-
-    def __init__(self, what: str = "", after: int = 0) -> None:
-        self.what, self.left, self.notes, self.tasks = what, after, [], []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.notes.append(text)
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
-        self.tasks.append(what)
-
-        def advance(_units: int) -> None:
-            if what == self.what:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-        yield advance
 
 
 def sentences_text(count: int, seed: int) -> str:

@@ -1,8 +1,7 @@
 """Quality numbers against a loop that shares no code with the pipeline, and evaluations that were interrupted."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from listening import Listener
 from tiny import FFN, LAYERS
 from torch import Tensor
 from transformers import DynamicCache
@@ -20,28 +20,10 @@ from actsparse.models.families import FAMILIES
 from actsparse.models.load import LoadedModel
 from actsparse.pipelines import eval_tables, quality
 from actsparse.pipelines.evaluate import evaluate
-from actsparse.pipelines.progress import Advance, Silent
 from actsparse.specs import DataSpec, EvalSpec, ModelSpec
 from actsparse.store.runs import EvalRun
 
 BLOCK, PROMPT, SINK, N = 40, 16, 4, 3
-
-
-class Interrupting(Silent):
-    """Ctrl-C at the n-th step of a task."""
-
-    def __init__(self, what: str, after: int) -> None:
-        self.what, self.left = what, after
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
-        def advance(_units: int) -> None:
-            if what == self.what:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-        yield advance
 
 
 def spec_of(folder: Path, corpus: Path, output: Path, *plans: str, **options: object) -> EvalSpec:
@@ -207,7 +189,7 @@ def test_an_interrupted_evaluation_loses_no_more_than_the_pass_at_work(
     spec = spec_of(folder, corpus_file, tmp_path / "cut", *plans)
     # four passes a block, and one step more at the start of each for what was finished before
     with pytest.raises(KeyboardInterrupt):
-        evaluate(spec, Interrupting("scoring", 1 + 4 + 1 + 3))
+        evaluate(spec, Listener("scoring", 1 + 4 + 1 + 3))
     assert not (tmp_path / "cut" / "manifest.json").exists()
     scored: list[tuple[int, str]] = []
     original = quality._Scorer._score_plan

@@ -1,12 +1,12 @@
 """Recording: what enters the statistics, in any batch, and after an interruption."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from listening import Listener
 from tiny import FFN, HEADS, LAYERS, make_model, make_tokenizer, token_ids
 from torch import Tensor
 
@@ -18,33 +18,13 @@ from actsparse.pipelines import recording as recording_module
 from actsparse.pipelines.batches import PaddingSide
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
-from actsparse.pipelines.progress import Advance, Silent
+from actsparse.pipelines.progress import Silent
 from actsparse.pipelines.recording import Shards, record_sequences
 from actsparse.results import Site, SiteKind, TextRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
 
 LENGTHS = (30, 7, 18, 3, 25, 12, 4, 21)
 SINK = 4
-
-
-class Interrupting(Silent):
-    """Ctrl-C after a number of steps of a task; the notes that were given."""
-
-    def __init__(self, what: str, after: int) -> None:
-        self.what, self.left, self.notes = what, after, []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Advance]:
-        def advance(_units: int) -> None:
-            if what == self.what:
-                self.left -= 1
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-        yield advance
 
 
 def texts() -> Sequences:
@@ -192,8 +172,8 @@ def test_an_interrupted_recording_resumes_to_the_same_bits(
     loaded = tiny_loaded("llama")
     whole = recorded(loaded, batch_size=2).tensors()
     with pytest.raises(KeyboardInterrupt):
-        recorded(loaded, batch_size=2, folder=tmp_path, progress=Interrupting("recording", stop))
-    again = Interrupting("recording", 0)
+        recorded(loaded, batch_size=2, folder=tmp_path, progress=Listener("recording", stop))
+    again = Listener("recording", 0)
     resumed = recorded(loaded, batch_size=2, folder=tmp_path, progress=again).tensors()
     assert any("resuming: " in note for note in again.notes) == (stop > 1)
     assert resumed.keys() == whole.keys()
@@ -207,7 +187,7 @@ def test_resuming_with_another_batch_size_counts_nothing_twice(
     loaded = tiny_loaded("llama")
     whole = recorded(loaded, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        recorded(loaded, batch_size=2, folder=tmp_path, progress=Interrupting("recording", 3))
+        recorded(loaded, batch_size=2, folder=tmp_path, progress=Listener("recording", 3))
     resumed = recorded(loaded, batch_size=3, folder=tmp_path)
     assert (resumed.sequences, resumed.tokens) == (whole.sequences, whole.tokens)
     site = Site(layer=0, kind=SiteKind.NEURON)
@@ -227,7 +207,7 @@ def test_profile_twice_is_up_to_date(tiny_folder: Callable, prompts_file: Path, 
     spec = spec_of(tiny_folder("llama"), prompts_file, tmp_path / "p")
     first = profile(spec)
     stamps = {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()}
-    listener = Interrupting("recording", 1)
+    listener = Listener("recording", 1)
     second = profile(spec, listener)
     assert any("up to date" in note for note in listener.notes)
     assert second.manifest == first.manifest
@@ -242,7 +222,7 @@ def test_an_interrupted_profile_resumes_to_the_same_tables(
     whole = profile(spec_of(folder, prompts_file, tmp_path / "whole", batch_size=4))
     spec = spec_of(folder, prompts_file, tmp_path / "cut", batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        profile(spec, Interrupting("recording", 3))
+        profile(spec, Listener("recording", 3))
     assert (tmp_path / "cut" / "unfinished.json").exists()
     assert not (tmp_path / "cut" / "manifest.json").exists()
     again = profile(spec)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 import torch
+from listening import Listener
 from test_quality import neuron_inputs, spec_of, value
 from tiny import FFN, words
 from torch import Tensor
@@ -174,7 +175,6 @@ def test_generation_continues_the_question_greedily(
 def test_an_interrupted_task_goes_on_where_it_stopped(
     tiny_folder: Callable, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_quality import Interrupting
 
     from actsparse.pipelines import task_scoring
 
@@ -184,7 +184,7 @@ def test_an_interrupted_task_goes_on_where_it_stopped(
     whole = evaluate(spec_of(tiny_folder("llama"), corpus_file, tmp_path / "whole", "griffin@0.5", **options))
     spec = spec_of(tiny_folder("llama"), corpus_file, tmp_path / "cut", "griffin@0.5", **options)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(spec, Interrupting("tasks", 3))
+        evaluate(spec, Listener("tasks", 3))
     scored: list[tuple[str, range]] = []
     original = task_scoring._score
     monkeypatch.setattr(
