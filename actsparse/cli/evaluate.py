@@ -1,20 +1,16 @@
 """`actsparse evaluate`."""
 
 from dataclasses import replace
-from typing import Annotated
 
-from actsparse.cli.evaluate_options import GateOptions, SampleOptions, StudyOptions, TaskOptions, ThroughputOptions
-from actsparse.cli.options import (
-    RUN,
-    DataOptions,
-    ModelOptions,
-    OutputOptions,
-    RunOptions,
-    counts,
-    grouped,
-    option,
-    share,
+from actsparse.cli.evaluate_options import (
+    GateOptions,
+    PlanOptions,
+    SampleOptions,
+    StudyOptions,
+    TaskOptions,
+    ThroughputOptions,
 )
+from actsparse.cli.options import DataOptions, ModelOptions, OutputOptions, RunOptions, grouped
 from actsparse.cli.output import Output
 from actsparse.data.tasks import parse_dense_upto
 from actsparse.specs import EvalSpec, StudySpec
@@ -30,13 +26,7 @@ def command(
     run: RunOptions,
     show: OutputOptions,
     *,
-    plan: Annotated[
-        list[str] | None,
-        option("--plan", help="A plan directory, griffin@0.5, or a sweep griffin@0.1:0.9:0.1. Repeatable.", panel=RUN),
-    ] = None,
-    controls: Annotated[
-        bool, option("--controls/--no-controls", help="Random and static pruning at equal density.", panel=RUN)
-    ] = True,
+    plans: PlanOptions,
     samples: SampleOptions,
     task: TaskOptions,
     study: StudyOptions,
@@ -44,7 +34,7 @@ def command(
     gate: GateOptions,
 ) -> None:
     output = Output(json=show.json, quiet=show.quiet, verbose=show.verbose, debug=show.debug)
-    study.check({"--plan": plan, "--task": task.task, "--tasks": task.tasks})
+    study.check({"--plan": plans.plan, "--task": task.task, "--tasks": task.tasks})
     if study.study is not None:
         run_study(study.study, study, model, data, run, output)
         return
@@ -53,8 +43,8 @@ def command(
     spec = EvalSpec(
         model=model.spec(),
         data=data.spec(),
-        plans=tuple(plan or ("griffin@0.5",)),
-        controls=controls,
+        plans=plans.names,
+        controls=plans.controls,
         max_new_tokens=samples.max_new_tokens,
         generations=samples.generations,
         temperature=samples.temperature,
@@ -70,11 +60,11 @@ def command(
         shots=task.shots,
         dense_upto=parse_dense_upto(task.dense_upto),
         throughput=throughput.throughput,
-        batch_sizes=counts(throughput.batch_sizes, "--batch-sizes"),
-        prompt_lengths=counts(throughput.prompt_lengths, "--prompt-lengths"),
-        gen_lengths=counts(throughput.gen_lengths, "--gen-lengths"),
-        max_ppl_increase=None if gate.max_ppl_increase is None else share(gate.max_ppl_increase, "--max-ppl-increase"),
-        min_top1=None if gate.min_top1 is None else share(gate.min_top1, "--min-top1"),
+        batch_sizes=throughput.batches,
+        prompt_lengths=throughput.prompts,
+        gen_lengths=throughput.lengths,
+        max_ppl_increase=gate.ppl,
+        min_top1=gate.top1,
         output=run.output,
         force=run.force,
         resume=run.resume,

@@ -3,10 +3,28 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from actsparse.cli.options import RUN, option
+from actsparse.cli.options import RUN, at_least, counts, option, share
 from actsparse.errors import ActsparseError
 
 TASKS, STUDY, THROUGHPUT = "Tasks", "Study", "Throughput"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is measured against dense."""
+
+    plan: Annotated[
+        list[str] | None,
+        option("--plan", help="A plan directory, griffin@0.5, or a sweep griffin@0.1:0.9:0.1. Repeatable.", panel=RUN),
+    ] = None
+    controls: Annotated[
+        bool, option("--controls/--no-controls", help="Random and static pruning at equal density.", panel=RUN)
+    ] = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The plans that were named, else the usual one."""
+        return tuple(self.plan or ("griffin@0.5",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +143,21 @@ class ThroughputOptions:
         "32,128,512"
     )
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes; raises ActsparseError where one is no count. So do `prompts` and `lengths`."""
+        return counts(self.batch_sizes, "--batch-sizes")
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """The prompt lengths."""
+        return counts(self.prompt_lengths, "--prompt-lengths")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The generated lengths."""
+        return counts(self.gen_lengths, "--gen-lengths")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:
@@ -137,9 +170,12 @@ class GateOptions:
         str | None, option("--min-top1", help="Exit with 3 when a plan agrees less: 0.9.", panel=RUN)
     ] = None
 
+    @property
+    def ppl(self) -> float | None:
+        """The increase that is allowed; raises ActsparseError where it is no share."""
+        return None if self.max_ppl_increase is None else share(self.max_ppl_increase, "--max-ppl-increase")
 
-def at_least(least: int, given: dict[str, int | None]) -> None:
-    """Raise ActsparseError naming the first option that is given and smaller."""
-    for name, value in given.items():
-        if value is not None and value < least:
-            raise ActsparseError(f"{name} must be at least {least}, not {value}", "correct the value")
+    @property
+    def top1(self) -> float | None:
+        """The agreement that is asked for; raises ActsparseError where it is no share."""
+        return None if self.min_top1 is None else share(self.min_top1, "--min-top1")

@@ -108,12 +108,8 @@ class DataOptions:
     ] = 0
 
     def spec(self, part: str = "all") -> DataSpec:
-        for name in ("limit", "block_length", "prompt_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ActsparseError(f"--{name.replace('_', '-')} must be at least 1, not {value}", "correct the value")
-        if self.sink_tokens < 0:
-            raise ActsparseError(f"--sink-tokens must be at least 0, not {self.sink_tokens}", "correct the value")
+        at_least(1, {"--limit": self.limit, "--block-length": self.block_length, "--prompt-length": self.prompt_length})
+        at_least(0, {"--sink-tokens": self.sink_tokens})
         if self.prompt_length is not None and self.prompt_frac is not None:
             raise ActsparseError("both --prompt-length and --prompt-frac are given", "give one of the two")
         if self.corpus and self.dataset:
@@ -191,6 +187,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded
+
+
+def at_least(least: int, given: dict[str, int | None]) -> None:
+    """Raise ActsparseError naming the first option that is given and smaller."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise ActsparseError(f"{name} must be at least {least}, not {value}", "correct the value")
 
 
 def is_whole(text: str) -> bool:

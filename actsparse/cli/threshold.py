@@ -1,7 +1,8 @@
 """`actsparse threshold`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +13,35 @@ from actsparse.specs import ThresholdSpec
 TARGET = "How much to drop"
 HELP = "Derive a plan from a profile: which neurons a method keeps, or the threshold that it uses."
 EPILOG = "Example: actsparse threshold runs/MODEL/profile-3f9c1e --method tda --target-error 0.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """How much a plan is to drop."""
+
+    sparsity: Annotated[
+        str | None, option("--sparsity", help="Share to drop: 0.5 or 50%, of what --basis names.", panel=TARGET)
+    ] = None
+    basis: Annotated[
+        str, option("--basis", help="unit (the method's own), neuron, mlp-bytes, model-bytes.", panel=TARGET)
+    ] = "unit"
+    target_error: Annotated[
+        str | None,
+        option("--target-error", help="Mean relative error of the FFN output to allow in each layer.", panel=TARGET),
+    ] = None
+    target_ppl_increase: Annotated[
+        str | None,
+        option("--target-ppl-increase", help="Rise of perplexity on the calibration text to allow: 1%.", panel=TARGET),
+    ] = None
+    target_speedup: Annotated[
+        float | None,
+        option("--target-speedup", help="Speed-up that the bytes not read shall allow: 1.3.", panel=TARGET),
+    ] = None
+
+    def share_of(self, name: Literal["sparsity", "target_error", "target_ppl_increase"]) -> float | None:
+        """A target as a number; raises ActsparseError naming the option where it is no share."""
+        given: str | None = getattr(self, name)
+        return None if given is None else share(given, f"--{name.replace('_', '-')}")
 
 
 @grouped
@@ -27,25 +57,7 @@ def command(
     settings: Annotated[
         list[str] | None, option("--set", help="An option of the method, name=value. Repeatable.", panel=RUN)
     ] = None,
-    sparsity: Annotated[
-        str | None, option("--sparsity", help="Share to drop: 0.5 or 50%, of what --basis names.", panel=TARGET)
-    ] = None,
-    basis: Annotated[
-        str,
-        option("--basis", help="unit (the method's own), neuron, mlp-bytes, model-bytes.", panel=TARGET),
-    ] = "unit",
-    target_error: Annotated[
-        str | None,
-        option("--target-error", help="Mean relative error of the FFN output to allow in each layer.", panel=TARGET),
-    ] = None,
-    target_ppl_increase: Annotated[
-        str | None,
-        option("--target-ppl-increase", help="Rise of perplexity on the calibration text to allow: 1%.", panel=TARGET),
-    ] = None,
-    target_speedup: Annotated[
-        float | None,
-        option("--target-speedup", help="Speed-up that the bytes not read shall allow: 1.3.", panel=TARGET),
-    ] = None,
+    target: TargetOptions,
     transfer: Annotated[
         str | None,
         option("--transfer", help="Another text: sparsity and errors are measured there too.", panel=RUN),
@@ -61,13 +73,11 @@ def command(
     spec = ThresholdSpec(
         run=profile,
         plan=_with_settings(method, settings or []),
-        sparsity=None if sparsity is None else share(sparsity, "--sparsity"),
-        basis=basis,
-        target_error=None if target_error is None else share(target_error, "--target-error"),
-        target_ppl_increase=(
-            None if target_ppl_increase is None else share(target_ppl_increase, "--target-ppl-increase")
-        ),
-        target_speedup=target_speedup,
+        sparsity=target.share_of("sparsity"),
+        basis=target.basis,
+        target_error=target.share_of("target_error"),
+        target_ppl_increase=target.share_of("target_ppl_increase"),
+        target_speedup=target.target_speedup,
         transfer=transfer,
         export=export,
         device=device,
