@@ -46,11 +46,13 @@ class QualityGateMissed(ActsparseError):
     exit_code = 3
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice: Python's, torch's on a device, or torch's on a CPU."""
-    said = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said))
-    )
+    """Whether an exception says that memory did not suffice: Python's, torch's on any device, or the system's."""
+    if isinstance(error, ActsparseError):
+        return False
+    said = str(error).lower()
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in said for words in NO_MEMORY)

@@ -149,7 +149,8 @@ class Engines:
     def open(self, gates: Sequence[LayerGates], *, sink_tokens: int, max_length: int, batch: int = 1) -> Iterator[Run]:
         """The best run for these gates (none: dense alone); the model is as before when the block ends.
 
-        Raises PlanError where no engine can run them, with the reason.
+        Raises PlanError where no engine can run them, with the reason. Where memory does not suffice for a batch, which
+        a smaller one may change, torch's own error is raised.
         """
         own, reason = self.own, None
         if isinstance(own, OwnSteps):
@@ -158,7 +159,7 @@ class Engines:
             except NoStepError as error:
                 reason = error.what
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if batch > 1 or not is_out_of_memory(error):
                     raise
                 reason = "there is no memory for the copies of weights, or the cache, that its step needs"
             else:

@@ -13,6 +13,7 @@ from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines import eval_tables
 from actsparse.pipelines.calibration import of_blocks
 from actsparse.pipelines.free_running import along_dense_text, free_rows
+from actsparse.pipelines.halving import fitting
 from actsparse.pipelines.identity import data_identity, device_name, machine_identity, model_identity
 from actsparse.pipelines.plans import (
     PlanGroup,
@@ -54,7 +55,7 @@ def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
     progress.detail(describe(loaded.record, str(loaded.device)))
     reader = TextReader(spec.data, loaded.tokenizer, loaded.record.max_positions, progress.note)
     texts = reader.eval_texts(fitted=spec.controls or spec.data.calib_blocks is not None or needs_text(names))
-    with open_run(_request(spec, names, loaded, texts, tasks)) as writer:
+    with open_run(_request(spec, names, loaded, texts, tasks)) as writer, fitting():
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:

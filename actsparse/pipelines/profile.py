@@ -16,6 +16,7 @@ from actsparse.models.taps import IN_EXPERTS
 from actsparse.pipelines.continuation import continuing, prompts_of
 from actsparse.pipelines.distributed import Team, local_device, team
 from actsparse.pipelines.dump import Dump, write_dump
+from actsparse.pipelines.halving import fitting
 from actsparse.pipelines.identity import data_identity, model_identity
 from actsparse.pipelines.probes.names import CHEAP, chosen, probe_names
 from actsparse.pipelines.probes.reading import NeuronReader
@@ -181,7 +182,7 @@ def _lead(job: Job) -> Path:
     """Open the run, tell the others, record, merge and write."""
     told = False
     try:
-        with open_run(_request(job)) as writer:
+        with open_run(_request(job)) as writer, fitting():
             told = True
             job.crew.told_text(COMPLETE if writer.complete else str(writer.path / SHARDS))
             job.crew.told_text(str(writer.path))

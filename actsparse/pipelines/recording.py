@@ -21,7 +21,7 @@ from actsparse.models.load import LoadedModel
 from actsparse.models.taps import Callback, Tap, tapped
 from actsparse.pipelines.batches import Batch, PaddingSide, groups, padded, sent
 from actsparse.pipelines.distributed import ALONE, Team
-from actsparse.pipelines.halving import halving
+from actsparse.pipelines.halving import fitting, halving
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Progress
 from actsparse.results import Site, SiteKind
@@ -217,9 +217,10 @@ def record_sequences(
             kinds=kinds, shards=shards, team=team, strict=strict, feed=feed, padding_side=padding_side,
         )  # fmt: skip
 
-    if team.size > 1:
-        return attempt(batch_size)
     largest = max((len(group) for group in groups([len(x) for x in sequences.ids], batch_size)), default=1)
+    if team.size > 1:
+        with fitting(largest):
+            return attempt(batch_size)
     return halving(attempt, batch_size, largest, progress)
 
 

@@ -12,6 +12,7 @@ from actsparse.errors import PlanError
 from actsparse.methods.plan import Plan, drops_of, fit_plan, to_record
 from actsparse.methods.short import ShortForm
 from actsparse.pipelines.export import export_plan
+from actsparse.pipelines.halving import fitting
 from actsparse.pipelines.probing import probe
 from actsparse.pipelines.profiled import Profiled
 from actsparse.pipelines.progress import Progress, Silent
@@ -37,7 +38,7 @@ def threshold(spec: ThresholdSpec, progress: Progress | None = None) -> PlanRun:
     profiled = Profiled(run, spec, short, progress)
     short.method.check(profiled.model.gated)
     short.method.check_experts(profiled.model.ffns)
-    with open_run(_request(spec, short, profiled)) as writer:
+    with open_run(_request(spec, short, profiled)) as writer, fitting():
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:

@@ -10,8 +10,9 @@ from torch import Tensor
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
 from actsparse.engine.memory import peak_bytes
-from actsparse.errors import PlanError, is_out_of_memory
+from actsparse.errors import ModelError, PlanError
 from actsparse.methods.short import DENSE
+from actsparse.pipelines.halving import halving
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
 from actsparse.pipelines.unread import unread_by_engine
@@ -37,7 +38,8 @@ class _Arm:
 def measure_throughput(session: Session, groups: Sequence[PlanGroup], read_bandwidth: float) -> list[ThroughputRow]:
     """Every named plan beside dense, in turns over the same teacher-forced tokens, at every combination asked for.
 
-    Combinations that do not fit the model's context, and plans that no engine runs, are left out with a warning.
+    A batch that memory does not suffice for is measured at half its size. What does not fit the model's context, or in
+    half a batch either, and plans that no engine runs, are left out with a warning.
     """
     spec = session.spec
     shapes = [shape for shape in product(spec.batch_sizes, spec.prompt_lengths) if _fits(session, shape[1])]
@@ -46,17 +48,26 @@ def measure_throughput(session: Session, groups: Sequence[PlanGroup], read_bandw
     rows: list[ThroughputRow] = []
     with session.progress.task("throughput", len(shapes) * max(1, len(named)), "runs") as advance:
         for batch, prompt in shapes:
-            ids = _prompts(session, batch, prompt)
             for group in named or [None]:
-                try:
-                    rows += _one(session, engines, group, ids, read_bandwidth)
-                except (PlanError, RuntimeError, MemoryError) as error:
-                    if not isinstance(error, PlanError) and not is_out_of_memory(error):
-                        raise
-                    name = DENSE if group is None else group.name
-                    session.warn(f"{name} at batch {batch}, prompt {prompt}: no throughput ({error})")
+                rows += _rows_or_why_not(session, engines, group, batch, prompt, read_bandwidth)
                 advance(1)
     return _without_repeats(rows)
+
+
+def _rows_or_why_not(
+    session: Session, engines: Engines, group: PlanGroup | None, batch: int, prompt: int, read_bandwidth: float
+) -> list[ThroughputRow]:
+    """The rows of one plan at a batch size, or at half of it; none, and a warning, where that cannot be run."""
+
+    def attempt(half: int | None) -> list[ThroughputRow]:
+        return _one(session, engines, group, _prompts(session, half or batch, prompt), read_bandwidth)
+
+    try:
+        return halving(attempt, None, batch, session.progress)
+    except (PlanError, ModelError) as error:
+        name = DENSE if group is None else group.name
+        session.warn(f"{name} at batch {batch}, prompt {prompt}: no throughput ({error.what})")
+        return []
 
 
 def _one(

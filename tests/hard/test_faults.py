@@ -1,6 +1,5 @@
 """Disks, memory, clocks and signals that fail a command: what is said, and that nothing finished is lost."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,15 +8,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import torch
-from processes import Zygote, little_memory
+from processes import Zygote
 
 from actsparse.cli.app import main
-from actsparse.errors import ModelError, is_out_of_memory
 from actsparse.models.home import file_sha256
 from actsparse.pipelines import recording
 from actsparse.pipelines.profile import profile
-from actsparse.pipelines.progress import Silent
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
 from actsparse.store import provenance
 from actsparse.store.runs import ProfileRun
@@ -172,96 +168,3 @@ def test_a_hash_is_not_taken_from_memory_when_only_the_clock_says_that_nothing_c
     path.write_bytes(b"two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file_sha256(path) != before
-
-
-# Memory
-
-
-class Telling(Silent):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.said.append(text)
-
-
-def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, batch: int, error: Exception) -> list[int]:
-    """Let every batch of more sequences fail half-way through the model; returns the sizes that were tried."""
-    record, tried = recording.Recorder.record, []
-    on_value = recording.Recorder._on_value
-
-    def failing(self: recording.Recorder, given: recording.Batch) -> None:
-        tried.append(len(given.sequences))
-        record(self, given)
-
-    def seen(self: recording.Recorder, site: object, x: torch.Tensor) -> None:
-        on_value(self, site, x)  # pyright: ignore[reportArgumentType]
-        if tried[-1] > batch and getattr(site, "layer", 0) == 1:
-            raise error
-
-    monkeypatch.setattr(recording.Recorder, "record", failing)
-    monkeypatch.setattr(recording.Recorder, "_on_value", seen)
-    return tried
-
-
-NO_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
-    ),
-]
-
-
-@pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu"])
-@pytest.mark.parametrize("checkpoint", [-1.0, 30.0])
-def test_a_batch_that_does_not_fit_is_halved_once_and_the_numbers_are_the_same(
-    error: Exception, checkpoint: float, tiny_folder: Callable, prompts_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    whole = profile(spec(tiny_folder, prompts_file, tmp_path / "whole", batch_size=4))
-    monkeypatch.setattr(recording, "CHECKPOINT_SECONDS", checkpoint)
-    tried, telling = out_of_memory_above(monkeypatch, 3, error), Telling()
-    run = profile(spec(tiny_folder, prompts_file, tmp_path / "run", batch_size=4), telling)
-    assert telling.said == ["out of memory in batches of 4 sequences: going on with batches of 2"]
-    assert tried == [4, 2, 2, 2, 2, 2, 2]
-    places = ["metric", "layer", "kind", "param", "n"]
-    assert run.all_measures.select(places).equals(whole.all_measures.select(places))
-    found, expected = (one.all_measures["value"].fill_null(-1).to_list() for one in (run, whole))
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize(("batch", "said"), [(8, "a batch of 4 sequences does not fit"), (1, "one sequence does not")])
-def test_a_half_batch_that_does_not_fit_either_is_a_clear_error(
-    batch: int, said: str, tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out_of_memory_above(monkeypatch, 0, NO_MEMORY[0])
-    with pytest.raises(ModelError, match=said) as error:
-        profile(spec(tiny_folder, prompts_file, tmp_path / "run", batch_size=batch))
-    assert "--device-map auto" in error.value.hint
-
-
-def test_real_exhaustion_of_memory_is_recognised() -> None:
-    with little_memory(2**28):
-        with pytest.raises(RuntimeError, match="allocate memory") as of_torch:
-            torch.ones(2**30)
-        with pytest.raises(MemoryError) as of_python:
-            bytearray(2**31)
-    assert is_out_of_memory(of_torch.value)
-    assert is_out_of_memory(of_python.value)
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
-
-
-def test_a_command_without_memory_says_so(zygote: Zygote, command: list[str], tmp_path: Path) -> None:
-    (tmp_path / "w").mkdir()
-    long = tmp_path / "long.jsonl"
-    line = json.dumps({"text": "w1 " * 120})
-    long.write_text(f"{line}\n" * 1_000)
-    words = ["profile", *command[1:5], "--prompts", str(long), "--batch-size", "1000", "--probes", "none", "-o", "out"]
-    code, _ = zygote.run(words, tmp_path / "w", memory=2**25)
-    said = (tmp_path / "w.log").read_text()
-    assert code == 1, said
-    assert "out of memory" in said or "does not fit" in said
-    assert "hint:" in said
-    assert "Traceback" not in said

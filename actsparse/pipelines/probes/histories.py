@@ -7,7 +7,6 @@ from torch import Tensor
 from actsparse.core.bootstrap import Interval, LayerIntervals
 from actsparse.core.hu1 import HistoryContexts, control_contexts, history_share, hu1, hu1_control
 from actsparse.core.mask_rules import MaskRule
-from actsparse.pipelines.probes.reading import batched
 from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 from actsparse.pipelines.progress import Advance
 
@@ -71,7 +70,7 @@ def _last_masks(setting: Setting, ids: Int[Tensor, "contexts fed"], advance: Adv
     reader = setting.reader
     shape = (len(reader.layers), len(ids), reader.neurons)
     masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
-    for rows, batch in batched(ids):
+    for rows, batch in reader.batched(ids):
 
         def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
             for rule, kept in masks.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import firing_counts, popularity_rate
-from actsparse.pipelines.probes.reading import NeuronReader, batched
+from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.progress import Progress
 
 
@@ -44,7 +44,7 @@ def measure_popularity(
             total[place] += firing_counts(reader.masks(place, a[:, sink_tokens:], rule)).cpu()
 
     with progress.task("chance: how often neurons fire", blocks.numel(), "tokens") as advance:
-        for _, ids in batched(blocks):
+        for _, ids in reader.batched(blocks):
             reader.read(ids, on_layer)
             advance(ids.numel())
     return Popularity(counts)

@@ -48,11 +48,18 @@ class NeuronReader:
         eps: Sequence[float] = (),
     ) -> None:
         self.loaded = loaded
+        self.batch_tokens = BATCH_TOKENS
         self.layers = layers
         self.rules = rules
         self._eps = tuple(eps)
         self.neurons = loaded.record.intermediate_size
         self._down_norms = [loaded.sites.layers[layer].down_norms(self.neurons) for layer in layers]
+
+    def batched(self, ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
+        """The rows in batches of at most `batch_tokens` tokens, with where they stand."""
+        step = max(1, self.batch_tokens // ids.shape[1])
+        for start in range(0, len(ids), step):
+            yield slice(start, start + step), ids[start : start + step]
 
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer) -> None:
@@ -95,10 +102,3 @@ class NeuronReader:
         if rule.density is None:
             return (scores >= self._eps[place]) & (scores > 0)
         return topk_masks(scores, rule.density) & (scores > 0)
-
-
-def batched(ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
-    """The rows in batches of at most 2,048 tokens, with where they stand."""
-    step = max(1, BATCH_TOKENS // ids.shape[1])
-    for start in range(0, len(ids), step):
-        yield slice(start, start + step), ids[start : start + step]

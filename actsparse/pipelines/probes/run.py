@@ -1,10 +1,13 @@
 """Running the probes of a profile; each finished one is a shard, so that a killed run goes on after it."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
 from actsparse.core.mask_rules import MaskKind
+from actsparse.pipelines.halving import halving
 from actsparse.pipelines.probes.gradients import gradients
 from actsparse.pipelines.probes.inertia import inertia
 from actsparse.pipelines.probes.names import GRADIENTS
@@ -20,6 +23,8 @@ from actsparse.store import tensors
 from actsparse.store.codec import decode, encode
 from actsparse.store.files import write_bytes
 from actsparse.store.run import RunWriter
+
+T = TypeVar("T")
 
 RUNNERS: dict[str, Callable[[Setting], Found]] = {
     "uncertainty": uncertainty,
@@ -47,7 +52,7 @@ def run_probes(
     for name in names:
         found = _finished(name, reader.layers, writer)
         if found is None:
-            found = RUNNERS[name](setting)
+            found = _halving(partial(RUNNERS[name], setting), reader, progress)
             _finish(name, found, writer)
         else:
             progress.note(f"resuming: the probe {name} was finished before")
@@ -69,9 +74,20 @@ def _popularity(reader: NeuronReader, texts: ProbeTexts, writer: RunWriter, prog
     shard = writer.shard("probes-popularity.safetensors")
     if shard.exists():
         return Popularity.of_tensors(tensors.read(shard), reader.rules)
-    found = measure_popularity(reader, texts.calibration, texts.sink_tokens, progress)
+    measure = partial(measure_popularity, reader, texts.calibration, texts.sink_tokens, progress)
+    found = _halving(measure, reader, progress)
     tensors.write(shard, found.tensors())
     return found
+
+
+def _halving(measure: Callable[[], T], reader: NeuronReader, progress: Progress) -> T:
+    """What `measure` returns; where memory does not suffice it starts anew, and the reader's batches stay half."""
+
+    def attempt(tokens: int | None) -> T:
+        reader.batch_tokens = tokens or reader.batch_tokens
+        return measure()
+
+    return halving(attempt, None, reader.batch_tokens, progress, "tokens")
 
 
 def _finished(name: str, layers: tuple[int, ...], writer: RunWriter) -> Found | None:

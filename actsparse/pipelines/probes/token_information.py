@@ -11,7 +11,6 @@ from torch import Tensor
 
 from actsparse.core.hu2 import CodeLengths, TypeCounts, code_length, count_types, hu2
 from actsparse.core.mask_rules import MaskRule
-from actsparse.pipelines.probes.reading import batched
 from actsparse.pipelines.probes.setting import Found, Setting
 
 # (rule, place of the layer, sequence, counts by token type, counts by shuffled type)
@@ -66,7 +65,7 @@ def _read(setting: Setting, what: str, on_sequence: OnSequence) -> None:
     shape = (len(blocks), blocks.shape[1] - texts.sink_tokens)
     typed, shuffled = labels.labels.view(shape), labels.shuffled.view(shape)
     with setting.progress.task(what, blocks.numel(), "tokens") as advance:
-        for rows, batch in batched(blocks):
+        for rows, batch in reader.batched(blocks):
 
             def on_layer(place: int, a: Tensor, first: int = rows.start) -> None:
                 for rule in reader.rules:

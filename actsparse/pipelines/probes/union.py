@@ -7,7 +7,6 @@ from torch import Tensor
 from actsparse.core.batch_union import batch_union, layer_unions
 from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import firing_counts
-from actsparse.pipelines.probes.reading import batched
 from actsparse.pipelines.probes.setting import Found, Setting
 
 MAX_BATCH = 64
@@ -52,7 +51,7 @@ def _collect(setting: Setting) -> tuple[Fired, int]:
     shape = (len(reader.layers), len(ids), reader.neurons)
     counts = {rule: torch.zeros(shape, dtype=torch.int16) for rule in reader.rules}
     with setting.progress.task("union: neurons of a batch", ids.numel(), "tokens") as advance:
-        for rows, batch in batched(ids):
+        for rows, batch in reader.batched(ids):
 
             def on_layer(place: int, a: Tensor, rows: slice = rows) -> None:
                 for rule, fired in counts.items():

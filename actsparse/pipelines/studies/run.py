@@ -11,6 +11,7 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import of_blocks
+from actsparse.pipelines.halving import fitting
 from actsparse.pipelines.identity import data_identity, machine_identity, model_identity
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.studies.bench import Bench
@@ -74,7 +75,7 @@ def study(spec: StudySpec, progress: Progress | None = None) -> StudyRun:
             "--counterpart names the model with the other activation; leave it out to study one model",
         )
     texts = _texts(spec, loaded, progress)
-    with open_run(_request(spec, chosen, loaded, other, texts)) as writer:
+    with open_run(_request(spec, chosen, loaded, other, texts)) as writer, fitting():
         if writer.complete:
             progress.note(f"{writer.path} is up to date")
         else:
