@@ -10,9 +10,11 @@ from actsparse.data.texts import TextReader
 from actsparse.errors import PlanError
 from actsparse.methods.short import ShortForm
 from actsparse.models.load import LoadedModel, load
-from actsparse.pipelines.calibration import Replay, Statistics, TextCalibration, widths_of
+from actsparse.pipelines.calibration import TextCalibration
+from actsparse.pipelines.calibration_statistics import Statistics
 from actsparse.pipelines.identity import model_identity
 from actsparse.pipelines.progress import Progress, describe
+from actsparse.pipelines.replay import Replay
 from actsparse.pipelines.training import Checkpoints
 from actsparse.results import ModelRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ThresholdSpec
@@ -88,9 +90,9 @@ class Profiled:
     def calibration(self, checkpoints: Checkpoints) -> TextCalibration:
         """What methods are fitted from: the profile's tables, and model and text where these do not suffice."""
         return TextCalibration(
-            widths_of(self.model),
+            self.model.ffn_widths,
             lambda: Statistics.of_run(self.run),
-            lambda: Replay.of(self.loaded, self.blocks, self.prompt_length, self.progress),
+            lambda: Replay(self.loaded, self.blocks, self.prompt_length, self.progress),
             checkpoints,
             self.model.ffns,
         )

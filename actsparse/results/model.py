@@ -110,3 +110,8 @@ class ModelRecord:
     def ffns(self) -> tuple[FfnPlace, ...]:
         """Its feed-forward networks in order."""
         return ffn_places(self.layers, self.intermediate_size, self.experts)
+
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """Neurons of each of them: of a layer, or of each FFN in a model with experts."""
+        return tuple(place.width for place in self.ffns)
