@@ -5,7 +5,7 @@ from typing import cast
 from actsparse.cli.options import DataOptions, ModelOptions, OutputOptions, RunOptions, grouped, layer_list, shares
 from actsparse.cli.output import Output
 from actsparse.cli.profile_options import DumpOptions, ProbeOptions, RecordingOptions
-from actsparse.pipelines.probes.names import OF_EXPERTS, left_out
+from actsparse.pipelines.probes.names import left_out
 from actsparse.pipelines.ranks import leads
 from actsparse.specs import ProfileSpec
 
@@ -52,4 +52,4 @@ def command(
         asked_for = (cast(list[str], found.manifest.spec[name]) for name in ("probes", "masks"))
         record = found.manifest.model
         mixed = record is not None and record.experts is not None
-        output.note(OF_EXPERTS if mixed else left_out(*asked_for))
+        output.note(left_out(*asked_for, experts=mixed))

@@ -93,7 +93,7 @@ def _pseudo_values(missed: Tensor, measured: list[float], largest: int) -> Float
         start = torch.zeros(known + 1, missed.shape[1], dtype=torch.float64, device=missed.device)
         start[0] = 1
         without = torch.stack(_without_each(start, 0, missed))[:, 1:]
-        values[:known] = count * torch.tensor(measured[:known])[:, None].double() - (count - 1) * without.mT
+        values[:known] = count * torch.tensor(measured[:known], dtype=torch.float64)[:, None] - (count - 1) * without.mT
     return values
 
 

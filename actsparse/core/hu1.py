@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from actsparse.core.bootstrap import (
@@ -19,16 +19,13 @@ from actsparse.core.bootstrap import (
     stratified_weights,
     weighted_pair_means,
 )
-from actsparse.core.overlap import paired_overlaps, pairwise_overlaps
+from actsparse.core.overlap import Rate, Rates, of_layers, paired_overlaps, pairwise_overlaps, widths_of
 from actsparse.errors import DataError
 
 CONTEXT_LENGTH = 64
 CONTEXT_TYPES = 8
 CONTEXTS_PER_TYPE = 8
 SINK_TOKENS = 4
-
-# A chance rate (`core.overlap`): one for all layers, or one each.
-Rates = float | Float[Tensor, " layers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +149,9 @@ def hu1_control(
     content and length of the history change. Same scale as `hu1`. Our definition [I].
     """
     groups = types.cpu()
-    kappas = paired_overlaps(natural, control).kappa(_per_layer(rates, 1)).double().cpu()
+    layers = zip(natural, control, of_layers(rates, len(natural)), strict=True)
+    kappas = torch.stack([paired_overlaps(one, other, widths_of(rate)).kappa(rate) for one, other, rate in layers])
+    kappas = kappas.double().cpu()
     valid = ~kappas.isnan()
     filled = kappas.nan_to_num(0.0)
     weights = stratified_weights(groups, resamples=resamples, seed=seed)
@@ -238,7 +237,7 @@ def _share(history: Tensor, token: Tensor, base: Tensor) -> Tensor:
 def _same_history_kappas(other_token: Tensor, rates: Rates) -> Tensor:
     """The mean kappa over pairs of types, for every layer and history: [layers, histories]."""
     by_history = torch.stack(
-        [pairwise_overlaps(rows, rows).kappa(rate) for rows, rate in _layers(other_token.transpose(1, 2), rates)]
+        [_kappas(rows, rate) for rows, rate in _layers(other_token.transpose(1, 2), rates)]
     ).double()
     pairs = ~torch.eye(by_history.shape[-1], dtype=torch.bool, device=by_history.device)
     return by_history[..., pairs].nanmean(dim=-1).cpu()
@@ -246,18 +245,15 @@ def _same_history_kappas(other_token: Tensor, rates: Rates) -> Tensor:
 
 def _layer_kappas(masks: Tensor, rates: Rates) -> Tensor:
     """Kappa of every pair of rows in every layer, [layers, rows, rows]; one layer at a time, to bound memory."""
-    return (
-        torch.stack([pairwise_overlaps(rows, rows).kappa(rate) for rows, rate in _layers(masks, rates)]).double().cpu()
-    )
+    return torch.stack([_kappas(rows, rate) for rows, rate in _layers(masks, rates)]).double().cpu()
 
 
-def _layers(masks: Tensor, rates: Rates) -> Iterator[tuple[Tensor, float]]:
-    return zip(masks, torch.as_tensor(rates).expand(len(masks)).tolist(), strict=True)
+def _layers(masks: Tensor, rates: Rates) -> Iterator[tuple[Tensor, Rate]]:
+    return zip(masks, of_layers(rates, len(masks)), strict=True)
 
 
-def _per_layer(rates: Rates, trailing: int) -> Tensor:
-    rates = torch.as_tensor(rates)
-    return rates.reshape(*rates.shape, *[1] * trailing)
+def _kappas(rows: Tensor, rate: Rate) -> Tensor:
+    return pairwise_overlaps(rows, rows, widths_of(rate)).kappa(rate)
 
 
 def _mean_by_type(kappas: Tensor, groups: Tensor, weights: Tensor) -> Tensor:

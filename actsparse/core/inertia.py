@@ -1,14 +1,12 @@
 """Semantic-irrelevant activation inertia: masks that stay alike within a text, whatever it says (methods.md section 6).
 
-    SI1   does a mask of the first P tokens overlap with later ones?  `prefix_overlaps`, `si1`
     SI2   does that need meaning?  `inertia_pairs`, `si2`, `semantics_ratio`
     2x2   masks of whole sentences, real or random, alone or in one stream  `sentence_masks`, `sentence_matrices`
 
-Our definitions [I], after MOYU (arXiv 2406.12569) and CLADA (arXiv 2502.19078). Positions count after the sink tokens
-(the first four), which have been dropped from every argument.
+SI1 stands in `core.prefixes`. Our definitions [I], after MOYU (arXiv 2406.12569) and CLADA (arXiv 2502.19078).
+Positions count after the sink tokens (the first four), which have been dropped from every argument.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,113 +21,24 @@ from actsparse.core.bootstrap import (
     LayerIntervals,
     interval,
     layer_intervals,
-    layered_ratio,
     resample_weights,
     weighted_pair_means,
     weighted_pair_ratio,
 )
-from actsparse.core.griffin import share_squares
-from actsparse.core.overlap import MIN_ROOM, Overlaps, pairwise_overlaps, topk_masks
+from actsparse.core.overlap import (
+    MIN_ROOM,
+    Chance,
+    Rate,
+    Rates,
+    Widths,
+    group_sizes,
+    of_layers,
+    pairwise_overlaps,
+    widths_of,
+)
+from actsparse.core.prefixes import layer_prefix_masks
 
-PREFIXES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MAX_DELTA = 256
 MIN_GAP = 8
-P90_SHARE = 0.9
-
-
-def prefix_masks(
-    activations: Float[Tensor, "positions neurons"], prefixes: Sequence[int], density: float | Sequence[float]
-) -> Bool[Tensor, "prefixes neurons"]:
-    """The masks m_P of the first P positions, for each P: the top of s_j = sqrt(sum_t (a_tj / ||a_t||)^2 / P_eff).
-
-    That is GRIFFIN's statistic (arXiv 2404.01365); rows that are zero or not finite are skipped. `density` is one for
-    all or one a prefix. A prefix without usable rows, longer than the sequence, or with density 0 gives an empty mask.
-    """
-    densities = [density] * len(prefixes) if isinstance(density, (int, float)) else list(density)
-    exact = activations.double()
-    masks = exact.new_zeros(len(prefixes), activations.shape[1], dtype=torch.bool)
-    squares, used, end = exact.new_zeros(activations.shape[1]), 0, 0
-    for row in sorted(range(len(prefixes)), key=lambda row: prefixes[row]):
-        more, rows = share_squares(exact[end : prefixes[row]])
-        squares, used, end = squares + more, used + rows, prefixes[row]
-        if end <= len(activations) and used > 0 and densities[row] > 0:
-            masks[row] = topk_masks((squares / used).sqrt(), densities[row])
-    return masks
-
-
-def mean_densities(masks: Bool[Tensor, "positions neurons"], prefixes: Sequence[int]) -> list[float]:
-    """The mean share of neurons in the masks of the first P positions, for each P: what a prefix keeps where masks
-    differ in size from token to token. Our definition [I]."""
-    sizes = masks.count_nonzero(dim=-1).double() / masks.shape[-1]
-    return [float(sizes[:prefix].mean()) if len(sizes[:prefix]) else 0.0 for prefix in prefixes]
-
-
-def prefix_overlaps(
-    activations: Float[Tensor, "positions neurons"],
-    masks: Bool[Tensor, "positions neurons"],
-    density: float | None,
-    *,
-    prefixes: Sequence[int] = PREFIXES,
-    max_delta: int = MAX_DELTA,
-) -> Overlaps:
-    """Overlaps of m_P with the mask of the token `delta` after it, [prefixes, max_delta], of one sequence and layer.
-
-    m_P keeps the share `density`, or (None) the mean share of the prefix's own masks. Column d is delta = d + 1, the
-    first token after the prefix being delta = 1; NaN beyond the end of the sequence.
-    """
-    shares = mean_densities(masks, prefixes) if density is None else density
-    every = pairwise_overlaps(prefix_masks(activations, prefixes, shares), masks)
-    places = torch.tensor(prefixes)[:, None] + torch.arange(max_delta)
-    inside = (places < len(masks)).to(masks.device)
-    places = places.clamp(max=len(masks) - 1).to(masks.device)
-    return Overlaps(
-        overlap=torch.where(inside, every.overlap.gather(1, places), math.nan), larger=every.larger.gather(1, places)
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixCurve:
-    """SI1: `curve[k]` is the mean kappa between the mask of the first `prefixes[k]` tokens and later tokens' masks.
-
-    `p90`: the smallest P that reaches 90 % of the largest, per layer, and `p90_mean` of the layers' mean curve; None
-    where the curve never rises above 0.
-    """
-
-    prefixes: tuple[int, ...]
-    curve: tuple[LayerIntervals, ...]
-    p90: tuple[int | None, ...]
-    p90_mean: int | None
-
-
-def si1(
-    kappas: Float[Tensor, "layers sequences prefixes deltas"],
-    *,
-    prefixes: Sequence[int] = PREFIXES,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> PrefixCurve:
-    """I(P) = mean over deltas and sequences of kappa(m_P, m_{P+delta}); for I(P, delta) average over sequences alone.
-
-    At most 1; 0: a prefix tells no more than chance (uniform rate) or than the static hot set (popularity rate).
-    """
-    kappas = kappas.double().cpu()
-    sums, counts = kappas.nansum(dim=-1), (~kappas.isnan()).double().sum(dim=-1)
-    curve = tuple(
-        layered_ratio(sums[..., place], counts[..., place], resamples=resamples, seed=seed)
-        for place in range(len(prefixes))
-    )
-    return PrefixCurve(
-        prefixes=tuple(prefixes),
-        curve=curve,
-        p90=tuple(_p90(prefixes, [point.layers[layer].value for point in curve]) for layer in range(kappas.shape[0])),
-        p90_mean=_p90(prefixes, [point.mean.value for point in curve]),
-    )
-
-
-def _p90(prefixes: Sequence[int], values: Sequence[float | None]) -> int | None:
-    known = [(prefix, value) for prefix, value in zip(prefixes, values, strict=True) if value is not None]
-    top = max((value for _, value in known), default=0.0)
-    return next((prefix for prefix, value in known if value >= P90_SHARE * top), None) if top > 0 else None
 
 
 def spread_blocks(blocks: int, sequences: int = 8) -> list[int]:
@@ -157,11 +66,11 @@ class InertiaPairs:
 def inertia_pairs(
     masks: Bool[Tensor, "sequences positions neurons"],
     tokens: Int[Tensor, "sequences positions"],
-    rates: Sequence[float],
+    rates: Sequence[Rate],
     *,
     min_gap: int = MIN_GAP,
 ) -> tuple[InertiaPairs, ...]:
-    """The pair sums behind W and B, once per chance rate: 0 for raw overlaps, 1/neurons, popularity rates.
+    """The pair sums behind W and B, once per chance level: 0 for raw overlaps, uniform, by popularity.
 
     One layer; the rates share the one expensive product. Pairs with an empty mask are left out.
     """
@@ -178,15 +87,17 @@ def inertia_pairs(
         # [other sequences, positions, positions of the first]: one product, and few passes over it
         shared = numbers[others] @ numbers[first].mT
         left, right = sizes[others, :, None], sizes[first][None, None, :]
-        larger = torch.maximum(left, right)
-        missed = 1 - shared.div_(torch.minimum(left, right))
+        larger, smaller = torch.maximum(left, right), torch.minimum(left, right)
+        missed = 1 - shared.div_(smaller)
         counted = (tokens[others, :, None] != tokens[first][None, None, :]) & ~missed.isnan()
         far = counted & (gap.abs() >= min_gap)
         far[0] &= gap >= min_gap
         level = counted.diagonal(dim1=1, dim2=2)
         for measure, rate in enumerate(rates):
             # kappa = (o - E) / (1 - E) = 1 - (1 - o) / (1 - E)
-            room = 1 - larger * rate
+            room = 1 - (
+                _chance(masks[others], masks[first], rate, smaller) if isinstance(rate, Chance) else larger * rate
+            )
             kappas = 1 - missed / room
             defined = room > MIN_ROOM
             for kind, chosen, values in (
@@ -213,6 +124,16 @@ def inertia_pairs(
         )
         for total, number in zip(sums, counts, strict=True)
     )
+
+
+def _chance(
+    rows: Bool[Tensor, "sequences positions units"],
+    first: Bool[Tensor, "positions units"],
+    rate: Chance,
+    smaller: Tensor,
+) -> Float[Tensor, "sequences positions positions"]:
+    left, right = (group_sizes(masks, rate.widths) for masks in (rows, first))
+    return (left * rate.rates.to(left)) @ right.mT / smaller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,17 +198,18 @@ def semantics_ratio(
 
 
 def sentence_masks(
-    sentences: Sequence[Float[Tensor, "_ neurons"]], density: float | Sequence[float]
-) -> Bool[Tensor, "sentences neurons"]:
-    """One mask per sentence, the top of GRIFFIN's statistic over its tokens; empty where it has no usable token.
+    sentences: Sequence[Float[Tensor, "_ units"]],
+    masks: Sequence[Bool[Tensor, "_ units"]],
+    density: float | None,
+    widths: Widths | None = None,
+) -> Bool[Tensor, "sentences units"]:
+    """One mask per sentence, that of a prefix which is all of it: see `layer_prefix_masks`.
 
-    `density` is one for all, or one a sentence.
-
-    `sentences` are its activations in one layer, without the first four tokens of every sentence, in both arms of the
-    2x2 (each sentence fed alone, or all in one stream).
+    `sentences` are its activations in one layer, `masks` its tokens' masks, without the first four tokens of every
+    sentence, in both arms of the 2x2 (each sentence fed alone, or all in one stream).
     """
-    densities = [density] * len(sentences) if isinstance(density, (int, float)) else density
-    return torch.cat([prefix_masks(rows, [len(rows)], share) for rows, share in zip(sentences, densities, strict=True)])
+    pairs = zip(sentences, masks, strict=True)
+    return torch.cat([layer_prefix_masks(rows, own, [len(rows)], density, widths) for rows, own in pairs])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,16 +230,14 @@ class SentenceMatrices:
 
 def sentence_matrices(
     masks: Bool[Tensor, "layers sentences neurons"],
-    rates: float | Float[Tensor, " layers"],
+    rates: Rates,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> SentenceMatrices:
     """The matrices of one arm of the 2x2 from its per-sentence masks."""
-    per_layer = torch.as_tensor(rates).expand(len(masks)).tolist()
-    kappas = torch.stack(
-        [pairwise_overlaps(rows, rows).kappa(rate) for rows, rate in zip(masks, per_layer, strict=True)]
-    )
+    layers = zip(masks, of_layers(rates, len(masks)), strict=True)
+    kappas = torch.stack([pairwise_overlaps(rows, rows, widths_of(rate)).kappa(rate) for rows, rate in layers])
     kappas = kappas.double().cpu()
     sentences = kappas.shape[-1]
     bands = torch.stack([kappas[first:last].nanmean(dim=0) for first, last in layer_bands(len(kappas))])

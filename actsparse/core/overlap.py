@@ -10,11 +10,16 @@ form `rate * max(|A|, |B|)`:
 
 kappa_u >> kappa_p says that masks agree because of a static hot set, which static pruning would use equally well.
 
+In a mixture of experts the units are the neurons of all experts, an expert being a group of consecutive units; a token
+keeps none of the groups that it is not routed to. Chance then knows the routing: it is that of masks that keep as many
+units of every group (`Chance`). So what two tokens share by sharing experts alone is 0, and one group gives the above.
+
 Undefined values (an empty mask; a chance level of 1 or more) are NaN in tensors, and every mean skips them.
 The chance-corrected forms are our own definition [I].
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +76,66 @@ def popularity_rate(
     return weights.square().sum(dim=-1) / weights.sum(dim=-1).square()
 
 
+# Widths of the groups of consecutive units that a layer consists of: its neurons, or those of each expert.
+Widths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The overlap that unrelated masks of the same size in each group have: sum_g rate_g |A_g| |B_g| / min(|A|, |B|).
+
+    `rates` [groups] are uniform or by popularity, each within its group. Our own definition [I].
+    """
+
+    rates: Float[Tensor, " groups"]
+    widths: Widths
+
+    @classmethod
+    def uniform(cls, widths: Widths) -> "Chance":
+        """Every unit of a group as likely as the others."""
+        return cls(torch.tensor([uniform_rate(width) for width in widths], dtype=torch.float64), widths)
+
+    @classmethod
+    def by_popularity(cls, popularity: Float[Tensor, " units"] | Int[Tensor, " units"], widths: Widths) -> "Chance":
+        """A unit as likely as it fires, within its group; in a group that never fires uniform."""
+        rates = torch.stack([popularity_rate(part) for part in popularity[: sum(widths)].split(widths)]).cpu()
+        return cls(torch.where(rates.isnan(), cls.uniform(widths).rates, rates), widths)
+
+
+# The chance level of a layer: the rate of its only group, or that of every group. Of layers one for all, or one each.
+Rate = float | Chance
+Rates = float | Float[Tensor, " layers"] | Sequence[Rate]
+
+
+def of_layers(rates: Rates, layers: int) -> list[Rate]:
+    """The rate of each layer."""
+    if isinstance(rates, Sequence):
+        return list(rates)
+    return list(torch.as_tensor(rates).expand(layers).tolist())
+
+
+def widths_of(rate: Rate) -> Widths | None:
+    """The groups that a chance level knows; None for a layer of one."""
+    return rate.widths if isinstance(rate, Chance) else None
+
+
+def group_sizes(masks: Bool[Tensor, "*batch units"], widths: Widths | None) -> Float[Tensor, "*batch groups"]:
+    """How many units of each group a mask keeps; units behind the last group are none."""
+    parts = [masks] if widths is None else masks[..., : sum(widths)].split(widths, dim=-1)
+    return torch.stack([part.count_nonzero(dim=-1) for part in parts], dim=-1).float()
+
+
+def mean_chance(masks: Bool[Tensor, "*batch units"], rate: Rate) -> float:
+    """The mean chance overlap of all pairs of these masks; NaN of fewer than two."""
+    if not isinstance(rate, Chance):
+        return rate * mean_larger(masks)
+    sizes = group_sizes(masks.flatten(0, -2), rate.widths).double()
+    totals = sizes.sum(dim=-1)
+    expected = (sizes * rate.rates.to(sizes.device)) @ sizes.mT / torch.minimum(totals[:, None], totals[None, :])
+    expected.fill_diagonal_(math.nan)
+    return float(expected.nanmean())
+
+
 def mean_larger(masks: Bool[Tensor, "*batch neurons"]) -> float:
     """The mean of max(|A|, |B|) over all pairs of these masks, which times a rate is their mean chance overlap.
 
@@ -85,23 +150,25 @@ def mean_larger(masks: Bool[Tensor, "*batch neurons"]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlaps:
-    """Overlaps of pairs of masks: `overlap` = |A n B| / min(|A|, |B|) and `larger` = max(|A|, |B|), one per pair.
+    """Overlaps of pairs of masks: `overlap` = |A n B| / min(|A|, |B|), and by group |A_g| |B_g| / min(|A|, |B|).
 
-    `overlap` lies in 0..1 and is NaN where a mask is empty.
+    `overlap` lies in 0..1 and is NaN where a mask is empty. With one group `sizes` is max(|A|, |B|).
     """
 
     overlap: Float[Tensor, "*pairs"]
-    larger: Float[Tensor, "*pairs"]
+    sizes: Float[Tensor, "*pairs groups"]
 
-    def chance(self, rate: float | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The expected overlap of unrelated masks of these sizes: rate * max(|A|, |B|)."""
-        return self.larger * torch.as_tensor(rate, dtype=self.larger.dtype, device=self.larger.device)
+    def chance(self, rate: Rate | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The expected overlap of unrelated masks of these sizes."""
+        if isinstance(rate, Chance):
+            return self.sizes @ rate.rates.to(self.sizes)
+        return self.sizes.sum(dim=-1) * torch.as_tensor(rate).to(self.sizes)
 
-    def kappa(self, rate: float | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Overlap above chance, (o - E) / (1 - E) with E = rate * max(|A|, |B|).
+    def kappa(self, rate: Rate | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Overlap above chance, (o - E) / (1 - E) with E from `chance`.
 
         1: identical masks (or one inside the other); 0: what chance gives; below 0: they avoid each other. NaN where
-        o is, or where E reaches 1. `rate` broadcasts against the pairs. Our definition [I].
+        o is, or where E reaches 1. A rate without groups broadcasts against the pairs. Our definition [I].
         """
         chance = self.chance(rate)
         room = 1 - chance
@@ -109,23 +176,30 @@ class Overlaps:
 
     def only(self, pairs: Bool[Tensor, "*pairs"]) -> "Overlaps":
         """The same with every unmarked pair undefined."""
-        return Overlaps(overlap=torch.where(pairs, self.overlap, math.nan), larger=self.larger)
+        return Overlaps(overlap=torch.where(pairs, self.overlap, math.nan), sizes=self.sizes)
 
 
-def paired_overlaps(first: Bool[Tensor, "*batch neurons"], second: Bool[Tensor, "*batch neurons"]) -> Overlaps:
+def paired_overlaps(
+    first: Bool[Tensor, "*batch units"], second: Bool[Tensor, "*batch units"], widths: Widths | None = None
+) -> Overlaps:
     """Overlaps of `first[i]` with `second[i]`, for every i."""
-    shared, left, right = (masks.count_nonzero(dim=-1).float() for masks in (first & second, first, second))
+    shared = (first & second).count_nonzero(dim=-1).float()
+    left, right = (group_sizes(masks, widths) for masks in (first, second))
     return _overlaps(shared, left, right)
 
 
 def pairwise_overlaps(
-    rows: Bool[Tensor, "*batch rows neurons"], columns: Bool[Tensor, "*batch columns neurons"]
+    rows: Bool[Tensor, "*batch rows units"], columns: Bool[Tensor, "*batch columns units"], widths: Widths | None = None
 ) -> Overlaps:
     """Overlaps of every mask of `rows` with every mask of `columns`: [*batch, rows, columns]."""
-    left, right = rows.float(), columns.float()
-    return _overlaps(left @ right.mT, left.sum(dim=-1)[..., :, None], right.sum(dim=-1)[..., None, :])
+    shared = rows.float() @ columns.float().mT
+    left, right = (group_sizes(masks, widths) for masks in (rows, columns))
+    return _overlaps(shared, left[..., :, None, :], right[..., None, :, :])
 
 
 def _overlaps(shared: Tensor, first: Tensor, second: Tensor) -> Overlaps:
+    smaller = torch.minimum(first.sum(dim=-1), second.sum(dim=-1))
+    one_group = first.shape[-1] == 1
+    sizes = torch.maximum(first, second) if one_group else first * second / smaller.clamp(min=1)[..., None]
     # 0 / 0, where one of the masks is empty, is the NaN that stands for "undefined".
-    return Overlaps(overlap=shared / torch.minimum(first, second), larger=torch.maximum(first, second))
+    return Overlaps(overlap=shared / smaller, sizes=sizes)

@@ -11,7 +11,7 @@ an earlier one takes what it shares with a later one. Our definition [I].
 The state is a few matrices of size (levels x neurons), which merge by addition; activations are never kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -191,6 +191,47 @@ def variance_shares(*sequences: VarianceSums) -> VarianceShares:
         residual=share(4, by_chance=False),
         squares=squares,
         tokens=tokens,
+    )
+
+
+def pooled_shares(experts: Iterable[Sequence[VarianceSums]]) -> VarianceShares:
+    """SI3 of a mixture of experts: every expert fitted over its own tokens, and the squares added up.
+
+    Each expert comes as the sums of every sequence. One that serves no more tokens than there are levels would be
+    explained by anything, and is left out; shares are None where all are. Our definition [I].
+    """
+    found: list[VarianceShares] = []
+    sequences = 0
+    for sums in experts:
+        sequences = len(sums)
+        if sum(float(one.gram[0, 0]) for one in sums) > len(sums[0].gram):
+            found.append(variance_shares(*sums))
+    zeros = torch.zeros(sequences, dtype=torch.float64)
+    squares = sum((one.squares for one in found), start=zeros)
+    total = float(squares.sum())
+
+    def pooled(parts: list[VarianceShare]) -> VarianceShare:
+        of_factor = sum((part.squares for part in parts), start=zeros)
+        by_chance = [
+            part.chance * float(one.squares.sum())
+            for part, one in zip(parts, found, strict=True)
+            if part.chance is not None
+        ]
+        return VarianceShare(
+            share=max(0.0, float(of_factor.sum())) / total if total > 0 else None,
+            squares=of_factor,
+            chance=sum(by_chance) / total if by_chance and total > 0 else None,
+            degrees=sum(part.degrees for part in parts),
+        )
+
+    return VarianceShares(
+        neuron=pooled([one.neuron for one in found]),
+        sequence=pooled([one.sequence for one in found]),
+        token_type=pooled([one.token_type for one in found]),
+        position=pooled([one.position for one in found]),
+        residual=pooled([one.residual for one in found]),
+        squares=squares,
+        tokens=sum(one.tokens for one in found),
     )
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from actsparse.core.cett import CettSolution
 from actsparse.core.mask_rules import CETT_TARGET, MaskKind, mask_kinds, mask_rules
 from actsparse.core.reservoir import capacity
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
 from actsparse.models.load import LoadedModel, load
+from actsparse.models.sites import Ffn
 from actsparse.models.taps import IN_EXPERTS
 from actsparse.pipelines.continuation import continuing, prompts_of
 from actsparse.pipelines.distributed import Team, local_device, team
@@ -83,7 +85,7 @@ class Job:
         continued = None
         if spec.decode:
             continued = prompts_of(reader, sequences, spec.decode, loaded.record.max_positions)
-        spec = _suited(spec, loaded, layers, progress)
+        _check_experts(spec, loaded, layers, progress)
         spec, probed = _with_probes(spec, reader, loaded, progress)
         return cls(spec, loaded, sequences, continued, probed, layers, crew, progress)
 
@@ -156,11 +158,11 @@ def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tup
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
 
 
-def _suited(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], progress: Progress) -> ProfileSpec:
-    """The spec without what layers of experts have no definition for; raises ModelError where a dump asks for it."""
+def _check_experts(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], progress: Progress) -> None:
+    """Say how layers of experts are measured; raises ModelError where a dump asks for what they do not have."""
     mixed = set(loaded.sites.moe_layers) & set(layers)
     if not mixed:
-        return spec
+        return
     dumped = mixed & set(layers if spec.dump is None or spec.dump.layers is None else spec.dump.layers)
     if spec.dump is not None and dumped and {kind.value for kind in IN_EXPERTS} & set(spec.dump.kinds):
         raise ModelError(
@@ -170,12 +172,9 @@ def _suited(spec: ProfileSpec, loaded: LoadedModel, layers: tuple[int, ...], pro
         )
     where = f"layer {min(mixed)} holds" if len(mixed) == 1 else f"layers {min(mixed)} to {max(mixed)} hold"
     progress.note(
-        f"{where} experts: CETT and co-activation are those of each expert over its own tokens; not measured there is"
-        " their spread over tokens and positions"
-        + (f", nor the probes {', '.join(spec.probes)}: masks of two tokens are of different experts' neurons"
-           if spec.probes else "")
-    )  # fmt: skip
-    return replace(spec, probes=())
+        f"{where} experts: CETT and co-activation are those of each expert over its own tokens, the probes those of the"
+        " neurons of all experts, a token keeping none of an expert that it is not routed to"
+    )
 
 
 def _lead(job: Job) -> Path:
@@ -231,10 +230,17 @@ def _request(job: Job) -> RunRequest:
     )
 
 
-def _cett_thresholds(job: Job, phase: Phase) -> list[float]:
-    """eps of every recorded layer at the level of the masks `cett`; infinite (no mask) where it has no output."""
-    solved = [phase.cett[layer].targets if layer in phase.cett else {} for layer in job.layers]
-    return [targets[CETT_TARGET].eps if CETT_TARGET in targets else math.inf for targets in solved]
+def _cett_thresholds(job: Job, phase: Phase) -> list[list[float]]:
+    """eps of the FFNs of every recorded layer at the level of the masks `cett`; infinite (no mask) where one has no
+    output."""
+    solved: dict[tuple[int, int | None], CettSolution] = {(layer, None): one for layer, one in phase.cett.items()}
+    solved |= {(one.layer, one.expert): one.cett for one in phase.experts}
+
+    def eps(ffn: Ffn) -> float:
+        at = solved.get((ffn.layer.index, ffn.expert))
+        return at.targets[CETT_TARGET].eps if at is not None and CETT_TARGET in at.targets else math.inf
+
+    return [[eps(ffn) for ffn in job.loaded.sites.layers[layer].ffns] for layer in job.layers]
 
 
 def _record_and_write(job: Job, writer: RunWriter) -> None:

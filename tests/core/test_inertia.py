@@ -9,16 +9,14 @@ from actsparse.core.inertia import (
     InertiaPairs,
     inertia_pairs,
     layer_bands,
-    prefix_masks,
-    prefix_overlaps,
     semantics_ratio,
     sentence_masks,
     sentence_matrices,
-    si1,
     si2,
     spread_blocks,
 )
 from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
+from actsparse.core.prefixes import prefix_masks, prefix_overlaps, si1
 
 NEURONS = 120
 UNIFORM = uniform_rate(NEURONS)
@@ -268,7 +266,7 @@ class TestSemanticsRatio:
 class TestSentences:
     def test_a_sentence_has_the_mask_of_its_tokens_and_an_empty_one_none(self):
         rows = [torch.randn(size, 15, generator=seeded(size)) for size in (5, 0, 3)]
-        masks = sentence_masks(rows, 0.2)
+        masks = sentence_masks(rows, [row != 0 for row in rows], 0.2)
         assert masks.sum(dim=1).tolist() == [3, 0, 3]
         assert torch.equal(masks[2], prefix_masks(rows[2], [3], 0.2)[0])
 

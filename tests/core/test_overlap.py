@@ -5,9 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actsparse.core.inertia import inertia_pairs
 from actsparse.core.overlap import (
+    Chance,
     Overlaps,
     firing_counts,
+    mean_chance,
     paired_overlaps,
     pairwise_overlaps,
     popularity_rate,
@@ -144,7 +147,7 @@ def test_full_masks_leave_nothing_above_chance():
     assert paired_overlaps(full, full).overlap.tolist() == [1.0]
     # Widths at which width * (1 / width) is just below 1 in float32 are among these.
     widths = torch.arange(1.0, 12_000.0)
-    overlaps = Overlaps(overlap=torch.ones_like(widths), larger=widths)
+    overlaps = Overlaps(overlap=torch.ones_like(widths), sizes=widths[:, None])
     assert overlaps.kappa(1 / widths.double()).isnan().all()
 
 
@@ -161,3 +164,98 @@ def test_firing_counts_add_up():
     assert torch.equal(firing_counts(masks), firing_counts(masks[:4]) + firing_counts(masks[4:]))
     assert torch.equal(firing_counts(masks.reshape(2, 5, 8)), firing_counts(masks))
     assert firing_counts(masks).tolist() == [sum(column) for column in zip(*masks.tolist(), strict=True)]
+
+
+WIDTHS = (30, 20, 40, 30)
+
+
+def routed_masks(rows: int, seed: int, experts: int = 2) -> torch.Tensor:
+    """Masks that keep half of the units of some random experts each, [rows, units]."""
+    generator = seeded(seed)
+    served = torch.rand(rows, len(WIDTHS), generator=generator).argsort(dim=1) < experts
+    parts = [topk_masks(torch.rand(rows, width, generator=generator), 0.5) for width in WIDTHS]
+    return torch.cat([part & served[:, [place]] for place, part in enumerate(parts)], dim=1)
+
+
+class TestChanceOfExperts:
+    def test_one_group_is_the_plain_chance(self):
+        masks = random_masks(9, 20, 0.4, 0)
+        plain = pairwise_overlaps(masks, masks)
+        grouped = pairwise_overlaps(masks, masks, (20,))
+        counts = firing_counts(masks)
+        for rate, chance in (
+            (uniform_rate(20), Chance.uniform((20,))),
+            (float(popularity_rate(counts)), Chance.by_popularity(counts, (20,))),
+        ):
+            torch.testing.assert_close(plain.kappa(rate), grouped.kappa(chance), equal_nan=True)
+            assert mean_chance(masks, chance) == pytest.approx(mean_chance(masks, rate))
+
+    def test_it_is_the_mean_overlap_of_masks_drawn_again_in_each_expert(self):
+        first, second = routed_masks(1, 1, 3)[0], routed_masks(1, 2, 3)[0]
+        pair = paired_overlaps(first[None], second[None], WIDTHS)
+        expected = float(pair.chance(Chance.uniform(WIDTHS)))
+        drawn = []
+        for seed in range(3000):
+            parts = [part[torch.randperm(len(part), generator=seeded(seed))] for part in second.split(WIDTHS)]
+            drawn.append(float(paired_overlaps(first[None], torch.cat(parts)[None]).overlap))
+        assert expected == pytest.approx(sum(drawn) / len(drawn), abs=0.005)
+
+    def test_identical_masks_are_one_and_tokens_without_a_common_expert_zero(self):
+        masks = routed_masks(20, 3)
+        chance = Chance.uniform(WIDTHS)
+        same = paired_overlaps(masks, masks, WIDTHS).kappa(chance)
+        assert same.tolist() == pytest.approx([1.0] * 20)
+        apart = torch.zeros(2, sum(WIDTHS), dtype=torch.bool)
+        apart[0, :15], apart[1, 30:40] = True, True
+        assert float(paired_overlaps(apart[:1], apart[1:], WIDTHS).kappa(chance)) == 0.0
+
+    @settings(max_examples=10, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 1000))
+    def test_what_sharing_experts_explains_is_zero(self, seed):
+        """Independent masks: without the routing, sharing experts would look like an overlap."""
+        masks = routed_masks(300, seed)
+        pairs = pairwise_overlaps(masks, masks, WIDTHS)
+        others = ~torch.eye(300, dtype=torch.bool)
+        assert float(pairs.kappa(Chance.uniform(WIDTHS))[others].mean()) == pytest.approx(0, abs=0.005)
+        common = pairs.only(others & (pairs.overlap > 0)).kappa(uniform_rate(sum(WIDTHS)))
+        assert float(common.nanmean()) > 0.1
+
+    @settings(max_examples=10, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 1000))
+    def test_neither_the_order_of_neurons_nor_of_experts_matters(self, seed):
+        masks = routed_masks(12, seed)
+        found = pairwise_overlaps(masks, masks, WIDTHS).kappa(Chance.by_popularity(firing_counts(masks), WIDTHS))
+        experts = torch.randperm(len(WIDTHS), generator=seeded(seed)).tolist()
+        parts = masks.split(WIDTHS, dim=1)
+        moved = torch.cat(
+            [parts[place][:, torch.randperm(WIDTHS[place], generator=seeded(place))] for place in experts], dim=1
+        )
+        widths = tuple(WIDTHS[place] for place in experts)
+        again = pairwise_overlaps(moved, moved, widths).kappa(Chance.by_popularity(firing_counts(moved), widths))
+        torch.testing.assert_close(found, again, equal_nan=True)
+
+    def test_a_hot_set_of_each_expert_is_what_popularity_explains(self):
+        hot = torch.cat([torch.arange(width) < width * 2 // 3 for width in WIDTHS])
+        generator = seeded(5)
+        served = torch.rand(400, len(WIDTHS), generator=generator).argsort(dim=1) < 2
+        scores = torch.rand(400, sum(WIDTHS), generator=generator) + 2.0 * hot
+        parts = [topk_masks(part, 0.3) & served[:, [at]] for at, part in enumerate(scores.split(WIDTHS, dim=1))]
+        masks = torch.cat(parts, dim=1)
+        pairs = pairwise_overlaps(masks[:200], masks[200:], WIDTHS)
+        assert float(pairs.kappa(Chance.uniform(WIDTHS)).mean()) > 0.05
+        by_popularity = Chance.by_popularity(firing_counts(masks), WIDTHS)
+        assert float(pairs.kappa(by_popularity).mean()) == pytest.approx(0, abs=0.005)
+
+    def test_an_expert_that_never_served_has_uniform_chance(self):
+        counts = torch.ones(sum(WIDTHS))
+        counts[30:50] = 0
+        assert Chance.by_popularity(counts, WIDTHS).rates.tolist() == pytest.approx([1 / width for width in WIDTHS])
+
+    def test_pairs_of_texts_use_the_same_chance(self):
+        masks = routed_masks(2 * 20, 7).view(2, 20, -1)
+        chance = Chance.by_popularity(firing_counts(masks), WIDTHS)
+        tokens = torch.arange(40).view(2, 20)
+        (found,) = inertia_pairs(masks, tokens, [chance])
+        kappas = pairwise_overlaps(masks[0], masks[1], WIDTHS).kappa(chance)
+        equal = float(found.equal_sum[0, 1] / found.equal_count[0, 1])
+        assert equal == pytest.approx(float(kappas.diagonal().mean()), abs=1e-6)

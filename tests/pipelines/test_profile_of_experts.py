@@ -17,7 +17,6 @@ from actsparse.data.sequences import Sequences, blocks_of
 from actsparse.errors import ModelError
 from actsparse.models.load import LoadedModel, load
 from actsparse.models.taps import tapped
-from actsparse.pipelines.probes.names import OF_EXPERTS
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.progress import Silent
 from actsparse.pipelines.recording import record_sequences
@@ -244,14 +243,7 @@ def test_a_state_survives_a_shard(loaded: LoadedModel) -> None:
         assert torch.equal(other.tensors()[name], tensor)
 
 
-def test_what_has_no_definition_is_left_out_or_refused(
-    folder: Path, prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ["profile", "-m", str(folder), "--prompts", str(prompts_file), "-n", "3", "--probes", "union"]
-    assert main([*line, "-o", str(tmp_path / "run")]) == 0
-    said = " ".join(capsys.readouterr().err.split())
-    assert "nor the probes union: masks of two tokens are of different experts' neurons" in said
-    assert said.endswith(OF_EXPERTS)
+def test_a_dump_of_experts_neurons_is_refused(folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     spec = ProfileSpec(
         model=ModelSpec(name=str(folder), device="cpu"),
         data=DataSpec(prompts=(str(prompts_file),), limit=2),

@@ -19,11 +19,13 @@ SignedSums = tuple[Tensor, Tensor]
 def gradients(setting: Setting) -> Found:
     """What the loss says about neurons, from a backward pass over each of the first N blocks.
 
-    Positions are those after the sink tokens, less the last of each block, which has no loss of its own.
+    Positions are those after the sink tokens, less the last of each block, which has no loss of its own. In a mixture
+    of experts HU4 is left out: it ranks all neurons of a layer at every token, and most have no salience there.
     """
     found = Found(setting.layers)
     theta, diversity, top, exact = _collect(setting)
-    _add_hu4(found, hu4(theta, diversity))
+    if not setting.reader.mixed:
+        _add_hu4(found, hu4(theta, diversity))
     found.add_layers("m2", root_cause(*top), r=DENSITY)
     if "relu" in setting.reader.loaded.record.activation.lower():
         found.add_layers("m2", root_cause(*exact), exact="true")
@@ -49,7 +51,8 @@ def _collect(setting: Setting) -> tuple[Float[Tensor, "layers blocks positions"]
 
             def on_layer(place: int, a: Tensor, gradient: Tensor, row: int = row) -> None:
                 a, gradient = a[0, counted], gradient[0, counted]
-                theta[place, row] = theta_uncertainty((a * gradient).abs())
+                if not reader.mixed:
+                    theta[place, row] = theta_uncertainty((a * gradient).abs())
                 for (sums, counts), masks in ((top, reader.masks(place, a, RULE)), (exact, a != 0)):
                     total, number = signed_gradient_sum(a, gradient, masks)
                     sums[place, row], counts[place, row] = total, number

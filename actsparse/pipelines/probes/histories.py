@@ -11,7 +11,7 @@ from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 from actsparse.pipelines.progress import Advance
 
 # Masks of the last token of every context, by rule.
-LastMasks = dict[MaskRule, Bool[Tensor, "layers contexts neurons"]]
+LastMasks = dict[MaskRule, Bool[Tensor, "layers contexts units"]]
 PAIRED_CONTROLS = ("identical", "shuffled", "random", "none")
 
 
@@ -68,7 +68,7 @@ def _first_of_each(types: Int[Tensor, " contexts"]) -> Int[Tensor, " types"]:
 
 def _last_masks(setting: Setting, ids: Int[Tensor, "contexts fed"], advance: Advance) -> LastMasks:
     reader = setting.reader
-    shape = (len(reader.layers), len(ids), reader.neurons)
+    shape = (len(reader.layers), len(ids), reader.units)
     masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
     for rows, batch in reader.batched(ids):
 

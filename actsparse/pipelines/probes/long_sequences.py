@@ -5,10 +5,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.core.bootstrap import layered_ratio
-from actsparse.core.inertia import MAX_DELTA, PREFIXES, PrefixCurve, prefix_overlaps, si1
 from actsparse.core.mask_rules import MaskRule
-from actsparse.core.overlap import paired_overlaps
-from actsparse.core.variance_shares import VarianceShares, VarianceSums, factor_levels, variance_shares, variance_sums
+from actsparse.core.overlap import Rate, Widths, paired_overlaps
+from actsparse.core.prefixes import MAX_DELTA, PREFIXES, PrefixCurve, prefix_overlaps, si1
+from actsparse.core.variance_shares import (
+    VarianceShares,
+    factor_levels,
+    pooled_shares,
+    variance_shares,
+    variance_sums,
+)
 from actsparse.pipelines.probes.setting import UNIFORM, Found, Setting
 
 RAW = "raw"
@@ -60,7 +66,7 @@ def _add_shares(found: Found, shares: list[VarianceShares]) -> None:
 class _Distances:
     """Overlaps of two tokens of a sequence that stand `d` positions apart and have different ids, by d."""
 
-    def __init__(self, layers: int, sequences: int, chance: dict[MaskRule, dict[str | None, Tensor]]) -> None:
+    def __init__(self, layers: int, sequences: int, chance: dict[MaskRule, dict[str | None, list[Rate]]]) -> None:
         names = [(rule, pop) for rule, rates in chance.items() for pop in (RAW, *rates)]
         shape = (len(DELTAS), layers, sequences)
         self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
@@ -70,17 +76,19 @@ class _Distances:
         self,
         place: int,
         rule: MaskRule,
-        masks: Bool[Tensor, "sequences positions neurons"],
+        masks: Bool[Tensor, "sequences positions units"],
         ids: Int[Tensor, "sequences positions"],
-        rates: dict[str | None, Tensor],
+        rates: dict[str | None, list[Rate]],
+        widths: Widths | None,
     ) -> None:
         """Add the sequences of one layer."""
         for step, distance in enumerate(DELTAS):
             if distance >= ids.shape[1]:
                 continue
             different = (ids[:, distance:] != ids[:, :-distance]).to(masks.device)
-            pairs = paired_overlaps(masks[:, distance:], masks[:, :-distance]).only(different)
-            for pop, rate in {RAW: 0.0, **{pop: float(of[place]) for pop, of in rates.items()}}.items():
+            pairs = paired_overlaps(masks[:, distance:], masks[:, :-distance], widths).only(different)
+            levels: dict[str | None, Rate] = {RAW: 0.0, **{pop: of[place] for pop, of in rates.items()}}
+            for pop, rate in levels.items():
                 kappas = pairs.kappa(rate)
                 self.sums[rule, pop][step, place] = kappas.nansum(dim=1, dtype=torch.float64).cpu()
                 self.counts[rule, pop][step, place] = kappas.isnan().logical_not().sum(dim=1).double().cpu()
@@ -115,15 +123,15 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
         counted = a[:, sink:]
         for rule, rates in chance.items():
             masks = reader.masks(place, counted, rule)
-            distances.add(place, rule, masks, ids[:, sink:], rates)
+            distances.add(place, rule, masks, ids[:, sink:], rates, reader.groups(place))
             for row, sequence in enumerate(counted):
-                overlaps = prefix_overlaps(sequence, masks[row], rule.density)
+                overlaps = prefix_overlaps(sequence, masks[row], rule.density, widths=reader.groups(place))
                 for pop, rate in rates.items():
-                    kappas[rule, pop][place, row] = overlaps.kappa(float(rate[place])).cpu()
-        sums: list[VarianceSums] = []
-        for row, sequence in enumerate(counted):
-            sums.append(variance_sums(sequence, levels.rows(row * length, (row + 1) * length)))
-        shares.append(variance_shares(*sums))
+                    kappas[rule, pop][place, row] = overlaps.kappa(rate[place]).cpu()
+        rows = [levels.rows(row * length, (row + 1) * length) for row in range(len(ids))]
+        ffns = counted[..., : sum(reader.widths[place])].split(reader.widths[place], dim=-1)
+        sums = ([variance_sums(*pair) for pair in zip(ffn, rows, strict=True)] for ffn in ffns)
+        shares.append(variance_shares(*next(sums)) if len(ffns) == 1 else pooled_shares(sums))
 
     with setting.progress.task("inertia: prefixes and variance (SI1, SI3)", ids.numel(), "tokens") as advance:
         reader.read(ids, on_layer)

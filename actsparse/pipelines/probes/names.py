@@ -20,10 +20,11 @@ BY_DEFAULT = ("uncertainty", "inertia", "union")
 CHEAP_PARAMETERS = 50_000_000
 NOT_HERE = "HU3, SI4 (actsparse evaluate --study moyu --only HU3,M5)"
 
-OF_EXPERTS = (
-    "left out: the probes, spread over tokens and positions: in a mixture of experts two tokens' neurons are of"
-    " different experts"
-)
+# What layers of experts have no definition for, and why.
+OF_EXPERTS = {
+    "gradients": "HU4 (it ranks all neurons of a layer at a token, which passes through some experts alone)",
+    "": "the spread of CETT over tokens and positions (a threshold of one expert says nothing of another's neurons)",
+}
 
 
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
@@ -52,8 +53,9 @@ def chosen(names: Iterable[str], parameters: int) -> tuple[str, ...]:
     return tuple(name for name in PROBES if name in asked)
 
 
-def left_out(chosen: Iterable[str], masks: Iterable[str] = ()) -> str:
-    """One line: what a profile with the probes `chosen` on these `masks` did not measure, and what measures it."""
+def left_out(chosen: Iterable[str], masks: Iterable[str] = (), *, experts: bool = False) -> str:
+    """One line: what a profile with the probes `chosen` on these `masks` did not measure, and what measures it; of a
+    mixture of `experts` also what is not defined there, and why."""
     done, kinds = set(chosen), tuple(masks)
     missing = {name: what for name, what in PROBES.items() if name not in done}
     parts: list[str] = []
@@ -64,4 +66,5 @@ def left_out(chosen: Iterable[str], masks: Iterable[str] = ()) -> str:
     others = [kind for kind in MaskKind if kind not in kinds]
     if others and kinds and done - {GRADIENTS}:
         parts.append(f"masks by {', '.join(others)} (--masks all)")
-    return "left out: " + "; ".join([*parts, NOT_HERE])
+    undefined = [why for name, why in OF_EXPERTS.items() if experts and (not name or name in done)]
+    return "left out: " + "; ".join([*parts, *undefined, NOT_HERE])

@@ -1,26 +1,27 @@
 """How often each neuron fires over the calibration blocks: the chance level of kappa_p (methods.md section 4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from actsparse.core.mask_rules import MaskRule
-from actsparse.core.overlap import firing_counts, popularity_rate
+from actsparse.core.overlap import Chance, Rate, Widths, firing_counts, popularity_rate
 from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.progress import Progress
 
 
 @dataclass(frozen=True)
 class Popularity:
-    """Firing counts [layers, neurons] in the masks of every rule."""
+    """Firing counts [layers, units] in the masks of every rule."""
 
-    counts: dict[MaskRule, Int[Tensor, "layers neurons"]]
+    counts: dict[MaskRule, Int[Tensor, "layers units"]]
 
-    def rates(self, rule: MaskRule) -> Float[Tensor, " layers"]:
-        """The chance rate of every layer in the masks of a rule."""
-        return popularity_rate(self.counts[rule])
+    def rates(self, rule: MaskRule, widths: Sequence[Widths]) -> list[Rate]:
+        """The chance level of every layer in the masks of a rule."""
+        return [popular(counts, of_layer) for counts, of_layer in zip(self.counts[rule], widths, strict=True)]
 
     def tensors(self) -> dict[str, Tensor]:
         """The counts by name, for a shard."""
@@ -32,11 +33,18 @@ class Popularity:
         return cls({rule: named[rule.name] for rule in rules})
 
 
+def popular(counts: Int[Tensor, " units"], widths: Widths) -> Rate:
+    """The chance level of a layer whose units fire so often."""
+    if len(widths) == 1:
+        return float(popularity_rate(counts[: widths[0]]))
+    return Chance.by_popularity(counts, widths)
+
+
 def measure_popularity(
     reader: NeuronReader, blocks: Int[Tensor, "blocks seq"], sink_tokens: int, progress: Progress
 ) -> Popularity:
     """The popularity over all positions of `blocks` after the sink tokens."""
-    shape = (len(reader.layers), reader.neurons)
+    shape = (len(reader.layers), reader.units)
     counts = {rule: torch.zeros(shape, dtype=torch.int64) for rule in reader.rules}
 
     def on_layer(place: int, a: Tensor) -> None:

@@ -1,24 +1,33 @@
-"""Reading the neurons of a model block by block: one layer at a time in a callback, nothing kept here."""
+"""Reading the neurons of a model block by block: one layer at a time in a callback, nothing kept here.
+
+The units of a layer are its neurons, or those of all its experts one after the other (the shared one last); where an
+expert does not serve a token, its units are 0.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.core.mask_rules import TOPK_RULES, MaskKind, MaskRule
-from actsparse.core.overlap import topk_masks
+from actsparse.core.overlap import Widths, topk_masks
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines.batches import BATCH_TOKENS
 from actsparse.results import Site, SiteKind
 
-# What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, neurons]).
+# What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, units]).
 OnLayer = Callable[[int, Tensor], None]
 
-# The same with dL/da [batch, seq, neurons] beside the activations.
+# The same with dL/da [batch, seq, units] beside the activations.
 OnGradient = Callable[[int, Tensor, Tensor], None]
+
+
+# Activations of a layer at once, at most.
+WIDE_BYTES = 2**30
 
 
 @contextmanager
@@ -35,9 +44,10 @@ def without_weight_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 class NeuronReader:
-    """Runs token ids through a model and hands out the neuron activations of the recorded layers.
+    """Runs token ids through a model and hands out the activations of the recorded layers.
 
-    `rules` say which masks are measured; `eps` [layers] are the CETT thresholds of the layers, for the masks `cett`.
+    `rules` say which masks are measured; `eps` are the CETT thresholds of the FFNs of each layer, for the masks `cett`.
+    `widths` are the units of the FFNs of each layer, `units` those of the widest: narrower layers end in zeros.
     """
 
     def __init__(
@@ -45,15 +55,31 @@ class NeuronReader:
         loaded: LoadedModel,
         layers: tuple[int, ...],
         rules: tuple[MaskRule, ...] = TOPK_RULES,
-        eps: Sequence[float] = (),
+        eps: Sequence[Sequence[float]] = (),
     ) -> None:
         self.loaded = loaded
-        self.batch_tokens = BATCH_TOKENS
         self.layers = layers
         self.rules = rules
-        self._eps = tuple(eps)
-        self.neurons = loaded.record.intermediate_size
-        self._down_norms = [loaded.sites.layers[layer].down_norms(self.neurons) for layer in layers]
+        self._eps = eps
+        ffns = [loaded.sites.layers[layer].ffns for layer in layers]
+        self.widths: tuple[Widths, ...] = tuple(tuple(ffn.width for ffn in of_layer) for of_layer in ffns)
+        self.units = max(sum(widths) for widths in self.widths)
+        self._starts = [
+            {ffn.expert: start for ffn, start in zip(of_layer, (0, *accumulate(widths)), strict=False)}
+            for of_layer, widths in zip(ffns, self.widths, strict=True)
+        ]
+        # very wide layers of experts take fewer tokens at once
+        self.batch_tokens = min(BATCH_TOKENS, WIDE_BYTES // (4 * self.units))
+        self._down_norms = [[ffn.down_norms() for ffn in of_layer] for of_layer in ffns]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a recorded layer is a mixture of experts."""
+        return any(len(widths) > 1 for widths in self.widths)
+
+    def groups(self, place: int) -> Widths | None:
+        """The units of each expert of a layer; None where it is one FFN."""
+        return self.widths[place] if len(self.widths[place]) > 1 else None
 
     def batched(self, ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
         """The rows in batches of at most `batch_tokens` tokens, with where they stand."""
@@ -64,21 +90,40 @@ class NeuronReader:
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer) -> None:
         """One forward pass over sequences of equal length."""
+        open_layer: dict[int, Tensor] = {}
+
+        def close() -> None:
+            for place in list(open_layer):
+                on_layer(place, open_layer.pop(place))
 
         def on_value(site: Site, a: Tensor) -> None:
-            on_layer(self.layers.index(site.layer), a.detach().float())
+            place = self.layers.index(site.layer)
+            if place not in open_layer:
+                close()
+            self._put(open_layer, place, site.expert, a.detach().float())
 
         with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, self.layers):
             self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
+        close()
+
+    def _put(self, wide: dict[int, Tensor], place: int, expert: int | None, a: Float[Tensor, "*batch neurons"]) -> None:
+        """Add the activations of an FFN to those of its layer."""
+        if expert is None and a.shape[-1] == self.units:
+            wide[place] = a
+            return
+        if place not in wide:
+            wide[place] = a.new_zeros(*a.shape[:-1], self.units)
+        start = self._starts[place][expert]
+        wide[place][..., start : start + a.shape[-1]] = a
 
     def read_gradients(self, ids: Int[Tensor, "1 seq"], on_layer: OnGradient) -> None:
         """One forward and one backward pass over a block; L is the sum of the NLL of all its tokens but the first."""
-        kept: dict[int, Tensor] = {}
+        kept: dict[tuple[int, int | None], Tensor] = {}
 
         def on_value(site: Site, a: Tensor) -> Tensor:
             # the first recorded layer starts the graph, so that nothing before it, and no weight, costs memory
-            kept[site.layer] = a if a.requires_grad else a.detach().requires_grad_()
-            return kept[site.layer]
+            kept[site.layer, site.expert] = a if a.requires_grad else a.detach().requires_grad_()
+            return kept[site.layer, site.expert]
 
         with (
             torch.enable_grad(),
@@ -90,15 +135,23 @@ class NeuronReader:
             loss = torch.nn.functional.cross_entropy(
                 logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum"
             )
-            found = torch.autograd.grad(loss, [kept[layer] for layer in self.layers])
-        for place, (layer, gradient) in enumerate(zip(self.layers, found, strict=True)):
-            on_layer(place, kept[layer].detach().float(), gradient.float())
+            found = dict(zip(kept, torch.autograd.grad(loss, list(kept.values())), strict=True))
+        for place, layer in enumerate(self.layers):
+            activations: dict[int, Tensor] = {}
+            gradients: dict[int, Tensor] = {}
+            for at in [at for at in kept if at[0] == layer]:
+                self._put(activations, place, at[1], kept[at].detach().float())
+                self._put(gradients, place, at[1], found[at].float())
+            on_layer(place, activations[place], gradients[place])
 
-    def masks(self, place: int, a: Float[Tensor, "*batch neurons"], rule: MaskRule) -> Bool[Tensor, "*batch neurons"]:
-        """Masks of one layer by a rule; a neuron that is exactly 0 is never active (ReLU)."""
+    def masks(self, place: int, a: Float[Tensor, "*batch units"], rule: MaskRule) -> Bool[Tensor, "*batch units"]:
+        """Masks of one layer by a rule, in each FFN by itself; what is exactly 0 is never active (ReLU)."""
         if rule.kind is MaskKind.EXACT:
             return a != 0
-        scores = a.abs() * self._down_norms[place]
-        if rule.density is None:
-            return (scores >= self._eps[place]) & (scores > 0)
-        return topk_masks(scores, rule.density) & (scores > 0)
+        found = torch.zeros_like(a, dtype=torch.bool)
+        starts = (0, *accumulate(self.widths[place]))
+        for number, (start, width) in enumerate(zip(starts, self.widths[place], strict=False)):
+            scores = a[..., start : start + width].abs() * self._down_norms[place][number]
+            kept = scores >= self._eps[place][number] if rule.density is None else topk_masks(scores, rule.density)
+            found[..., start : start + width] = kept & (scores > 0)
+        return found

@@ -10,7 +10,8 @@ from actsparse.core.bootstrap import LayerIntervals, layered_ratio
 from actsparse.core.inertia import Inertia, InertiaPairs, inertia_pairs, semantics_ratio, si2
 from actsparse.core.ladder import Rung, input_ladder
 from actsparse.core.mask_rules import MaskRule
-from actsparse.core.overlap import firing_counts, mean_larger, paired_overlaps, popularity_rate
+from actsparse.core.overlap import Rate, Widths, firing_counts, mean_chance, paired_overlaps
+from actsparse.pipelines.probes.popularity import popular
 from actsparse.pipelines.probes.setting import NATURAL, OWN, UNIFORM, Found, Setting
 
 # A raw overlap is a kappa whose chance rate is 0.
@@ -34,20 +35,20 @@ class RungPairs:
         self,
         masks: Bool[Tensor, "sequences positions neurons"],
         tokens: Int[Tensor, "sequences positions"],
-        rates: dict[str | None, float],
+        rates: dict[str | None, Rate],
+        widths: Widths | None,
     ) -> None:
         """Add the next layer."""
         for name, pairs in zip(rates, inertia_pairs(masks, tokens, list(rates.values())), strict=True):
             self.pairs[name].append(pairs)
         different = (tokens[:, 1:] != tokens[:, :-1]).to(masks.device)
-        neighbours = paired_overlaps(masks[:, 1:], masks[:, :-1]).only(different)
-        size = mean_larger(masks.flatten(0, 1))
+        neighbours = paired_overlaps(masks[:, 1:], masks[:, :-1], widths).only(different)
         for name, rate in rates.items():
             kappas = neighbours.kappa(rate)
             self.neighbour_sums[name].append(kappas.nansum(dim=1, dtype=torch.float64).cpu())
             self.neighbour_counts[name].append(kappas.isnan().logical_not().sum(dim=1).cpu())
             if name != RAW:
-                self.expected[name].append(size * rate)
+                self.expected[name].append(mean_chance(masks.flatten(0, 1), rate))
 
 
 def add_si2(setting: Setting, found: Found) -> None:
@@ -80,9 +81,10 @@ def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[Mas
     def on_layer(place: int, a: Float[Tensor, "sequences positions neurons"]) -> None:
         for rule, pairs in seen.items():
             masks = reader.masks(place, a[:, sink:], rule)
-            rates = {RAW: 0.0} | {pop: float(rates[place]) for pop, rates in chance[rule].items()}
-            rates[OWN] = float(popularity_rate(firing_counts(masks)))
-            pairs.add(masks, ids[:, sink:], rates)
+            widths = reader.widths[place]
+            rates: dict[str | None, Rate] = {RAW: 0.0} | {pop: rates[place] for pop, rates in chance[rule].items()}
+            rates[OWN] = popular(firing_counts(masks), widths)
+            pairs.add(masks, ids[:, sink:], rates, reader.groups(place))
 
     reader.read(ids, on_layer)
     return seen

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from actsparse.core.inertia import mean_densities, sentence_masks, sentence_matrices
+from actsparse.core.inertia import sentence_masks, sentence_matrices
 from actsparse.core.ladder import SINK_TOKENS, random_tokens
 from actsparse.core.mask_rules import MaskRule
 from actsparse.pipelines.probes.setting import Found, Setting
@@ -15,7 +15,7 @@ from actsparse.pipelines.probes.text import ProbeTexts
 BANDS = ("early", "middle", "late")
 
 # Per-sentence masks by rule.
-SentenceMasks = dict[MaskRule, Bool[Tensor, "layers sentences neurons"]]
+SentenceMasks = dict[MaskRule, Bool[Tensor, "layers sentences units"]]
 
 
 def add_2x2(setting: Setting, found: Found) -> None:
@@ -50,7 +50,7 @@ def _masks(setting: Setting, sentences: Sequence[Tensor], feed: str) -> Sentence
     """One mask a sentence and layer, without its first four tokens."""
     reader = setting.reader
     front = torch.tensor([] if setting.texts.bos is None else [setting.texts.bos], dtype=torch.long)
-    shape = (len(reader.layers), len(sentences), reader.neurons)
+    shape = (len(reader.layers), len(sentences), reader.units)
     masks = {rule: torch.zeros(shape, dtype=torch.bool) for rule in reader.rules}
 
     def feed_together(first: int, part: Sequence[Tensor]) -> None:
@@ -63,8 +63,9 @@ def _masks(setting: Setting, sentences: Sequence[Tensor], feed: str) -> Sentence
                 for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
             ]
             for rule, kept in masks.items():
-                share = rule.density or [mean_densities(reader.masks(place, row, rule), [len(row)])[0] for row in rows]
-                kept[place, first : first + len(part)] = sentence_masks(rows, share).cpu()
+                own = [reader.masks(place, row, rule) for row in rows]
+                found = sentence_masks(rows, own, rule.density, reader.groups(place))
+                kept[place, first : first + len(part)] = found.cpu()
 
         reader.read(ids, on_layer)
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from actsparse.core.bootstrap import Interval, LayerIntervals
 from actsparse.core.mask_rules import MaskRule
-from actsparse.core.overlap import uniform_rate
+from actsparse.core.overlap import Chance, Rate, uniform_rate
 from actsparse.pipelines.probes.popularity import Popularity
 from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.probes.text import ProbeTexts
@@ -36,10 +35,11 @@ class Setting:
     def rules(self) -> tuple[MaskRule, ...]:
         return self.reader.rules
 
-    def rates(self, rule: MaskRule) -> dict[str | None, Tensor]:
-        """Chance rates [layers] by the `pop` that names them."""
-        uniform = torch.full((len(self.layers),), uniform_rate(self.reader.neurons), dtype=torch.float64)
-        return {UNIFORM: uniform, NATURAL: self.popularity.rates(rule)}
+    def rates(self, rule: MaskRule) -> dict[str | None, list[Rate]]:
+        """The chance level of every layer by the `pop` that names it."""
+        widths = self.reader.widths
+        uniform: list[Rate] = [uniform_rate(one[0]) if len(one) == 1 else Chance.uniform(one) for one in widths]
+        return {UNIFORM: uniform, NATURAL: self.popularity.rates(rule, widths)}
 
 
 @dataclass

@@ -64,11 +64,10 @@ class ProbeTexts:
         """The contexts of HU1; raises DataError where the text is too short."""
         return choose_contexts(self.stream, bos=self.bos)
 
-    @cached_property
-    def labels(self) -> TypeLabels:
+    def labels(self, limit: int = MAX_TYPES) -> TypeLabels:
         """The frequent token types at the positions of `history_blocks` after the sink tokens, block after block."""
         tokens = self.history_blocks[:, self.sink_tokens :].flatten()
-        return type_labels(tokens, min_count=MIN_TYPE_COUNT, limit=MAX_TYPES, seed=self.seed)
+        return type_labels(tokens, min_count=MIN_TYPE_COUNT, limit=limit, seed=self.seed)
 
     def ends(self, tokens: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Which tokens end a sentence."""
@@ -103,7 +102,7 @@ class ProbeTexts:
             found.append(f"inertia is measured on {len(self.pool)} sequences, fewer than {SPREAD}: intervals are wide")
         if "inertia" in names and len(self.sentences) < 2:
             found.append("no sentences of 10 to 48 tokens stand in the text: the 2x2 is left out")
-        if "uncertainty" in names and len(self.labels.types) == 0:
+        if "uncertainty" in names and len(self.labels().types) == 0:
             found.append(f"no token type occurs {MIN_TYPE_COUNT} times in the text: HU2 is undefined")
         return found
 

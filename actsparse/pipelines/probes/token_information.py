@@ -9,9 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from actsparse.core.hu2 import CodeLengths, TypeCounts, code_length, count_types, hu2
+from actsparse.core.hu2 import CodeLengths, TypeCounts, TypeLabels, code_length, count_types, hu2
 from actsparse.core.mask_rules import MaskRule
+from actsparse.pipelines.probes.reading import NeuronReader
 from actsparse.pipelines.probes.setting import Found, Setting
+from actsparse.pipelines.probes.text import MAX_TYPES
+
+# What counts of token types may take, of 4 bytes each, and how many types are counted nevertheless.
+COUNT_BYTES, COUNT_ITEM, FEWEST_TYPES = 2**30, 4, 8
 
 # (rule, place of the layer, sequence, counts by token type, counts by shuffled type)
 OnSequence = Callable[[MaskRule, int, int, TypeCounts, TypeCounts], None]
@@ -22,18 +27,26 @@ Counts = dict[tuple[MaskRule, int], tuple[TypeCounts, TypeCounts]]
 
 def add_hu2(setting: Setting, found: Found) -> None:
     """Rows of `hu2` and of what it is made of, per layer and in the mean."""
-    tokens = int((setting.texts.labels.labels >= 0).sum())
-    for rule, lengths in _code_lengths(setting, _count(setting)).items():
+    labels = setting.texts.labels(_affordable_types(setting.reader))
+    tokens = int((labels.labels >= 0).sum())
+    for rule, lengths in _code_lengths(setting, labels, _count(setting, labels)).items():
         ratio = hu2(lengths)
         found.add_layers("hu2", ratio.value, **rule.where)
         found.add_layers("hu2_uncorrected", ratio.uncorrected, **rule.where)
         found.add_layers("hu2_shuffled", ratio.shuffled, **rule.where)
-        entropies = (lengths.untyped.sum(dim=1) / max(1, tokens) / setting.reader.neurons).tolist()
+        units = torch.tensor([sum(widths) for widths in setting.reader.widths])
+        entropies = (lengths.untyped.sum(dim=1) / max(1, tokens) / units).tolist()
         for layer, entropy in zip((*found.layers, None), (*entropies, sum(entropies) / len(entropies)), strict=True):
             found.add("hu2_entropy", entropy, tokens, layer=layer, **rule.where)
 
 
-def _count(setting: Setting) -> Counts:
+def _affordable_types(reader: NeuronReader) -> int:
+    """How many types there is room to count, twice each: all but in very wide layers of experts."""
+    each = 2 * COUNT_ITEM * len(reader.layers) * reader.units * len(reader.rules)
+    return max(FEWEST_TYPES, min(MAX_TYPES, COUNT_BYTES // each))
+
+
+def _count(setting: Setting, labels: TypeLabels) -> Counts:
     counts: Counts = {}
 
     def on_sequence(rule: MaskRule, place: int, row: int, typed: TypeCounts, shuffled: TypeCounts) -> None:
@@ -42,11 +55,11 @@ def _count(setting: Setting) -> Counts:
             typed, shuffled = before[0].merge(typed), before[1].merge(shuffled)
         counts[rule, place] = (typed, shuffled)
 
-    _read(setting, "uncertainty: what token ids tell (HU2)", on_sequence)
+    _read(setting, labels, "uncertainty: what token ids tell (HU2)", on_sequence)
     return counts
 
 
-def _code_lengths(setting: Setting, counts: Counts) -> dict[MaskRule, CodeLengths]:
+def _code_lengths(setting: Setting, labels: TypeLabels, counts: Counts) -> dict[MaskRule, CodeLengths]:
     shape = (3, len(setting.layers), len(setting.texts.history_blocks))
     nats = {rule: torch.zeros(shape, dtype=torch.float64) for rule in setting.rules}
 
@@ -55,12 +68,12 @@ def _code_lengths(setting: Setting, counts: Counts) -> dict[MaskRule, CodeLength
         parts = ((typed, all_typed), (shuffled, all_shuffled), (typed.untyped, all_typed.untyped))
         nats[rule][:, place, row] = torch.tensor([code_length(part, whole) for part, whole in parts])
 
-    _read(setting, "uncertainty: what each text adds to that (HU2)", on_sequence)
+    _read(setting, labels, "uncertainty: what each text adds to that (HU2)", on_sequence)
     return {rule: CodeLengths(typed=of[0], shuffled=of[1], untyped=of[2]) for rule, of in nats.items()}
 
 
-def _read(setting: Setting, what: str, on_sequence: OnSequence) -> None:
-    texts, reader, labels = setting.texts, setting.reader, setting.texts.labels
+def _read(setting: Setting, labels: TypeLabels, what: str, on_sequence: OnSequence) -> None:
+    texts, reader = setting.texts, setting.reader
     blocks, types = texts.history_blocks, len(labels.types)
     shape = (len(blocks), blocks.shape[1] - texts.sink_tokens)
     typed, shuffled = labels.labels.view(shape), labels.shuffled.view(shape)
