@@ -9,7 +9,18 @@ from actsparse.report.outcomes import Outcome
 from actsparse.report.panels import EvalPanel, ProfilePanel
 from actsparse.report.plans import Role
 from actsparse.report.verdicts import best_usable, grade, headline, title_of
-from actsparse.report.wording import ABSENT, between, change, milliseconds, number, one_line, percent, span, times
+from actsparse.report.wording import (
+    ABSENT,
+    between,
+    change,
+    milliseconds,
+    number,
+    one_line,
+    percent,
+    shares_between,
+    span,
+    times,
+)
 
 MOST = 6
 
@@ -91,14 +102,14 @@ def _agreement(outcome: Outcome) -> Card | None:
     if outcome.top1.value is None:
         return None
     kl = f"KL {number(outcome.kl.value)} nats a token" if outcome.kl.value is not None else ""
-    stderr = outcome.top1.stderr
+    interval = shares_between(outcome.top1.low, outcome.top1.high)
     return Card(
         title="Same next token as dense",
         subject=one_line(outcome.label),
         before="",
         value=percent(outcome.top1.value),
         change=kl,
-        note=f"± {percent(1.96 * stderr)}" if stderr else "",
+        note=interval,
     )
 
 

@@ -78,23 +78,26 @@ function wrapUpright({ data, layout }, width) {
   if (words.length > 1) title.text = `${words.slice(0, best).join(" ")}<br>${words.slice(best).join(" ")}`;
 }
 
-/** Break an axis title into lines that fit beside the names of a category axis. */
-function wrapTitle(figure, width) {
-  const { data, layout } = figure;
-  const names = layout.yaxis.type === "category" ? data.flatMap((trace) => trace.y).map((name) => String(name).length) : [0];
-  const room = Math.max(14, Math.floor((width - 92 - 6.4 * Math.max(0, ...names)) / 6.6));
+/** A title as lines that fit into a width in pixels. */
+function wrapped(text, room) {
   const lines = [""];
-  for (const word of layout.xaxis.title.text.split(" ")) {
-    if (lines.at(-1) && lines.at(-1).length + word.length >= room) lines.push("");
-    lines.push(`${lines.pop()} ${word}`.trim());
+  for (const word of text.replaceAll("<br>", " ").split(" ")) {
+    const longer = `${lines.at(-1)} ${word}`.trim();
+    if (lines.at(-1) && pen.measureText(longer).width > room) lines.push(word);
+    else lines[lines.length - 1] = longer;
   }
-  layout.xaxis.title.text = lines.join("<br>");
-  layout.height += 16 * (lines.length - 1);
+  return lines.join("<br>");
 }
 
-function forNarrow(figure, width) {
+/** The title of the horizontal axis, which stands in the middle of the axis, in lines that stay inside the figure. */
+function wrapAcross({ template, xaxis }, width, { l, r }) {
+  const middle = (l + width - r) / 2;
+  pen.font = `${template.layout.xaxis.title.font.size}px ${template.layout.font.family}`;
+  return wrapped(xaxis.title.text, 2 * Math.min(middle, width - middle) - 8);
+}
+
+function forNarrow(figure) {
   const { data, layout } = figure;
-  wrapTitle(figure, width);
   const named = layout.meta && layout.meta.named;
   for (const trace of data) {
     if (named && trace.mode === "markers+text") Object.assign(trace, { mode: "markers", showlegend: true });
@@ -105,6 +108,7 @@ function forNarrow(figure, width) {
       layout.margin = { ...layout.margin, b: 112, r: 10 };
     }
   }
+  for (const one of layout.annotations || []) one.text = one.text.replace(", ", ",<br>");
   if (named) layout.showlegend = true;
   return figure;
 }
@@ -112,12 +116,10 @@ function forNarrow(figure, width) {
 const linesOf = (text) => String(text || "").split("<br>").length;
 
 /** Room for long names, and for titles and ticks of several lines, so that they need no second drawing. */
-function reserveRoom({ data, layout }) {
+function reserveRoom({ data, layout }, width) {
   const { xaxis, yaxis, template } = layout, base = { ...template.layout.margin, ...layout.margin };
   const title = (axis) => (axis.title && axis.title.text) || "";
   const ticks = Math.max(1, ...(xaxis.ticktext || []).map(linesOf));
-  base.b += 16 * (linesOf(title(xaxis)) + ticks - 2);
-  layout.height += 16 * (ticks - 1);
   if (yaxis.type === "category") {
     pen.font = `12.5px ${template.layout.font.family}`;
     const names = new Set(data.flatMap((trace) => (Array.isArray(trace.y) ? trace.y : [])));
@@ -126,6 +128,12 @@ function reserveRoom({ data, layout }) {
   } else {
     base.l += 17 * (linesOf(title(yaxis)) - 1);
   }
+  if (width < NARROW) {
+    xaxis.title.text = wrapAcross(layout, width, base);
+    layout.height += 16 * (linesOf(title(xaxis)) - 1);
+  }
+  base.b += 16 * (linesOf(title(xaxis)) + ticks - 2);
+  layout.height += 16 * (ticks - 1);
   layout.margin = base;
 }
 
@@ -136,29 +144,33 @@ const OUTSIDE = [".xaxislayer-above", ".yaxislayer-above", ...["", 2, 3, 4].flat
 function makeRoom(plot, again = true) {
   const frame = plot.getBoundingClientRect();
   const box = (part) => (part ? part.getBoundingClientRect() : { width: 0 });
-  let left = 0, below = 0;
-  for (const { width, left: start, bottom } of [...plot.querySelectorAll(OUTSIDE)].map(box)) {
+  let left = 0, right = 0, below = 0;
+  for (const { width, left: start, right: end, bottom } of [...plot.querySelectorAll(OUTSIDE)].map(box)) {
     if (!width) continue;
     left = Math.max(left, frame.left - start);
+    right = Math.max(right, end - frame.right);
     below = Math.max(below, bottom - frame.bottom);
   }
   const [across, upright, beside, under] = [".xy .xaxislayer-above", ".xy .yaxislayer-above", ".ytitle", ".xtitle"]
     .map((selector) => box(plot.querySelector(selector)));
   if (upright.width && beside.width) left = Math.max(left, beside.right + 3 - upright.left);
   if (across.width && under.width) below = Math.max(below, across.bottom + 1 - under.top);
-  if (left <= 1 && below <= 1) return;
-  const { l, b } = plot.layout.margin, height = plot.layout.height + Math.ceil(below);
+  if (left <= 1 && right <= 1 && below <= 1) return;
+  const { layout } = plot, { b } = layout.margin, text = layout.xaxis.title.text;
+  const l = layout.margin.l + Math.ceil(left), r = layout.margin.r + Math.ceil(right);
+  const title = layout.width < NARROW ? wrapAcross(layout, layout.width, { l, r }) : text;
+  const lower = Math.ceil(below) + 16 * (linesOf(title) - linesOf(text)), height = layout.height + lower;
   plot.style.height = `${height}px`;
-  window.Plotly.relayout(plot, { "margin.l": l + Math.ceil(left), "margin.b": b + Math.ceil(below), height });
+  window.Plotly.relayout(plot, { "margin.l": l, "margin.r": r, "margin.b": b + lower, "xaxis.title.text": title, height });
   if (again) makeRoom(plot, false); // Less width may have turned the labels.
 }
 
 function prepared(id, width) {
   let figure = withVariant(payload(id), id);
-  if (width < NARROW) figure = forNarrow(figure, width);
+  if (width < NARROW) figure = forNarrow(figure);
   growForLegend(figure, width);
   wrapUpright(figure, width);
-  reserveRoom(figure);
+  reserveRoom(figure, width);
   if (dark() && !printing) figure = inDark(figure, "");
   Object.assign(figure.layout, { width, autosize: false });
   if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;

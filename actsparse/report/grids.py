@@ -10,7 +10,7 @@ from actsparse.report.panels import EvalPanel, ProfilePanel
 from actsparse.report.plans import Role
 from actsparse.report.samples import WorstToken
 from actsparse.report.verdicts import grade
-from actsparse.report.wording import ABSENT, between, change, number, one_line, percent, span, times
+from actsparse.report.wording import ABSENT, between, change, number, one_line, percent, shares_between, span, times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +78,8 @@ def _plan_row(outcome: Outcome) -> tuple[Cell, ...]:
         Cell(text=one_line(outcome.label)),
         _cell(outcome.ppl.value, number(outcome.ppl.value), span(outcome.ppl.low, outcome.ppl.high)),
         Cell(text=ABSENT) if dense else _cell(outcome.increase, change(outcome.increase), judged),
-        _cell(outcome.kl.value, number(outcome.kl.value)),
-        _cell(outcome.top1.value, percent(outcome.top1.value)),
+        _cell(outcome.kl.value, number(outcome.kl.value), span(outcome.kl.low, outcome.kl.high)),
+        _cell(outcome.top1.value, percent(outcome.top1.value), shares_between(outcome.top1.low, outcome.top1.high)),
         _cell(share, percent(share), "channels" if neurons is None and channels is not None else ""),
         _cell(outcome.realised.get("model_bytes_frac"), percent(outcome.realised.get("model_bytes_frac"))),
         _cell(outcome.speedup.value, times(outcome.speedup.value), _speed_detail(outcome)),

@@ -99,6 +99,12 @@ def between(low: float | None, high: float | None, decimals: int = 2) -> str:
     return f"{low:.{decimals}f}\u2013{high:.{decimals}f}".replace("-", MINUS)
 
 
+def shares_between(low: float | None, high: float | None) -> str:
+    """An interval of shares in percent, `88.1 to 90.2 %` with a dash; empty where an end is unknown."""
+    text = between(*(None if end is None else 100 * end for end in (low, high)), decimals=1)
+    return f"{text}\u202f%" if text else ""
+
+
 def span(low: float | None, high: float | None) -> str:
     """An interval of perplexities or other plain numbers; empty where an end is unknown."""
     if low is None or high is None or math.isnan(low) or math.isnan(high):

@@ -1,15 +1,15 @@
 """Task scores, throughput and co-activation: what is drawn and said of them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import example_runs as example
 import polars as pl
 import pytest
-from example_evals import PLANS
 
-from actsparse.report.figures import by_layer, coactivation, routing, tasks, throughput
+from actsparse.report.figures import agreement, by_layer, coactivation, routing, tasks, throughput
 from actsparse.report.panels import EvalPanel, ProfilePanel, eval_panels, profile_panels
 from actsparse.report.sources import read_sources
 from actsparse.results import EvalRow, Measure
@@ -91,7 +91,29 @@ def test_units_are_drawn_apart(evaluation: EvalPanel) -> None:
     assert units == ["KV groups", "input channels", "neurons"]
     names = {trace.name for trace in by_layer.draw_kept(frame, {}).data}
     assert {"cats@0.5", "cats@0.5, input channels", "cats@0.5, KV groups", "griffin@0.5"} <= names
-    assert len(PLANS) < len(names) + 9
+
+
+def test_projections_stand_as_their_mean_with_an_error_that_bounds_it(evaluation: EvalPanel) -> None:
+    rows = [
+        EvalRow(plan="teal@0.5", metric="rel_err", param=f"layer=0,proj={proj}", value=value, unit="1", n=9, stderr=off)
+        for proj, value, off in (("q", 0.1, 0.01), ("up", 0.3, 0.05))
+    ]
+    frame = by_layer.errors(replace(evaluation, results=tables.frame(rows, EvalRow)))
+    row = frame.row(0, named=True)
+    assert (row["value"], row["stderr"]) == (pytest.approx(0.2), pytest.approx(0.03))
+
+
+@pytest.mark.parametrize(("metric", "draw"), [("kl", agreement.draw_kl), ("top1", agreement.draw_top1)])
+def test_agreement_has_the_interval_that_was_measured(evaluation: EvalPanel, metric: str, draw: Callable) -> None:
+    frame = agreement.kl(evaluation) if metric == "kl" else agreement.top1(evaluation)
+    for row in frame.iter_rows(named=True):
+        of = evaluation.results.filter(pl.col("plan") == row["plan"])
+        for end in ("low", "high"):
+            assert row[end] == of.filter(pl.col("metric") == f"{metric}_{end}")["value"][0]
+    first, bars = frame.row(0, named=True), draw(frame, {}).data[0].error_x
+    assert float(bars.array[0]) == pytest.approx(first["high"] - first["value"], rel=1e-6)
+    assert float(bars.arrayminus[0]) == pytest.approx(first["value"] - first["low"], rel=1e-6)
+    assert bars.array[0] != bars.arrayminus[0]
 
 
 def test_a_mixture_of_experts_shows_its_routing(profiled: ProfilePanel) -> None:

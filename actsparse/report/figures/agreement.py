@@ -4,6 +4,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from actsparse.report.figures.canvas import canvas, floats, look_of, plain
+from actsparse.report.figures.marks import ends
 from actsparse.report.looks import Looks
 from actsparse.report.panels import EvalPanel
 from actsparse.report.wording import count, number, percent
@@ -18,13 +19,14 @@ def top1(panel: EvalPanel) -> pl.DataFrame:
 
 
 def _of(panel: EvalPanel, metric: str) -> pl.DataFrame:
-    """`plan, metric, value, stderr, n` of every plan but dense."""
+    """`plan, metric, value, low, high, n` of every plan but dense."""
     rows = [
-        (outcome.label, metric, found.value, found.stderr, found.n)
+        (outcome.label, metric, found.value, found.low, found.high, found.n)
         for outcome in panel.compared
         for found in [outcome.kl if metric == "kl" else outcome.top1]
     ]
-    schema = {"plan": pl.String, "metric": pl.String, "value": pl.Float64, "stderr": pl.Float64, "n": pl.Int64}
+    numbers = dict.fromkeys(("value", "low", "high"), pl.Float64)
+    schema = {"plan": pl.String, "metric": pl.String, **numbers, "n": pl.Int64}
     return pl.DataFrame(rows, schema=schema, orient="row").filter(pl.col("value").is_finite())
 
 
@@ -56,12 +58,12 @@ def _dots(frame: pl.DataFrame, looks: Looks, *, title: str, axis: dict[str, obje
         x_axis=axis,
         y_axis={"autorange": "reversed", "type": "category", "ticks": "", "showline": False},
     )
-    for plan, value, stderr in frame.select("plan", "value", "stderr").iter_rows():
+    for plan, value, low, high in frame.select("plan", "value", "low", "high").iter_rows():
         look = look_of(looks, plan)
         figure.add_scatter(
             x=floats([value]),
             y=[plain(plan)],
-            error_x={"type": "data", "array": floats([1.96 * stderr]), "thickness": 1, "width": 0} if stderr else None,
+            error_x=ends([value], [low], [high], look.colour),
             mode="markers",
             marker={"size": 9, "color": look.colour, "symbol": look.symbol},
             showlegend=False,

@@ -23,7 +23,10 @@ def kept(panel: EvalPanel) -> pl.DataFrame:
 
 
 def _of(panel: EvalPanel, metric: str) -> pl.DataFrame:
-    """`plan, unit, layer, metric, value, stderr, n`; `unit` is what the plan drops there, projections as their mean."""
+    """`plan, unit, layer, metric, value, stderr, n`; `unit` is what the plan drops there, projections as their mean.
+
+    The standard error of that mean is at most the mean of theirs, whatever binds the projections of a layer together.
+    """
     rows = panel.results.filter((pl.col("metric") == metric) & pl.col("value").is_finite())
     heads = param_text("unit") == "kv_group"
     unit = pl.when(param_text("proj").is_not_null()).then(pl.lit("input channels"))
@@ -31,7 +34,7 @@ def _of(panel: EvalPanel, metric: str) -> pl.DataFrame:
         "plan", "metric", "value", "stderr", "n", layer=param("layer").cast(pl.Int64),
         unit=unit.when(heads.fill_null(False)).then(pl.lit("KV groups")).otherwise(pl.lit("neurons")),
     ).drop_nulls("layer")  # fmt: skip
-    means = pl.col("value").mean(), pl.col("stderr").first(), pl.col("n").first()
+    means = pl.col("value").mean(), pl.col("stderr").mean(), pl.col("n").first()
     frame = frame.group_by("plan", "unit", "layer", "metric", maintain_order=True).agg(*means)
     return frame.select("plan", "unit", "layer", "metric", "value", "stderr", "n")
 
