@@ -53,6 +53,8 @@ def read_dataset(name: str, split: str, column: str, limit: int | None) -> list[
 
     builder = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
     path = Path(name).expanduser()
+    if path.suffix in builder and not path.exists():
+        raise DataError(f"there is no file {name}", "check the path given with --dataset")
     try:
         if path.is_file() and path.suffix in builder:
             rows = load_dataset(builder[path.suffix], data_files=str(path), split="train", streaming=True)

@@ -80,7 +80,7 @@ class Job:
         if not any(len(ids) > sink for ids in sequences.ids):
             raise DataError(f"no token is left after the first {sink} of each sequence", "give longer texts")
         if spec.dump is not None:
-            chosen_layers(spec.dump.layers, loaded)
+            chosen_layers(spec.dump.layers, loaded, "--dump")
             Dump.of(spec.dump, loaded, layers, sequences)
         continued = None
         if spec.decode:
@@ -149,12 +149,12 @@ def _with_probes(
     return replace(spec, probes=names), texts
 
 
-def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel) -> tuple[int, ...]:
-    """The layers to record; raises ModelError naming one that the model does not have."""
+def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel, option: str = "--layers") -> tuple[int, ...]:
+    """The layers that an option asks for; raises ModelError naming one that the model does not have."""
     count = len(loaded.sites.layers)
     for layer in asked_for or ():
         if not 0 <= layer < count:
-            raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", "correct --layers")
+            raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", f"correct {option}")
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
 
 

@@ -40,8 +40,9 @@ class Run:
     kind: ClassVar[RunKind]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path | str) -> Self:
         """The run at `path`; raises RunError where it is missing, incomplete, damaged or of another kind."""
+        path = Path(path)
         manifest = read_manifest(path)
         if manifest.kind != cls.kind:
             raise RunError(

@@ -110,6 +110,23 @@ class TestSI1:
         assert found.curve[2].mean.value is None
         assert found.p90 == (1,)
 
+    @settings(max_examples=5, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 1000))
+    def test_permuting_neurons_changes_nothing(self, seed):
+        activations = torch.randn(40, 25, generator=seeded(seed))
+        order = torch.randperm(25, generator=seeded(seed + 1))
+        plain, moved = (
+            prefix_overlaps(rows, topk_masks(rows.abs(), 0.2), 0.2, prefixes=(1, 8, 32), max_delta=8)
+            for rows in (activations, activations[:, order])
+        )
+        torch.testing.assert_close(moved.overlap, plain.overlap, equal_nan=True)
+
+    def test_a_prefix_that_is_all_there_is_has_the_masks_of_its_tokens(self):
+        """Identical tokens: whatever the prefix, its mask is theirs, and kappa 1."""
+        rows = torch.randn(1, 30, generator=seeded(3)).expand(20, 30)
+        found = prefix_overlaps(rows, topk_masks(rows.abs(), 0.2), 0.2, prefixes=(1, 4), max_delta=4)
+        assert found.kappa(1 / 30).flatten().tolist() == pytest.approx([1.0] * 8)
+
     def test_a_steady_preference_is_found_from_enough_tokens(self):
         kappas = []
         for seed in range(4):
@@ -277,6 +294,13 @@ class TestSentences:
         found = sentence_matrices(unrelated, torch.full((6,), UNIFORM))
         assert found.similarity.mean.value == pytest.approx(0, abs=0.01)
         assert found.similarity.mean.touches(0.0)
+
+    def test_permuting_neurons_changes_nothing(self):
+        masks = steered_masks(3, 5, 0.5)
+        order = torch.randperm(masks.shape[-1], generator=seeded(1))
+        plain, moved = (sentence_matrices(of, UNIFORM) for of in (masks, masks[..., order]))
+        torch.testing.assert_close(moved.early, plain.early, equal_nan=True)
+        assert moved.similarity.mean == plain.similarity.mean
 
     def test_bands_are_means_over_their_layers(self):
         masks = steered_masks(4, 5, 0.3)

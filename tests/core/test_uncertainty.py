@@ -330,6 +330,18 @@ class TestHU2:
         assert found["uncorrected"] == pytest.approx(conditional / total)
         assert found["value"] == pytest.approx((found["uncorrected"] or 0) + 1 - (found["shuffled"] or 0))
 
+    @settings(max_examples=5, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 1000))
+    def test_permuting_neurons_or_renaming_types_changes_nothing(self, seed):
+        tokens = torch.randint(4, (800,), generator=seeded(seed))
+        masks = torch.rand(800, 12, generator=seeded(seed + 1)) < torch.rand(4, 12, generator=seeded(seed + 2))[tokens]
+        order = torch.randperm(12, generator=seeded(seed + 3))
+        plain, moved, renamed = (
+            self.ratio(*of) for of in ((masks, tokens), (masks[:, order], tokens), (masks, 9 - tokens))
+        )
+        assert moved == pytest.approx(plain)
+        assert renamed["uncorrected"] == pytest.approx(plain["uncorrected"])
+
     def test_sequences_share_out_what_all_tokens_take(self):
         tokens = random_stream(600, 6, 3)
         masks = torch.rand(600, 7, generator=seeded(4)) < 0.3
@@ -427,6 +439,11 @@ class TestHU4:
         found = theta_uncertainty(torch.rand(100, 500, generator=seeded(0)))
         assert float(found.nanmean()) == pytest.approx(1, abs=0.02)
 
+    def test_permuting_neurons_changes_nothing(self):
+        salience = torch.rand(20, 30, generator=seeded(1))
+        moved = theta_uncertainty(salience[:, torch.randperm(30, generator=seeded(2))])
+        torch.testing.assert_close(moved, theta_uncertainty(salience), equal_nan=True)
+
     def test_diversity_counts_distinct_ids_so_far(self):
         tokens = random_stream(50, 12, 0)
         expected = [len(set(tokens[: t + 1].tolist())) / (t + 1) for t in range(50)]
@@ -470,6 +487,14 @@ class TestRootCause:
         total, count = signed_gradient_sum(activations, gradients, masks)
         assert total == pytest.approx(expected, abs=1e-5)
         assert count == int(masks.sum())
+
+    def test_permuting_neurons_or_turning_signs_together_changes_nothing(self):
+        activations, gradients = (torch.randn(30, 12, generator=seeded(seed)) for seed in (1, 2))
+        masks = torch.rand(30, 12, generator=seeded(3)) < 0.2
+        plain = signed_gradient_sum(activations, gradients, masks)
+        order = torch.randperm(12, generator=seeded(4))
+        assert signed_gradient_sum(activations[:, order], gradients[:, order], masks[:, order]) == pytest.approx(plain)
+        assert signed_gradient_sum(-activations, -gradients, masks) == pytest.approx(plain)
 
     def test_neurons_that_the_loss_wants_smaller_give_a_positive_mean(self):
         activations = torch.randn(12, 30, 9, generator=seeded(0))

@@ -144,6 +144,12 @@ def test_rows_of_a_local_data_set_are_prompts(tmp_path):
     assert "--text-column text" in refused.value.hint
 
 
+def test_a_data_set_that_names_a_file_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*none\.csv") as refused:
+        read_dataset(str(tmp_path / "none.csv"), "test", "text", None)
+    assert "--dataset" in refused.value.hint
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "txt"])
 def test_local_data_sets_of_every_kind_give_the_same_prompts(suffix: str, tmp_path: Path) -> None:
     import json

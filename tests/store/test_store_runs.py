@@ -64,7 +64,7 @@ def test_a_missing_or_empty_directory_becomes_a_run(tmp_path, there):
         path.mkdir(parents=True)
     finished(path)
     assert entries(path) == {"manifest.json", "measures.parquet", "summary.json"}
-    run = ProfileRun.open(path)
+    run = ProfileRun.open(str(path))
     assert run.measures.rows(named=True)[0]["value"] == 3.5
     assert run.summary == {"x": 1}
     assert run.manifest.status == "complete"
