@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from listening import Listener
 from tiny import EXPERTS, FFN, LAYERS, SHARED, TOP_K, make_model, make_tokenizer, save_tiny
 
 from actsparse.cli.app import main
@@ -333,6 +334,15 @@ def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, tmp_
     assert all(rows_of(run, "m2")[layer, "r=0.2"] is not None for layer in (0, 1))
     experts = run.neurons.filter(pl.col("layer") == 0)["expert"].unique().to_list()
     assert SHARED_EXPERT in experts
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(probed: ProfileRun, folder: Path, corpus: Path, tmp_path: Path) -> None:
+    spec = spec_of(folder, corpus, tmp_path / "cut", probes=("uncertainty", "inertia", "union", "gradients"))
+    with pytest.raises(KeyboardInterrupt):
+        profile(spec, Listener("union: neurons of a batch", 1))
+    resumed = profile(spec, again := Listener())
+    assert "resuming: the probe inertia was finished before" in again.notes
+    assert resumed.measures.equals(probed.measures)
 
 
 def test_the_command_measures_them_and_says_what_has_no_definition(
