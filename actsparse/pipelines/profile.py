@@ -142,7 +142,7 @@ def _with_probes(
             short = names[:1] if "uncertainty" in names else names
             names = tuple(name for name in names if name not in short)
             progress.note(f"the probes {', '.join(short)} are left out: {error.what}")
-    if CHEAP in spec.probes and not names:
+    if CHEAP in spec.probes and not chosen(spec.probes, loaded.record.parameters):
         progress.note("probes are left out on a model of this size: measure them with --probes default")
     if texts is not None:
         progress.note(f"probes: {', '.join(names)} (--probes none leaves them out)")
