@@ -64,8 +64,8 @@ errors: install
 cli-reference: install
 	( printf '# Command line\n\nMade by `make docs` from the commands themselves. Exit codes: 0 done; 1 failure, with a hint;'; \
 	  printf ' 2 a command line that cannot be parsed; 3 a missed quality gate; 130 interrupted, finished work kept.\n'; \
-	  for command in profile threshold evaluate report run methods models doctor; do \
-	    printf '\n## actsparse %s\n\n```text\n' $$command; \
+	  for command in '' profile threshold evaluate report run methods models doctor; do \
+	    printf '\n## actsparse%s\n\n```text\n' "$${command:+ $$command}"; \
 	    COLUMNS=110 NO_COLOR=1 TERM=dumb $(BIN)/actsparse $$command --help | sed 's/ *$$//' | cat -s; \
 	    printf '```\n'; \
 	  done ) > docs/cli.md

@@ -7,7 +7,7 @@ import msgspec
 
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
-from actsparse.errors import PlanError
+from actsparse.errors import DataError, PlanError
 from actsparse.methods.short import ShortForm
 from actsparse.models.load import LoadedModel, load
 from actsparse.pipelines.calibration import TextCalibration
@@ -54,11 +54,15 @@ class Profiled:
 
     @cached_property
     def blocks(self) -> Sequences:
-        """The profile's text as blocks; raises PlanError where it has changed since."""
+        """The profile's text as blocks; raises PlanError where it has changed since, or is too short for one."""
         reader = self._own_reader
         if reader.profile_sequences().record.sha256 != self.run.manifest.texts[0].sha256:
             raise PlanError("the profile's text has changed since it was profiled", "profile the new text")
-        return reader.calibration_blocks()
+        try:
+            return reader.calibration_blocks()
+        except DataError as error:
+            # blocks are cut as the profile was asked to cut them: the command at hand has no such option
+            raise PlanError(f"the profile has too little text: {error.what}", f"profile again: {error.hint}") from None
 
     @property
     def prompt_length(self) -> int:

@@ -390,6 +390,18 @@ def test_a_damaged_profile(actsparse: Callable, profiled: Path, tmp_path: Path) 
     assert_refused(done, broken / "neurons.parquet", "damaged", out=tmp_path / "o")
 
 
+def test_a_profile_too_short_to_fit_on_says_how_to_profile_again(
+    actsparse: Callable, tiny_folder: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "few.txt").write_text(words(30, seed=5))
+    profile = ["profile", "-m", tiny_folder("llama"), "--prompts", tmp_path / "few.txt", "--probes", "none", "-q"]
+    assert actsparse(*profile, "-o", tmp_path / "p").code == 0
+    done = actsparse("threshold", tmp_path / "p", "--method", "tda@0.5", "-o", tmp_path / "o")
+    assert_refused(done, "few.txt has 30 tokens", "hint: profile again", "--block-length 15", out=tmp_path / "o")
+    assert actsparse(*profile, "--block-length", 15, "-o", tmp_path / "q").code == 0
+    assert actsparse("threshold", tmp_path / "q", "--method", "tda@0.5", "-o", tmp_path / "o").code == 0
+
+
 def test_a_profile_that_is_not_there(actsparse: Callable, tmp_path: Path) -> None:
     assert_refused(actsparse("threshold", tmp_path / "none", "--method", "griffin@0.5"), tmp_path / "none")
 
