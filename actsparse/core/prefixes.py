@@ -84,8 +84,8 @@ def prefix_overlaps(
 ) -> Overlaps:
     """Overlaps of m_P with the mask of the token `delta` after it, [prefixes, max_delta], of one sequence and layer.
 
-    m_P keeps what `layer_prefix_masks` says. Column d is delta = d + 1, the
-    first token after the prefix being delta = 1; NaN beyond the end of the sequence.
+    m_P keeps what `layer_prefix_masks` says. Column d is delta = d + 1, the first token after the prefix being
+    delta = 1; NaN beyond the end of the sequence.
     """
     every = pairwise_overlaps(layer_prefix_masks(activations, masks, prefixes, density, widths), masks, widths)
     places = torch.tensor(prefixes)[:, None] + torch.arange(max_delta)

@@ -173,26 +173,33 @@ def test_hu1_compares_the_last_tokens_of_contexts(probed, loaded, texts) -> None
         assert rows_of(probed, "hu1")[layer, "r=0.2"] == pytest.approx(1 - mean(per_type), abs=1e-4)
 
 
-def test_prefix_masks_are_those_of_each_expert_over_its_own_tokens(probed, loaded, texts) -> None:
-    ids, prefix, layer = texts.spread(), 8, 0
-    masks = masks_of(loaded, ids, layer)
+def prefix_kappa(loaded: LoadedModel, ids: torch.Tensor, layer: int, prefix: int) -> float:
+    """The mean kappa_u of the mask of the first tokens, expert by expert, with the masks of later tokens."""
     kappas = []
     for row, sequence in enumerate(ids):
         rows: dict[int, list[torch.Tensor]] = {}
 
         def see(site: Site, a: torch.Tensor, rows: dict[int, list[torch.Tensor]] = rows) -> None:
             for position in range(SINK, SINK + prefix):
-                if tap.routed[0, position]:
+                if tap.routed is None or tap.routed[0, position]:
                     rows.setdefault(site.expert, []).append(a[0, position].double())
 
         with tapped(loaded.sites, {SiteKind.NEURON: see}, (layer,)) as tap, torch.no_grad():
             loaded.model(input_ids=sequence[None], use_cache=False)
         chosen = {
-            expert: set(sum((a / a.norm()) ** 2 for a in own).topk(KEPT).indices.tolist())
+            expert: set(
+                sum((a / a.norm()) ** 2 for a in own).topk(math.floor(0.2 * len(own[0]) + 0.5)).indices.tolist()
+            )
             for expert, own in rows.items()
         }
-        kappas += [kappa(chosen, mask, UNIFORM) for mask in masks[row][SINK + prefix :]]
-    assert rows_of(probed, "si1")[layer, f"p={prefix},r=0.2"] == pytest.approx(mean(kappas), abs=1e-4)
+        widths = {expert: 1 / len(own[0]) for expert, own in rows.items()}
+        kappas += [kappa(chosen, mask, widths) for mask in masks_of(loaded, ids[[row]], layer)[0][SINK + prefix :]]
+    return mean(kappas)
+
+
+def test_prefix_masks_are_those_of_each_expert_over_its_own_tokens(probed, loaded, texts) -> None:
+    expected = prefix_kappa(loaded, texts.spread(), 0, 8)
+    assert rows_of(probed, "si1")[0, "p=8,r=0.2"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_union_counts_neurons_of_all_experts(probed, loaded, texts) -> None:
@@ -320,7 +327,7 @@ def test_a_hot_set_in_every_expert_is_what_popularity_explains(corpus: Path, tmp
     assert rows_of(run, "kappa_p")[None, "pairs=unrelated,pop=nat,r=0.2"] == pytest.approx(0, abs=0.02)
 
 
-def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, tmp_path: Path) -> None:
+def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, texts, tmp_path: Path) -> None:
     folder = with_full_stop(save_tiny("qwen2_moe", tmp_path / "m", mlp_only_layers=[1]))
     run = profile(spec_of(folder, corpus, tmp_path / "run", probes=("union", "inertia", "uncertainty", "gradients"),
                           masks=("topk", "cett")))  # fmt: skip
@@ -329,6 +336,10 @@ def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, tmp_
     assert union[0, "b=1,r=0.2"] == pytest.approx(kept / (EXPERTS * FFN + SHARED))
     assert union[1, "b=1,r=0.2"] == pytest.approx(KEPT / FFN)
     assert rows_of(run, "e_uniform")[1, "r=0.2,rung=natural"] == pytest.approx(KEPT / FFN)
+    mixed = load(ModelSpec(name=str(folder), device="cpu"))
+    for layer in (0, 1):
+        expected = prefix_kappa(mixed, texts.spread(), layer, 8)
+        assert rows_of(run, "si1")[layer, "p=8,r=0.2"] == pytest.approx(expected, abs=1e-4)
     cett = rows_of(run, "overlap_w")
     assert all(0 < cett[layer, "masks=cett,rung=natural"] < 1 for layer in (0, 1))
     assert all(rows_of(run, "m2")[layer, "r=0.2"] is not None for layer in (0, 1))

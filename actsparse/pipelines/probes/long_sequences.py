@@ -79,7 +79,7 @@ class _Distances:
         masks: Bool[Tensor, "sequences positions units"],
         ids: Int[Tensor, "sequences positions"],
         rates: dict[str | None, list[Rate]],
-        widths: Widths | None,
+        widths: Widths,
     ) -> None:
         """Add the sequences of one layer."""
         for step, distance in enumerate(DELTAS):
@@ -123,9 +123,9 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
         counted = a[:, sink:]
         for rule, rates in chance.items():
             masks = reader.masks(place, counted, rule)
-            distances.add(place, rule, masks, ids[:, sink:], rates, reader.groups(place))
+            distances.add(place, rule, masks, ids[:, sink:], rates, reader.widths[place])
             for row, sequence in enumerate(counted):
-                overlaps = prefix_overlaps(sequence, masks[row], rule.density, widths=reader.groups(place))
+                overlaps = prefix_overlaps(sequence, masks[row], rule.density, widths=reader.widths[place])
                 for pop, rate in rates.items():
                     kappas[rule, pop][place, row] = overlaps.kappa(rate[place]).cpu()
         rows = [levels.rows(row * length, (row + 1) * length) for row in range(len(ids))]

@@ -20,11 +20,9 @@ BY_DEFAULT = ("uncertainty", "inertia", "union")
 CHEAP_PARAMETERS = 50_000_000
 NOT_HERE = "HU3, SI4 (actsparse evaluate --study moyu --only HU3,M5)"
 
-# What layers of experts have no definition for, and why.
-OF_EXPERTS = {
-    "gradients": "HU4 (it ranks all neurons of a layer at a token, which passes through some experts alone)",
-    "": "the spread of CETT over tokens and positions (a threshold of one expert says nothing of another's neurons)",
-}
+# What layers of experts have no definition for, and why: of the probe `gradients`, and of every profile.
+NO_HU4 = "HU4 (it ranks all neurons of a layer at a token, which passes through some experts alone)"
+NO_SPREAD = "the spread of CETT over tokens and positions (a threshold of one expert says nothing of another's neurons)"
 
 
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
@@ -66,5 +64,6 @@ def left_out(chosen: Iterable[str], masks: Iterable[str] = (), *, experts: bool 
     others = [kind for kind in MaskKind if kind not in kinds]
     if others and kinds and done - {GRADIENTS}:
         parts.append(f"masks by {', '.join(others)} (--masks all)")
-    undefined = [why for name, why in OF_EXPERTS.items() if experts and (not name or name in done)]
-    return "left out: " + "; ".join([*parts, *undefined, NOT_HERE])
+    if experts:
+        parts += [NO_HU4, NO_SPREAD] if GRADIENTS in done else [NO_SPREAD]
+    return "left out: " + "; ".join([*parts, NOT_HERE])

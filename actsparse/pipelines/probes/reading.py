@@ -77,10 +77,6 @@ class NeuronReader:
         """Whether a recorded layer is a mixture of experts."""
         return any(len(widths) > 1 for widths in self.widths)
 
-    def groups(self, place: int) -> Widths | None:
-        """The units of each expert of a layer; None where it is one FFN."""
-        return self.widths[place] if len(self.widths[place]) > 1 else None
-
     def batched(self, ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
         """The rows in batches of at most `batch_tokens` tokens, with where they stand."""
         step = max(1, self.batch_tokens // ids.shape[1])

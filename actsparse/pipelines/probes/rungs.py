@@ -36,7 +36,7 @@ class RungPairs:
         masks: Bool[Tensor, "sequences positions neurons"],
         tokens: Int[Tensor, "sequences positions"],
         rates: dict[str | None, Rate],
-        widths: Widths | None,
+        widths: Widths,
     ) -> None:
         """Add the next layer."""
         for name, pairs in zip(rates, inertia_pairs(masks, tokens, list(rates.values())), strict=True):
@@ -84,7 +84,7 @@ def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[Mas
             widths = reader.widths[place]
             rates: dict[str | None, Rate] = {RAW: 0.0} | {pop: rates[place] for pop, rates in chance[rule].items()}
             rates[OWN] = popular(firing_counts(masks), widths)
-            pairs.add(masks, ids[:, sink:], rates, reader.groups(place))
+            pairs.add(masks, ids[:, sink:], rates, widths)
 
     reader.read(ids, on_layer)
     return seen

@@ -64,7 +64,7 @@ def _masks(setting: Setting, sentences: Sequence[Tensor], feed: str) -> Sentence
             ]
             for rule, kept in masks.items():
                 own = [reader.masks(place, row, rule) for row in rows]
-                found = sentence_masks(rows, own, rule.density, reader.groups(place))
+                found = sentence_masks(rows, own, rule.density, reader.widths[place])
                 kept[place, first : first + len(part)] = found.cpu()
 
         reader.read(ids, on_layer)
