@@ -166,7 +166,7 @@ def test_a_curve_that_still_rises_at_its_end_has_not_settled(panel: ProfilePanel
 def test_the_union_is_read_off_at_small_batches(panel: ProfilePanel) -> None:
     text = said(BY_ID["union"], panel)
     at8 = 1 - 0.8 ** (8**0.9)
-    assert f"{100 * at8:.0f} % ({100 * at8 - 1:.0f}–{100 * at8 + 1:.0f}) at B = 8" in text
+    assert f"{100 * at8:.1f} % ({100 * at8 - 1:.1f}–{100 * at8 + 1:.1f}) at B = 8" in text
     assert "share neurons" not in text or "share more neurons than independent ones" in text
 
 

@@ -77,8 +77,8 @@ def caption(frame: pl.DataFrame) -> str:
 
 def _share(row: dict[str, Any]) -> str:
     """A share with its interval, in per cent."""
-    interval = between(*(100 * as_float(row[end]) for end in ("low", "high")), decimals=0)
-    return percent(row["value"], 0) + (f" ({interval})" if interval else "")
+    interval = between(*(100 * as_float(row[end]) for end in ("low", "high")), decimals=1)
+    return percent(row["value"]) + (f" ({interval})" if interval else "")
 
 
 def _beside_independent(gap: float) -> str:
