@@ -7,6 +7,7 @@ from actsparse.core.balanced import group_sizes
 from actsparse.core.cost import LayerDrops, saved
 from actsparse.core.masks import kept_count
 from actsparse.methods.base import Method
+from actsparse.methods.channel_controls import FixedChannels
 from actsparse.methods.channels import ChannelMethod
 from actsparse.methods.dejavu import DejaVu
 from actsparse.methods.gates import Threshold, TokenGate
@@ -65,7 +66,7 @@ class Shares:
     def whole_share(self, method: Method) -> float:
         """The share of the model's bytes that is not read when a method drops everything, its own reading apart."""
         step, gated = self.loaded.record.step, self.loaded.record.gated
-        if isinstance(method, ChannelMethod | LaRoSA):
+        if isinstance(method, ChannelMethod | LaRoSA | FixedChannels):
             sizes = step.mlp | step.projections
             return step.layers * sum(sizes.values()) / step.total
         if isinstance(method, HeadsOracle | HeadsRouter):

@@ -185,8 +185,9 @@ def control_section(book: Book, tables: Tables) -> str:
     for target, entries in tables.items():
         by_label = {one.label: one for one in entries if book.has(one)}
         for entry in by_label.values():
-            control = by_label.get(parse(entry.label + "@0.5").method.control or "")
-            if control is None:
+            method = parse(entry.label + "@0.5").method
+            control = by_label.get(method.control or "")
+            if control is None or isinstance(method, ChannelMethod):
                 continue
             found = book.difference(entry, control)
             verdict = found.verdict(SEQUENCE_NOISE)

@@ -37,6 +37,7 @@ FITTED = {
     "prompt": ("random", "static", "static:stat=griffin", "static:stat=coreinfer", "griffin", "tda", "coreinfer"),
     "neurons": ("cats", "chess", "countdown", "cett", "oracle-n", "oracle-a"),
     "channels": ("teal", "wina", "rsparse", "larosa"),
+    "controls": ("channels-static", "channels-static:stat=mean_abs", "channels-random"),
 }
 DEJAVU = (ROUTER, "dejavu:input=lookahead")
 EXPERTS = (
@@ -49,16 +50,17 @@ ALLOCATED = (
 BY_LAYER = (
     "cats:allocation=sensitivity", "griffin:allocation=sensitivity", "static:stat=griffin,allocation=sensitivity",
 )  # fmt: skip
-PARTS = (*FITTED, "routers", "heads", "layers", "allocation", "auto")
+PARTS = (*FITTED, "routers", "heads", "head-controls", "layers", "allocation", "auto")
 
 
 @dataclass(frozen=True)
 class Plans:
-    """What every part runs, by budget; heads have no budget."""
+    """What every part runs, by budget; heads and their controls have no budget."""
 
     fitted: dict[str, dict[float, list[Entry]]]
     routers: dict[float, list[Entry]]
     heads: list[Entry]
+    head_controls: list[Entry]
     allocation: dict[float, list[Entry]]
     layers: dict[float, list[Entry]]
     auto: dict[float, list[Entry]]
@@ -66,8 +68,8 @@ class Plans:
 
     def of_part(self, part: str) -> list[Entry]:
         """The plans of a part."""
-        if part == "heads":
-            return self.heads
+        if part in ("heads", "head-controls"):
+            return self.heads if part == "heads" else self.head_controls
         named = {
             "routers": self.routers, "layers": self.layers, "allocation": self.allocation, "auto": self.auto,
         }  # fmt: skip
@@ -113,7 +115,7 @@ def page(asked: argparse.Namespace, book: Book, plans: Plans) -> str:
     sections = [
         heading(asked, book),
         *(budget_section(book, target, found, plans.missed[target]) for target, found in tables.items()),
-        heads_section(book, plans.heads),
+        heads_section(book, [*plans.heads, *plans.head_controls]),
         control_section(book, tables),
         ordering_section(book, every),
         allocation_section(book, allocated, tables),
@@ -137,7 +139,7 @@ def heading(asked: argparse.Namespace, book: Book) -> str:
         f" {asked.router_rate:g}; rank of `dejavu`: {rank}. Perplexity with its 95 %"
         f" interval over blocks; *local error* is the mean relative error of a"
         " projection's (or the MLP's) output on dense inputs, comparable among methods over the same units alone."
-        " `random` is the mean of three seeds. A *ruler* needs what it saves."
+        " `random`, `channels-random` and `heads-random` are means of three seeds. A *ruler* needs what it saves."
     )
 
 
@@ -169,6 +171,8 @@ def _plans(asked: argparse.Namespace, output: Output) -> Plans:
         *experts,
         "heads-oracle",
         "heads-router",
+        "heads-static",
+        "heads-random",
     ]
     reached = {
         target: {one.label for one in (*routers[target], *(e for part in fitted.values() for e in part[target]))}
@@ -178,6 +182,7 @@ def _plans(asked: argparse.Namespace, output: Output) -> Plans:
         fitted,
         routers,
         shares.heads("heads-oracle") + shares.heads("heads-router", training),
+        shares.heads("heads-static") + shares.heads("heads-random"),
         {target: entries(shares, ALLOCATED, target) for target in TABLE},
         {target: entries(shares, BY_LAYER, target) for target in TABLE},
         {target: entries(shares, ("auto", *SINGLE), target) for target in sorted({*BUDGETS, *TABLE})},

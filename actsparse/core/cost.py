@@ -7,7 +7,6 @@ from actsparse.results import Sparsity, StepBytes, Unit
 
 PARTS = {Unit.QKV: ("q", "k", "v"), Unit.GATE_UP: ("gate", "up")}
 ALL_MATRICES = frozenset({"gate", "up", "down"})
-ATTENTION = frozenset({"q", "k", "v", "o"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """`auto` (ours): for a budget of bytes, the best mix of the other methods' rules, by layer and projection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -180,12 +180,3 @@ def _table(frontier: Sequence[Sequence[Option[tuple[Candidate, ...]]]], step: St
     """[budgets, 2]: share of the model's bytes saved, and the predicted cost, in nats."""
     rows = [[sum(one.saved for one in mix) / step.total, sum(one.cost for one in mix)] for mix in frontier]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def chosen_shares(fit: Fit) -> Mapping[str, Sequence[tuple[int, Unit, float]]]:
-    """What was chosen, by rule: layer, unit and the share that it drops."""
-    found: dict[str, list[tuple[int, Unit, float]]] = {}
-    for one, share in zip(fit.layers, fit.predicted_drop, strict=True):
-        if one.rule is not None:
-            found.setdefault(one.rule, []).append((one.layer, one.unit, share))
-    return found

@@ -17,7 +17,6 @@ from actsparse.results import PanelKind, StudyPanel
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
-MANY = 14
 
 
 def looks_in(frame: pl.DataFrame, looks: Looks) -> Looks:
