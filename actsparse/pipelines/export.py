@@ -47,7 +47,7 @@ def fixed_gates(plan: Plan) -> list[FixedGate]:
     fixed = [gate for gate in gates if isinstance(gate, FixedGate)]
     if len(fixed) < len(gates) or any(layer.rules or layer.heads for layer in plan.gates()):
         raise PlanError(
-            f"{plan.method.name} decides while it runs, and a checkpoint holds one set of weights",
+            f"{plan.method.name} has no mask over neurons that holds for every text, as a smaller checkpoint needs",
             "export a static plan: --method static:stat=griffin --sparsity 0.5 --export DIR",
         )
     return fixed

@@ -230,9 +230,10 @@ def test_an_export_computes_the_masked_path(plan, profiled, tmp_path, tiny_loade
     made(profiled, plan, tmp_path / "run", export=target, force=True)
 
 
-def test_what_decides_while_it_runs_cannot_be_exported(profiled, tmp_path) -> None:
-    with pytest.raises(PlanError, match="griffin decides while it runs"):
-        made(profiled, "griffin@0.5", tmp_path / "run", export=tmp_path / "smaller")
+@pytest.mark.parametrize("plan", ["griffin@0.5", "channels-static@0.5"])
+def test_what_keeps_no_fixed_set_of_neurons_cannot_be_exported(plan, profiled, tmp_path) -> None:
+    with pytest.raises(PlanError, match="has no mask over neurons"):
+        made(profiled, plan, tmp_path / "run", export=tmp_path / "smaller")
     with pytest.raises(PlanError, match="neurons a layer, and a configuration has one width"):
         made(profiled, "static", tmp_path / "other", target_error=0.4, export=tmp_path / "smaller")
     (tmp_path / "mine").mkdir()
