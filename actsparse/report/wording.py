@@ -93,14 +93,14 @@ def times(ratio: float | None) -> str:
 
 
 def between(low: float | None, high: float | None, decimals: int = 2) -> str:
-    """An interval as `1.27 to 1.35`, with a dash; empty where an end is unknown."""
+    """An interval as `1.27–1.35`; empty where an end is unknown."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"{low:.{decimals}f}\u2013{high:.{decimals}f}".replace("-", MINUS)
+    return _ends(f"{low:.{decimals}f}".replace("-", MINUS), f"{high:.{decimals}f}".replace("-", MINUS))
 
 
 def shares_between(low: float | None, high: float | None) -> str:
-    """An interval of shares in percent, `88.1 to 90.2 %` with a dash; empty where an end is unknown."""
+    """An interval of shares in percent, `88.1–90.2 %`; empty where an end is unknown."""
     text = between(*(None if end is None else 100 * end for end in (low, high)), decimals=1)
     return f"{text}\u202f%" if text else ""
 
@@ -109,7 +109,12 @@ def span(low: float | None, high: float | None) -> str:
     """An interval of perplexities or other plain numbers; empty where an end is unknown."""
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return ""
-    return f"{number(low)}\u2013{number(high)}"
+    return _ends(number(low), number(high))
+
+
+def _ends(low: str, high: str) -> str:
+    """Two ends with a dash, or with a word where a dash would stand beside a minus sign."""
+    return f"{low} to {high}" if MINUS in (low[0], high[0]) else f"{low}\u2013{high}"
 
 
 def milliseconds(value: float | None) -> str:

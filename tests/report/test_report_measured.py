@@ -44,7 +44,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> ProfilePanel:
 def test_the_largest_sure_loss_is_named_and_idle_tasks_are_hollow(evaluation: EvalPanel) -> None:
     frame = tasks.scores(evaluation)
     text = plain(tasks.caption(frame))
-    assert "griffin@0.25 on arithmetic: -30.0 points (-34.0\u2013-26.0) against dense, 30.0 % left" in text
+    assert "griffin@0.25 on arithmetic: -30.0 points (-34.0 to -26.0) against dense, 30.0 % left" in text
     assert "Not exercised (hollow; the score is the dense model's): choices" in text
     figure = tasks.draw(frame, {})
     of_plan = next(trace for trace in figure.data if trace.name == "cats@0.5")
