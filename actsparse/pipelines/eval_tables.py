@@ -161,8 +161,13 @@ def _difference_rows(name: str, reference: str, tokens: pl.DataFrame, seed: int)
     """The paired difference in NLL to dense or to another plan, token by token (means over the seeds of a control)."""
     mean = pl.col("nll").mean()
     places = ["block", "position"]
-    other = tokens.filter(pl.col("plan") == reference).group_by(places).agg(mean.alias("other"))
-    mine = tokens.filter(pl.col("plan") == name).group_by(places).agg(mean).join(other, on=places)
+    other = tokens.filter(pl.col("plan") == reference).group_by(places, maintain_order=True).agg(mean.alias("other"))
+    mine = (
+        tokens.filter(pl.col("plan") == name)
+        .group_by(places, maintain_order=True)
+        .agg(mean)
+        .join(other, on=places, maintain_order="left")
+    )
     difference = mine["nll"] - mine["other"]
     if not difference.is_finite().all():
         return []
@@ -176,7 +181,11 @@ def _difference_rows(name: str, reference: str, tokens: pl.DataFrame, seed: int)
 
 
 def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
-    grouped = tokens.group_by("block").agg(values.sum().alias("sum"), pl.len().alias("count")).sort("block")
+    grouped = (
+        tokens.group_by("block", maintain_order=True)
+        .agg(values.sum().alias("sum"), pl.len().alias("count"))
+        .sort("block")
+    )
     return torch.from_numpy(grouped["sum"].to_numpy().copy()), torch.from_numpy(
         grouped["count"].cast(pl.Float64).to_numpy().copy()
     )
@@ -185,7 +194,7 @@ def _by_block(tokens: pl.DataFrame, values: pl.Expr) -> tuple[Tensor, Tensor]:
 def realised_of(group: PlanGroup, layers: pl.DataFrame, cost: StepBytes) -> Sparsity:
     """Sparsity of a plan counted over the sparse positions of the scored blocks."""
     kept = layers.filter(pl.col("plan") == group.name)
-    means = kept.group_by("unit", "layer").agg(pl.col("kept_frac").mean())
+    means = kept.group_by("unit", "layer", maintain_order=True).agg(pl.col("kept_frac").mean())
     dropped = {(Unit(unit), int(layer)): 1 - share for unit, layer, share in means.iter_rows()}
     return saved(cost, drops_of(group.plan.layer_gates(), dropped, gated="gate" in cost.mlp))
 

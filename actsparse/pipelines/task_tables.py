@@ -57,7 +57,7 @@ def task_document(rows: Sequence[EvalRow], plan: str) -> dict[str, Any]:
 
 
 def _by_item(mine: pl.DataFrame) -> Tensor:
-    means = mine.group_by("item").agg(pl.col("value").mean()).sort("item")["value"]
+    means = mine.group_by("item", maintain_order=True).agg(pl.col("value").mean()).sort("item")["value"]
     return torch.from_numpy(means.to_numpy().copy())
 
 
@@ -77,7 +77,7 @@ def _exercised(items: pl.DataFrame) -> list[tuple[str, str, float]]:
 
 
 def _exercised_rows(items: pl.DataFrame) -> list[EvalRow]:
-    counts = items.group_by(["task", "plan"]).agg(pl.col("item").n_unique().alias("n"))
+    counts = items.group_by(["task", "plan"], maintain_order=True).agg(pl.col("item").n_unique().alias("n"))
     sizes = {(task, plan): n for task, plan, n in counts.rows()}
     return [
         EvalRow(plan=plan, metric="exercised_frac", param=param(task=task), value=share, unit="share",

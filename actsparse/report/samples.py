@@ -93,7 +93,7 @@ def worst_tokens(panel: EvalPanel) -> tuple[WorstToken, ...]:
     found = []
     for plan in methods:
         sparse = panel.tokens.filter((pl.col("plan") == plan) & pl.col("nll").is_finite())
-        joined = sparse.join(dense.select(*keys, dense_nll="nll"), on=keys).with_columns(
+        joined = sparse.join(dense.select(*keys, dense_nll="nll"), on=keys, maintain_order="left").with_columns(
             delta=pl.col("nll") - pl.col("dense_nll")
         )
         for row in joined.sort("delta", descending=True).head(WORST).iter_rows(named=True):

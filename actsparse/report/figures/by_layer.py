@@ -83,9 +83,9 @@ def _units(frame: pl.DataFrame, plan: str) -> list[str]:
 
 def caption_errors(frame: pl.DataFrame) -> str:
     """The plans with the smallest and largest mean error, and the layer that suffers most."""
-    means = frame.group_by("plan").agg(pl.col("value").mean()).sort("value")
+    means = frame.group_by("plan", maintain_order=True).agg(pl.col("value").mean()).sort("value")
     (best, low), (worst, high) = means.row(0), means.row(-1)
-    layer = frame.group_by("layer").agg(pl.col("value").mean()).sort("value").row(-1)
+    layer = frame.group_by("layer", maintain_order=True).agg(pl.col("value").mean()).sort("value").row(-1)
     text = f"Mean error over layers: {number(low, 2)} for {best}" + (
         f", {number(high, 2)} for {worst}" if means.height > 1 else ""
     )

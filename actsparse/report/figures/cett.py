@@ -144,7 +144,7 @@ def _mean_curve(frame: pl.DataFrame) -> pl.DataFrame:
     """The mean over layers on a common grid, each layer's curve read between its points."""
     layer_count = frame["layer"].n_unique()
     grid = (
-        frame.group_by(pl.col("sparsity").round(2))
+        frame.group_by(pl.col("sparsity").round(2), maintain_order=True)
         .agg(pl.col("cett").mean(), pl.col("layer").n_unique())
         .sort("sparsity")
     )
@@ -153,7 +153,12 @@ def _mean_curve(frame: pl.DataFrame) -> pl.DataFrame:
 
 def caption_curve(frame: pl.DataFrame) -> str:
     """How much can be dropped before the error reaches 0.2, at the layers that allow most and least."""
-    reached = frame.filter(pl.col("cett") <= 0.2).group_by("layer").agg(pl.col("sparsity").max()).sort("sparsity")
+    reached = (
+        frame.filter(pl.col("cett") <= 0.2)
+        .group_by("layer", maintain_order=True)
+        .agg(pl.col("sparsity").max())
+        .sort("sparsity")
+    )
     if reached.is_empty():
         return f"No layer stays below CETT 0.2 at the shares measured.{_count(frame)}"
     (least, low), (most, high) = reached.row(0), reached.row(-1)

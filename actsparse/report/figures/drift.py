@@ -45,10 +45,18 @@ def caption(frame: pl.DataFrame) -> str:
     """The plan whose KL grows most from the first to the last quarter of the scored positions."""
     low, high = float(str(frame["from"].min())), float(str(frame["from"].max()))
     quarter = (high - low) / 4
-    first = frame.filter(pl.col("from") <= low + quarter).group_by("plan").agg(first=pl.col("kl").mean())
-    last = frame.filter(pl.col("from") >= high - quarter).group_by("plan").agg(last=pl.col("kl").mean())
+    first = (
+        frame.filter(pl.col("from") <= low + quarter)
+        .group_by("plan", maintain_order=True)
+        .agg(first=pl.col("kl").mean())
+    )
+    last = (
+        frame.filter(pl.col("from") >= high - quarter)
+        .group_by("plan", maintain_order=True)
+        .agg(last=pl.col("kl").mean())
+    )
     growth = (
-        first.join(last, on="plan")
+        first.join(last, on="plan", maintain_order="left")
         .with_columns(ratio=pl.col("last") / pl.col("first"))
         .filter(pl.col("ratio").is_finite())
         .sort("ratio")

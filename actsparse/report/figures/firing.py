@@ -57,7 +57,7 @@ def caption_rates(frame: pl.DataFrame) -> str:
     """How often the busiest and the idlest tenth fire, over the layers shown."""
     top = frame.filter(pl.col("rank") <= 0.1)["active_frac"].mean()
     bottom = frame.filter(pl.col("rank") >= 0.9)["active_frac"].mean()
-    gini = frame.group_by("layer").agg(pl.col("gini").first())["gini"].mean()
+    gini = frame.group_by("layer", maintain_order=True).agg(pl.col("gini").first())["gini"].mean()
     even = f"; mean Gini {gini:.2f} (0: all fire alike, 1: one fires)" if isinstance(gini, float) else ""
     return (
         f"The busiest tenth of neurons is in the top 20 % for {percent(as_float(top), 0)} of tokens, the "
@@ -75,7 +75,7 @@ def _measure(panel: ProfilePanel, metric: str) -> pl.DataFrame:
         (pl.col("metric") == metric) & pl.col("layer").is_not_null() & pl.col("value").is_not_null()
     )
     means = pl.col("value").mean(), pl.col("n").sum()  # of a layer's experts, where it has some
-    return rows.group_by("layer", "metric").agg(*means).sort("layer")
+    return rows.group_by("layer", "metric", maintain_order=True).agg(*means).sort("layer")
 
 
 def draw_shares(frame: pl.DataFrame, looks: Looks) -> go.Figure:

@@ -47,7 +47,8 @@ def draw_salience(frame: pl.DataFrame, looks: Looks) -> go.Figure:
 def caption_salience(frame: pl.DataFrame) -> str:
     """Whether uncertainty rises with the diversity of the history, as MOYU says, by the intervals of the ends."""
     mean = frame.filter(pl.col("layer").is_null()).sort("bin")
-    rows = mean if mean.height else frame.group_by("bin").agg(pl.col("value", "low", "high").mean()).sort("bin")
+    over_layers = frame.group_by("bin", maintain_order=True).agg(pl.col("value", "low", "high").mean()).sort("bin")
+    rows = mean if mean.height else over_layers
     first, last = rows.row(0, named=True), rows.row(-1, named=True)
     if rows.height < 2:
         return f"Only one bin of diversity was reached: HU4 = {number(first['value'], 2)}.{counted(frame, 'positions')}"

@@ -62,12 +62,12 @@ def caption(frame: pl.DataFrame) -> str:
     """The unit that stands out most, and the mean inequality."""
     row = frame.sort("relative").row(-1, named=True)
     name = "head" if row["unit"] == "head" else "KV group"
-    gini = frame.group_by("layer").agg(pl.col("gini").first())["gini"].mean()
+    gini = frame.group_by("layer", maintain_order=True).agg(pl.col("gini").first())["gini"].mean()
     idle = frame.filter(pl.col("relative") < 0.5).height / frame.height
     mean = f"Mean Gini over layers {gini:.2f}; " if isinstance(gini, float) else ""
     strongest = (
         f"{name} {row['index']} of layer {row['layer']} is strongest at {row['relative']:.1f} times an equal share"
     )
     text = f"{mean}{strongest}, and {percent(idle, 0)} of {name}s have less than half of one."
-    units = frame.group_by("layer").len()["len"].max()
+    units = frame.group_by("layer", maintain_order=True).len()["len"].max()
     return f"{text[0].upper()}{text[1:]} n = {units} {name}s a layer."

@@ -171,7 +171,7 @@ def caption_sparsity(frame: pl.DataFrame) -> str:
     """What the first map shows, the sparsest and densest kind, and whether there are exact zeros."""
     measure = next(measure for measure in SPARSITIES if measure in set(frame["measure"]))
     rows = frame.filter(pl.col("measure") == measure)
-    means = rows.group_by("kind").agg(pl.col("value").mean()).sort("value", "kind")
+    means = rows.group_by("kind", maintain_order=True).agg(pl.col("value").mean()).sort("value", "kind")
     (least, low), (most, high) = means.row(0), means.row(-1)
     best = rows.sort("value").row(-1, named=True)
     text = (
@@ -194,7 +194,7 @@ def _zeros_said(frame: pl.DataFrame) -> str:
 
 def caption_zeros(frame: pl.DataFrame) -> str:
     """Which kind holds most zeros, and in which layer."""
-    means = frame.group_by("kind").agg(pl.col("value").mean()).sort("value", descending=True)
+    means = frame.group_by("kind", maintain_order=True).agg(pl.col("value").mean()).sort("value", descending=True)
     kind, mean = means.row(0)
     rows = frame.filter(pl.col("kind") == kind).sort("value")
     low, high = rows.row(0, named=True), rows.row(-1, named=True)

@@ -99,7 +99,7 @@ def caption_rms(frame: pl.DataFrame) -> str:
 
 def caption_sparsity(frame: pl.DataFrame) -> str:
     first, last = _ends(frame)
-    tokens = int(frame.group_by("layer").agg(pl.col("n").sum())["n"].max() or 0)  # pyright: ignore[reportArgumentType]
+    tokens = int(frame.group_by("layer", maintain_order=True).agg(pl.col("n").sum())["n"].max() or 0)  # pyright: ignore[reportArgumentType]
     moved = "hardly moves" if abs(last - first) < 0.02 else ("rises" if last > first else "falls")
     return (
         f"With one threshold for all positions, sparsity {moved} along the text: {percent(first)} at the first"
@@ -116,5 +116,5 @@ def caption_zeros(frame: pl.DataFrame) -> str:
 
 
 def _ends(frame: pl.DataFrame) -> tuple[float, float]:
-    mean = frame.group_by("from").agg(pl.col("value").mean()).sort("from")["value"]
+    mean = frame.group_by("from", maintain_order=True).agg(pl.col("value").mean()).sort("from")["value"]
     return float(mean[0]), float(mean[-1])

@@ -61,7 +61,7 @@ def caption_loads(frame: pl.DataFrame) -> str:
 
 def entropies(panel: ProfilePanel) -> pl.DataFrame:
     """`layer, value, even, n`: mean entropy of the router's probabilities in nats; `even` is that of equal ones."""
-    experts = loads(panel).group_by("layer").agg(even=pl.len().cast(pl.Float64).log())
+    experts = loads(panel).group_by("layer", maintain_order=True).agg(even=pl.len().cast(pl.Float64).log())
     frame = measured(panel.measures, "router_entropy").drop_nulls("layer").select("layer", "value", "n").sort("layer")
     return frame.join(experts, on="layer", how="left", maintain_order="left").select("layer", "value", "even", "n")
 

@@ -44,7 +44,7 @@ def sparsity(panels: tuple[ProfilePanel, ...]) -> pl.DataFrame:
 
 
 def _models_by(frame: pl.DataFrame, column: str) -> list[tuple[Any, int]]:
-    return list(frame.group_by(column).agg(pl.col("model").n_unique()).sort(column).iter_rows())
+    return list(frame.group_by(column, maintain_order=True).agg(pl.col("model").n_unique()).sort(column).iter_rows())
 
 
 def draw_sparsity(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -136,7 +136,7 @@ def caption_quality(frame: pl.DataFrame) -> str:
     first, other = models[0], models[1]
     pairs = (
         frame.filter(pl.col("model") == first)
-        .join(frame.filter(pl.col("model") == other), on="plan", suffix="_other")
+        .join(frame.filter(pl.col("model") == other), on="plan", suffix="_other", maintain_order="left")
         .filter(pl.col("role") == Role.METHOD)
     )
     if pairs.is_empty():
