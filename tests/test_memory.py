@@ -1,12 +1,18 @@
-"""The memory of a profile does not grow with the number of tokens, once the reservoir is full."""
+"""What memory is held: a profile's does not grow with its tokens once the reservoir is full, and models are let go."""
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_tiny
+
+from actsparse import DataSpec, EvalSpec, ModelSpec, ProfileSpec, ThresholdSpec, evaluate, profile, sparsify, threshold
+from actsparse.models.load import load
 
 PROFILE = """
 import json, resource, sys
@@ -34,3 +40,48 @@ def test_peak_memory_does_not_grow_with_ten_times_the_prompts(tmp_path: Path) ->
     (few, small), (many, large) = measured
     assert many == pytest.approx(10 * few, rel=0.01)
     assert large <= 1.05 * small
+
+
+@pytest.fixture
+def nothing_cyclic() -> Iterator[None]:
+    """Fails where the test leaves weights or activations for the garbage collector to find."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    # the configuration lays every model out without memory first
+    found = [one for one in gc.garbage if isinstance(one, torch.Tensor) and one.device.type != "meta"]
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+    assert not [tuple(one.shape) for one in found]
+
+
+@pytest.mark.parametrize("model", ["llama", "olmoe"])
+@pytest.mark.usefixtures("nothing_cyclic")
+def test_commands_leave_no_weights_in_cycles_of_references(
+    model: str, tiny_folder: Callable, prompts_file: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    name = ModelSpec(name=str(tiny_folder(model)))
+    probes = ("uncertainty", "inertia", "union", "gradients")
+    prompts = DataSpec(prompts=(str(prompts_file),))
+    run = profile(ProfileSpec(model=name, data=prompts, probes=probes, output=tmp_path / "profile"))
+    threshold(ThresholdSpec(run=run.path, plan="griffin@0.5", output=tmp_path / "plan"))
+    text = DataSpec(corpus=str(corpus_file), limit=2, block_length=24, prompt_length=12)
+    plans = ("griffin@0.5", "cats@0.5", str(tmp_path / "plan"), *(("teal@0.3", "tda@0.5") if model == "llama" else ()))
+    evaluate(
+        EvalSpec(
+            model=name, data=text, plans=plans, timing_pairs=1, timing_tokens=3, generations=1, max_new_tokens=3,
+            output=tmp_path / "eval",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:this plan is not clearly")
+@pytest.mark.usefixtures("nothing_cyclic")
+def test_a_sparsified_model_is_let_go(tiny_folder: Callable) -> None:
+    loaded = load(ModelSpec(name=str(tiny_folder("llama"))))
+    ids = torch.arange(4, 12)[None]
+    with sparsify(loaded.model, "griffin@0.5"):
+        loaded.model.generate(ids, max_new_tokens=4, do_sample=False)

@@ -70,9 +70,12 @@ class LayerSites:
             return None
         return replace(self, mlp=_part(self.mlp, self.family.shared, self.index))
 
-    @cached_property
+    @property
     def ffns(self) -> tuple["Ffn", ...]:
-        """The FFNs of the layer: its MLP, or its experts and then the shared one."""
+        """The FFNs of the layer: its MLP, or its experts and then the shared one.
+
+        Not kept here: they know their layer, and in such a cycle a model's weights would outlive it.
+        """
         if self.experts is None:
             return (Ffn(self, None),)
         shared = () if self.shared is None else (Ffn(self.shared, SHARED_EXPERT),)
