@@ -39,7 +39,15 @@ def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()
+        _free_generator()
         return Captured(
             step=step, run=step, kind="eager", warning=f"the step could not be captured in a CUDA graph: {error}"
         )
     return Captured(step=step, run=graph.replay, kind="graph")
+
+
+def _free_generator() -> None:
+    """Lets random numbers be drawn again: a capture that fails leaves the device's generator in it, one that ends does
+    not."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
