@@ -30,9 +30,9 @@ def sparse_generation(
 ) -> Iterator[None]:
     """Every decode step of the model runs under the gates while the block runs; then the model is as before.
 
-    Models that have a step of our own, on a CPU, decode by it. Else, at batch 1 under gates over neurons that decide by
-    the end of the prompt, weights are sliced. Otherwise, each sequence's own gates are applied to its activations:
-    exact, and slower than dense, which a warning says.
+    Models that have a step of our own, ready at once, decode by it (`own_steps`). Else, at batch 1 under gates over
+    neurons that decide by the end of the prompt, weights are sliced. Otherwise, each sequence's own gates are applied
+    to its activations: exact, and slower than dense, which a warning says.
 
     A step of our own measures itself first; `when_slower`: how it decodes where the plan is slower than dense.
     """

@@ -12,6 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from actsparse.engine.cpu.engine import CpuEngine
+from actsparse.engine.cpu.ops import MAX_BATCH
+from actsparse.engine.cuda.availability import native_refusal
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import GateState, PlanState
 from actsparse.engine.step.decoder import Decoder, Engine
@@ -42,6 +44,13 @@ class OwnSteps:
             share_storage(sites.model, self.weights)
         self.translator = Translator(self.weights)
         self.note = note
+
+    @property
+    def most_sequences(self) -> int:
+        """How many sequences a step takes at once without torch.compile."""
+        if self.weights.device.type == "cuda":
+            return int(native_refusal(self.weights) is None)
+        return MAX_BATCH
 
     def engine(self, batch: int) -> Engine:
         """A new engine of the weights' device."""

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines
-from actsparse.engine.cpu.ops import MAX_BATCH
+from actsparse.engine.cuda.availability import native_failure
 from actsparse.engine.own import OwnRun, OwnSteps
 from actsparse.engine.phases import Phases
 from actsparse.engine.step.translate import NoStepError
@@ -27,6 +27,7 @@ from actsparse.models.sites import ModelSites
 from actsparse.models.taps import ForwardPass
 
 Decode = Literal["sparse", "dense"]
+READY = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 GROWTH = 256  # positions of room behind a prompt; doubled when they are used up
 UNDERSTOOD = frozenset(
     {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "return_dict",
@@ -35,14 +36,17 @@ UNDERSTOOD = frozenset(
 
 
 def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None:
-    """The model's own steps, where it is on a CPU, has some, and they can run these gates."""
-    parameters = list(sites.model.parameters())
-    if any(one.device.type != "cpu" for one in parameters):
+    """The model's own steps, where it has some that are ready at once and can run these gates.
+
+    They are ready at once on a CPU, and on a GPU whose compiled kernels take the model: others wait for torch.compile.
+    """
+    parameter = next(sites.model.parameters())
+    if parameter.dtype not in READY.get(parameter.device.type, ()):
         return None
-    if parameters[0].dtype not in (torch.float32, torch.bfloat16):
+    if parameter.is_cuda and native_failure() is not None:
         return None
     own = Engines(sites, share=False).own
-    if not isinstance(own, OwnSteps):
+    if not isinstance(own, OwnSteps) or own.most_sequences == 0:
         return None
     try:
         own.translator.plan(gates, 1)
@@ -78,6 +82,7 @@ class _Forward:
         self._when_slower = when_slower
         self._slower: dict[int, bool] = {}
         self._whole = whole
+        self._runs: dict[int, OwnRun] = {}
         self._run: OwnRun | None = None
         self._cache: DynamicCache | None = None
         # `generate` reads the signature to learn what a model takes
@@ -88,6 +93,7 @@ class _Forward:
         cache: Any = kwargs.get("past_key_values")
         if args or not isinstance(ids, Tensor) or not self._decodes(ids, cache, kwargs):
             self._cache = None
+            self._say_masked(ids, cache)
             return self._whole(*args, **kwargs)
         position = int(cache.get_seq_length())
         padding = _padding(kwargs.get("attention_mask"))
@@ -109,7 +115,7 @@ class _Forward:
         return (
             type(cache) is DynamicCache
             and ids.shape[1] == 1
-            and len(ids) <= MAX_BATCH
+            and len(ids) <= self._steps.most_sequences
             and int(cache.get_seq_length()) > 0
             and asked <= UNDERSTOOD
             and _left_padded(kwargs.get("attention_mask"))
@@ -117,10 +123,22 @@ class _Forward:
             and _plain(self._steps.sites.model.config, kwargs)
         )
 
+    def _say_masked(self, ids: Any, cache: Any) -> None:
+        """Warn once of decode passes of more sequences than the step takes."""
+        most = self._steps.most_sequences
+        if not isinstance(ids, Tensor) or not isinstance(cache, DynamicCache) or len(ids) <= most:
+            return
+        if ids.shape[1] == 1 and int(cache.get_seq_length()) > 0 and len(ids) not in self._slower:
+            self._slower[len(ids)] = True
+            warnings.warn(
+                f"masks are applied to the dense model at batch {len(ids)}: exact, and slower than dense (its own step "
+                f"takes {most} at once)",
+                stacklevel=4,
+            )
+
     def _step(self, tokens: Tensor, cache: Any, position: int, padding: Tensor | None) -> Tensor:
         if not self._follows(cache, len(tokens), position):
-            room = max(GROWTH, position) + position
-            run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=len(tokens), max_length=room)
+            run = self._run_for(len(tokens), position)
             run.adopt(cache, self._phases.state, padding)
             run.select()
             if len(tokens) not in self._slower:
@@ -130,6 +148,15 @@ class _Forward:
         assert self._run is not None
         self._phases.decoded = True
         return self._run.step(tokens, position)
+
+    def _run_for(self, batch: int, position: int) -> OwnRun:
+        """A run with room behind `position`: the last one of this batch size, whose steps are ready, if it has."""
+        run = self._runs.get(batch)
+        if run is None or position + 1 >= run.max_length:
+            room = max(GROWTH, position) + position
+            run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=batch, max_length=room)
+            self._runs[batch] = run
+        return run
 
     def _measured(self, run: OwnRun, tokens: Tensor, position: int) -> bool:
         """Whether the plan is clearly slower than dense at this batch size; the run is then as before."""

@@ -1,13 +1,16 @@
 """Runs as the commands open them, on the GPU: a step of our own, or the model's own forward in a CUDA graph."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from tiny import make_model, token_ids
 
+from actsparse.engine import stepping
 from actsparse.engine.choose import Engines
 from actsparse.engine.decode import forced, new_cache, prefill
+from actsparse.engine.generation import sparse_generation
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.methods.gates import (
     ChannelGate,
@@ -158,6 +161,40 @@ def test_in_bfloat16_token_plans_run_in_a_graph(kind):
         assert torch.isfinite(found).all()
 
 
+def stepped(model, ids, tokens):
+    """The logits after each of `tokens`, by passes of the model over a cache of its own."""
+    passed = model(ids, use_cache=True)
+    found = []
+    for at in range(tokens.shape[1]):
+        passed = model(input_ids=tokens[:, at : at + 1], past_key_values=passed.past_key_values, use_cache=True)
+        found.append(passed.logits)
+    return torch.cat(found, dim=1).float()
+
+
+@pytest.mark.parametrize("kind", ["clear", "fixed", "filled"])
+def test_a_model_that_others_drive_decodes_by_its_own_step(kind, assert_near, monkeypatch):
+    made = []
+    make = stepping.OwnRun
+    monkeypatch.setattr(stepping, "OwnRun", lambda *args, **how: made.append(make(*args, **how)) or made[-1])
+    exact = make_model("llama", **WIDE).cuda().bfloat16()
+    model = copy.deepcopy(exact)
+    exact.float()
+    gates = gates_of(kind, 512, model.config.num_hidden_layers)
+    ids, tokens = texts()
+    prompts = (ids, ids.flip(1))
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with sparse_generation(resolve(model), gates, sink_tokens=SINK):
+            found = [stepped(model, prompt, tokens) for prompt in prompts]
+            two = stepped(model, ids.expand(2, -1), tokens.expand(2, -1))
+            model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert len(made) == 1, "a second prompt of the same size made its steps again"
+    assert any("at batch 2" in str(one.message) for one in said)
+    for prompt, logits in zip(prompts, found, strict=True):
+        assert_near(logits, in_the_masked_path(exact, gates, prompt, tokens), limit=0.05)
+    assert_near(two[:1], found[0], limit=0.05)
+
+
 @pytest.mark.parametrize("family", TIER_2)
 def test_the_models_own_forward_is_captured(family):
     model = make_model(family).cuda()
@@ -187,6 +224,7 @@ def test_what_cannot_be_captured_says_so_and_runs():
         for found, want in zip(run_of(run, ids, tokens), wanted, strict=True):
             torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)
         assert "in a CUDA graph" in run.path or any("captured" in line for line in run.announced)
+    assert torch.randn(3, device="cuda").isfinite().all(), "a capture that failed leaves the generator usable"
 
 
 def test_a_batch_is_run_each_for_itself_and_says_what_it_costs():
