@@ -23,7 +23,7 @@ KINDS = (
     "heads",
     "mixed",
 )
-FOLDED = ("teal", "wina", "cats")
+FOLDED = ("teal", "wina", "cats", "tops")
 
 
 def make_gate_plan(kind: str, weights: Weights, seed: int = 0) -> GatePlan:
@@ -97,14 +97,14 @@ def _work(kind: str, weights: Weights, translator: Translator, layer: int, gener
 
 def _channels(kind: str, translator: Translator, layer: int, value: torch.Tensor, draw) -> dict[str, Channels]:
     units = (Unit.Q, Unit.K, Unit.V, Unit.O, Unit.GATE, Unit.UP, Unit.DOWN)
-    if kind == "channels":
+    if kind in ("channels", "channels top"):
         units = (Unit.Q, Unit.V, Unit.UP, Unit.DOWN)  # the others run whole
     rules = {}
     for unit in units:
         rows = translator.input_rows(unit, layer)
         inputs, outputs = rows.shape
         score = draw(inputs).abs() if kind == "wina" else None
-        if kind == "channels top":
+        if kind in ("channels top", "tops"):
             rules[unit.value] = Channels(rows=rows, top=inputs // 2, score=draw(inputs).abs())
         elif kind == "rotated":
             basis = torch.linalg.qr(draw(inputs, inputs).cpu().double())[0].to(draw(1))

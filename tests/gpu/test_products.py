@@ -123,6 +123,18 @@ def test_columns(operators, draw, poisoned, assert_near, dtype, share, inputs, o
         assert_near(residual, want)
 
 
+def test_long_shares_of_a_block(device, draw, poisoned, assert_near):
+    tuned = Operators(device, Tuning(max_slices=1))
+    weight, x, out = draw(17000, 264, dtype=torch.bfloat16, scale=0.01), draw(17000), poisoned(264)
+    threshold = split_value(x, 0.3)
+    want = reference.input_sparse(weight.double(), x[None].double(), threshold)[0]
+    tuned.columns(out, x, weight, threshold=threshold)
+    assert_near(out, want)
+    count = torch.tensor([16001], dtype=torch.int32, device="cuda")
+    tuned.columns(out, x, weight, count=count)
+    assert_near(out, x[:16001].double() @ weight[:16001].double())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_columns_with_scores_segments_and_a_gate(operators, draw, poisoned, assert_near, dtype):
     inputs, segments = 896, (896, 128, 128)
@@ -198,6 +210,24 @@ def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, 
         sums = new_sums(outputs, device)
         tuned.columns(sums, x, weight, threshold=threshold)
         assert_near(to_values(sums), want)
+
+
+@pytest.mark.parametrize("slices", [1, 5, 16])
+@pytest.mark.parametrize(("ahead", "later"), [(0, 0), (0, 2), (1, 9), (2, 1)])
+def test_reading_ahead_in_two_steps_changes_nothing(device, draw, assert_near, slices, ahead, later):
+    tuned = Operators(device, Tuning(max_slices=slices, ahead=ahead, later=later))
+    for inputs, outputs in ((4096, 22016), (577, 1001), (40, 8), (11008, 4096)):
+        weight, x = padded(draw(inputs, outputs, dtype=torch.bfloat16)), to_sums(draw(inputs))
+        norm = norm_for(inputs, draw)
+        exact = normed(to_values(x), norm)
+        threshold = split_value(exact, 0.6)
+        want = reference.input_sparse(weight.double(), exact[None], threshold)[0]
+        found = []
+        for _ in range(2):
+            found.append(new_sums(outputs, device))
+            tuned.columns(found[-1], x, weight, threshold=threshold, norm=norm)
+        assert_near(to_values(found[0]), want)
+        assert torch.equal(*found), "two runs differ"
 
 
 def test_kept_values_without_their_fill_and_what_is_below(operators, draw, poisoned, assert_near):

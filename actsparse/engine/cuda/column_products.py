@@ -1,5 +1,6 @@
 """Products with weights stored one row an input: rows of inputs that are dropped are not read."""
 
+import ctypes
 import math
 from enum import IntEnum
 from typing import NamedTuple
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from actsparse.engine.cuda import native
 from actsparse.engine.cuda.launcher import ACTIVATIONS, Launcher, Norm, Tuning
+from actsparse.engine.cuda.structures import ColumnsArgs, Segment
 
 PARTIAL, TILES = 2**21, 2**14
-TILE = 256  # outputs that a block owns, or two or four times as many
+TILE = 256  # outputs that a block owns, or twice as many
 
 
 class Epilogue(IntEnum):
@@ -80,11 +82,7 @@ class ColumnProducts(Launcher):
         """
         lengths = (weight_rows.shape[1],) if segments is None else segments
         cut = self._cut(lengths, x.numel(), meets=out.dtype != torch.int64 and epilogue != Epilogue.ATOMIC_ADD)
-        tiles = [math.ceil(length / (TILE * cut.groups)) for length in lengths]
-        parts = (native.Segment * 3)(
-            *(native.Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))
-        )
-        args = native.ColumnsArgs(
+        args = ColumnsArgs(
             weight=native.address(weight_rows),
             x=native.address(x),
             up=native.address(up),
@@ -111,11 +109,12 @@ class ColumnProducts(Launcher):
             squares_count=0 if squares is None else squares.numel(),
             scale=scale,
             ahead=0 if fresh else self._tuning.ahead,
+            later=0 if fresh else self._tuning.later,
             fresh=int(fresh),
             invert=int(invert),
             fixed=int(x.dtype == torch.int64),
             zeros=0 if zero is None else zero.numel(),
-            segment=parts,
+            segment=_segments(lengths, cut.groups),
         )
         selects = threshold is not None or skip_zeros
         self._library.columns(
@@ -123,22 +122,25 @@ class ColumnProducts(Launcher):
             weight_rows.dtype,
             int(selects),
             groups=cut.groups,
-            tiles=sum(tiles),
+            tiles=cut.tiles,
             dependent=self._starts_early(),
         )
 
     def _cut(self, segments: tuple[int, ...], inputs: int, *, meets: bool) -> Cut:
-        """How a product is cut into blocks that fill the chip: tiles as wide as they can be.
-
-        Slices that have to meet (`meets`) are few, and their tiles no wider than twice the least.
-        """
+        """How a product is cut into blocks that fill the chip, in wide tiles if it can be; slices that meet are few."""
         blocks = self._sms * self._tuning.columns_blocks_per_sm
         most = min(self._tuning.max_slices if meets else blocks, max(1, inputs // 32))
 
         def tiles(groups: int) -> int:
             return sum(math.ceil(length / (TILE * groups)) for length in segments)
 
-        wide = (groups for groups in (4, 2) if groups <= self._tuning.max_groups and not (meets and groups > 2))
-        fitting = (one for one in wide if tiles(one) * one <= 1.1 * tiles(1) and tiles(one) * most >= 0.8 * blocks)
-        groups = next(fitting, 1)
+        wide = tiles(2) * 2 <= 1.1 * tiles(1) and tiles(2) * most >= 0.8 * blocks
+        groups = 2 if wide else 1
         return Cut(groups=groups, tiles=tiles(groups), slices=max(1, min(blocks // tiles(groups), most)))
+
+
+def _segments(lengths: tuple[int, ...], groups: int) -> "ctypes.Array[Segment]":
+    """Neighbouring segments of outputs, each in tiles of its own."""
+    tiles = [math.ceil(length / (TILE * groups)) for length in lengths]
+    found = (Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))
+    return (Segment * 3)(*found)

@@ -19,11 +19,14 @@ from actsparse.engine.step.plans import (
 from actsparse.engine.step.weights import InputRows
 from actsparse.engine.step.work import Channels, Decided, GatePlan, LayerWork, Listed
 
+PRODUCTS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))  # of `PROJECTIONS`: those that read the same inputs
 
-def fold(plan: GatePlan) -> Plan | None:
-    """`plan` as dense, lists of neurons, or a threshold on the neurons or on every projection of every layer; or None.
 
-    Lists are shared with `plan`; thresholds are copied, and a plan whose thresholds change has to be folded again.
+def fold(plan: GatePlan, batch: int = 1) -> Plan | None:
+    """`plan` as dense, as lists of neurons, or as a rule by size on the neurons or on all projections; or None.
+
+    A rule by size is a threshold or, for a batch of 1, the number of inputs that a projection keeps. Lists are shared
+    with `plan`; thresholds are copied, and a plan whose thresholds change has to be folded again.
     """
     works = plan.layers
     if plan.neurons is not None or any(work.heads is not None for work in works):
@@ -34,7 +37,7 @@ def fold(plan: GatePlan) -> Plan | None:
         return _indexed_plan([work.mlp for work in works if isinstance(work.mlp, Listed)], plan.selection)
     if all(isinstance(work.mlp, Decided) and not work.channels for work in works):
         return _neuron_plan([work.mlp for work in works if isinstance(work.mlp, Decided)])
-    return _input_plan(works)
+    return _input_plan(works, batch)
 
 
 def _indexed_plan(layers: Sequence[Listed], selection: Selection | None) -> IndexedPlan | None:
@@ -55,7 +58,7 @@ def _neuron_plan(layers: Sequence[Decided]) -> NeuronPlan | None:
     )
 
 
-def _input_plan(works: Sequence[LayerWork]) -> InputPlan | None:
+def _input_plan(works: Sequence[LayerWork], batch: int) -> InputPlan | None:
     if any(work.mlp is not None or set(work.channels) != set(PROJECTIONS) for work in works):
         return None
     rules = [[work.channels[name] for name in PROJECTIONS] for work in works]
@@ -66,7 +69,9 @@ def _input_plan(works: Sequence[LayerWork]) -> InputPlan | None:
     if any(one is None for one in (*qkv, *gate_up)):
         return None
     weighed = [one.score is not None for layer in rules for one in layer]
-    if any(weighed) != all(weighed):
+    tops = tuple(tuple(_top(one) for one in layer) for layer in rules)
+    mixed = any(any(layer[part]) != all(layer[part]) for layer in tops for part in PRODUCTS)
+    if any(weighed) != all(weighed) or mixed or (batch > 1 and any(map(any, tops))):
         return None
     rows = InputRows(
         qkv=_stacked(qkv),
@@ -75,12 +80,22 @@ def _input_plan(works: Sequence[LayerWork]) -> InputPlan | None:
         down=_stacked([layer[6].rows for layer in rules]),
     )
     threshold = torch.stack([torch.cat([_threshold(one) for one in layer]) for layer in rules])
-    return InputPlan(weights=rows, threshold=threshold, scores=_scores(rules) if all(weighed) else None)
+    return InputPlan(
+        weights=rows,
+        threshold=threshold,
+        scores=_scores(rules) if all(weighed) else None,
+        tops=tops if any(map(any, tops)) else None,
+    )
 
 
 def _plain(rule: Channels) -> bool:
     one = rule.threshold is None or rule.threshold.numel() == 1
-    return one and not rule.top and rule.basis is None and rule.correction is None
+    return one and rule.basis is None and rule.correction is None
+
+
+def _top(rule: Channels) -> int:
+    """How many inputs a rule keeps, 0 where a threshold decides."""
+    return 0 if rule.top >= len(rule.rows) else rule.top
 
 
 def _threshold(rule: Channels) -> Tensor:

@@ -24,10 +24,9 @@ class Norm(NamedTuple):
 class Tuning:
     """Launch shapes. Blocks that leave room beside them let the next kernel's blocks start and fill their rings early.
 
-    `ahead`: pairs of rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which
-    are kept.
+    `ahead`: rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which are kept;
+    `later`: how many more under a norm, once the inputs are on their way.
     `rows_deep`: longer rings in the dense products. `max_slices`: of the inputs of a sparse product whose blocks meet.
-    `max_groups`: how many times 256 outputs a block of a sparse product owns.
     """
 
     rows_threads: int = 512
@@ -35,8 +34,8 @@ class Tuning:
     rows_deep: bool = False
     columns_blocks_per_sm: int = 2
     ahead: int = 1
+    later: int = 1
     max_slices: int = 16
-    max_groups: int = 2
 
 
 class Launcher:

@@ -12,107 +12,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actsparse.engine.cuda.structures import (
+    AttendArgs,
+    ChooseArgs,
+    ColumnsArgs,
+    FixArgs,
+    GatherArgs,
+    MergeArgs,
+    PostNormArgs,
+    RowsArgs,
+    ScoresArgs,
+    TokenArgs,
+    TopArgs,
+)
 from actsparse.errors import ActsparseError
 
-SOURCES = ("rows.cu", "columns.cu", "attention.cu", "token.cu")
+SOURCES = ("rows.cu", "columns.cu", "attention.cu", "choices.cu", "token.cu")
 HEADERS = ("common.cuh",)
 KERNELS = Path(__file__).parent / "kernels"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 HEAD_DIMS = (32, 64, 96, 128, 256)
-_FLOAT, _INT, _LONG, _POINTER = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
 class NativeError(ActsparseError):
     """The compiled kernels cannot be used here; the caller falls back and says so."""
-
-
-class RowsArgs(ctypes.Structure):
-    """Mirrors `RowsArgs` in kernels/rows.cu."""
-
-    _fields_ = (
-        *(
-            (name, _POINTER)
-            for name in ("weight", "x", "norm", "bias", "factor", "fill", "threshold", "index", "count")
-        ),
-        *((name, _POINTER) for name in ("out", "best_value", "best_row")),
-        ("stride", _LONG),
-        *((name, _FLOAT) for name in ("epsilon", "scale", "cap")),
-        *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step", "fresh")),
-        *((name, _INT) for name in ("fixed_x", "fixed_out")),
-    )
-
-
-class Segment(ctypes.Structure):
-    """Mirrors `Segment` in kernels/columns.cu."""
-
-    _fields_ = (("begin", _INT), ("length", _INT), ("first_tile", _INT))
-
-
-class ColumnsArgs(ctypes.Structure):
-    """Mirrors `ColumnsArgs` in kernels/columns.cu."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
-        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "zero")),
-        ("stride", _LONG),
-        ("epsilon", _FLOAT),
-        *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
-        ("squares_count", _INT),
-        ("scale", _FLOAT),
-        *((name, _INT) for name in ("ahead", "fresh", "invert", "fixed", "zeros")),
-        ("segment", Segment * 3),
-    )
-
-
-class AttendArgs(ctypes.Structure):
-    """Mirrors `AttendArgs` in kernels/attention.cu."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "out")),
-        *((name, _POINTER) for name in ("q_norm", "k_norm", "groups")),
-        *((name, _FLOAT) for name in ("scale", "cap", "inverse_cap", "epsilon")),
-        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits", "fixed")),
-    )
-
-
-class TokenArgs(ctypes.Structure):
-    """Mirrors `TokenArgs` in kernels/token.cu."""
-
-    _fields_ = (
-        *(
-            (name, _POINTER)
-            for name in ("best_value", "best_row", "forced", "tokens", "position", "embedding", "hidden", "squares")
-        ),
-        ("stride", _LONG),
-        ("embed_scale", _FLOAT),
-        *((name, _INT) for name in ("candidates", "positions", "width")),
-    )
-
-
-class PostNormArgs(ctypes.Structure):
-    """Mirrors `PostNormArgs` in kernels/token.cu."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("branch", "weight", "hidden", "squares")),
-        *((name, _FLOAT) for name in ("epsilon", "scale")),
-        ("width", _INT),
-    )
-
-
-class FixArgs(ctypes.Structure):
-    """Mirrors `FixArgs` in kernels/token.cu."""
-
-    _fields_ = (("values", _POINTER), ("sums", _POINTER), ("size", _INT))
-
-
-class GatherArgs(ctypes.Structure):
-    """Mirrors `GatherArgs` in kernels/token.cu."""
-
-    _fields_ = (
-        *((name, _POINTER) for name in ("source", "target", "index", "count")),
-        ("rows", _LONG),
-        *((name, _INT) for name in ("capacity", "parts", "quads")),
-    )
 
 
 class Library:
@@ -153,6 +76,19 @@ class Library:
 
     def fix(self, args: FixArgs, *, dependent: bool) -> None:
         self._check(self._handle.actsparse_fix(ctypes.byref(args), int(dependent), _stream()), "fix")
+
+    def top(self, args: TopArgs, *, dependent: bool) -> None:
+        self._check(self._handle.actsparse_top(ctypes.byref(args), int(dependent), _stream()), "top")
+
+    def scores(self, args: ScoresArgs, *, blocks: int, whole: bool, dependent: bool) -> None:
+        call = self._handle.actsparse_scores
+        self._check(call(ctypes.byref(args), blocks, int(whole), int(dependent), _stream()), "scores")
+
+    def choose(self, args: ChooseArgs, *, dependent: bool) -> None:
+        self._check(self._handle.actsparse_choose(ctypes.byref(args), int(dependent), _stream()), "choose")
+
+    def merge(self, args: MergeArgs, *, dependent: bool) -> None:
+        self._check(self._handle.actsparse_merge(ctypes.byref(args), int(dependent), _stream()), "merge")
 
     def gather(self, args: GatherArgs, layers: int) -> None:
         self._check(self._handle.actsparse_gather(ctypes.byref(args), layers, _stream()), "gather")

@@ -43,43 +43,64 @@ class NativeInputStep(NativeStep):
         kept = self._hidden is self._state.hidden and (first or self._weights.shape.post_norm)
         return self._state.squares[:1] if kept else None
 
+    def _threshold(
+        self,
+        layer: int,
+        part: slice,
+        x: Tensor,
+        score: Tensor | None,
+        *,
+        norm: Norm | None = None,
+        up: Tensor | None = None,
+    ) -> Tensor:
+        """The thresholds of neighbouring projections of x; set here, if the largest of x are to be kept."""
+        plan = self._inputs
+        threshold, tops = plan.threshold[layer, part], plan.tops[layer][part] if plan.tops else (0,)
+        if any(tops):
+            activation = self._weights.shape.activation
+            self._operators.top(threshold, x, tops, norm=norm, score=score, up=up, activation=activation)
+        return threshold
+
     def _project_qkv(self, layer: int) -> None:
         plan, one, shape = self._inputs, self._layers[layer], self._weights.shape
+        norm, score = Norm(one.attn_norm, shape.norm_epsilon), plan.scores.qkv[layer] if plan.scores else None
         self._operators.columns(
             self._qkv,
             self._hidden,
             plan.weights.qkv[layer],
-            threshold=plan.threshold[layer, :3],
+            threshold=self._threshold(layer, slice(0, 3), self._hidden, score, norm=norm),
             segments=shape.qkv_widths,
-            score=plan.scores.qkv[layer] if plan.scores else None,
-            norm=Norm(one.attn_norm, shape.norm_epsilon),
+            score=score,
+            norm=norm,
             squares=self._squares(first=layer == 0),
             bias=one.qkv_bias,
             zero=self._halves,  # which the layer before has used
         )
 
     def _add_out(self, layer: int) -> None:
-        plan, one = self._inputs, self._layers[layer]
+        plan, one, mix = self._inputs, self._layers[layer], self._state.mix
+        score = plan.scores.out[layer] if plan.scores else None
         self._add_columns(
-            self._state.mix,
+            mix,
             plan.weights.out[layer],
             one.out_bias,
             one.post_attn_norm,
-            threshold=plan.threshold[layer, 3:4],
-            score=plan.scores.out[layer] if plan.scores else None,
+            threshold=self._threshold(layer, slice(3, 4), mix, score),
+            score=score,
             atomics=plan.fast_atomics,
         )
 
     def _project_halves(self, layer: int) -> None:
-        plan, neurons = self._inputs, self._weights.shape.neurons
+        plan, neurons, norm = self._inputs, self._weights.shape.neurons, self._norm(layer)
+        score = plan.scores.gate_up[layer] if plan.scores else None
         self._operators.columns(
             self._halves,
             self._hidden,
             plan.weights.gate_up[layer],
-            threshold=plan.threshold[layer, 4:6],
+            threshold=self._threshold(layer, slice(4, 6), self._hidden, score, norm=norm),
             segments=(neurons, neurons),
-            score=plan.scores.gate_up[layer] if plan.scores else None,
-            norm=self._norm(layer),
+            score=score,
+            norm=norm,
             squares=self._squares(),
             bias=self._layers[layer].gate_up_bias,
             zero=self._qkv,  # which attention has used
@@ -88,6 +109,7 @@ class NativeInputStep(NativeStep):
     def _add_neurons(self, layer: int) -> None:
         plan, one, shape = self._inputs, self._layers[layer], self._weights.shape
         gate, up = self._halves.split(shape.neurons)
+        score = plan.scores.down[layer] if plan.scores else None
         self._add_columns(
             gate,
             plan.weights.down[layer],
@@ -95,8 +117,8 @@ class NativeInputStep(NativeStep):
             one.post_mlp_norm,
             up=up,
             activation=shape.activation,
-            threshold=plan.threshold[layer, 6:7],
-            score=plan.scores.down[layer] if plan.scores else None,
+            threshold=self._threshold(layer, slice(6, 7), gate, score, up=up),
+            score=score,
             atomics=plan.fast_atomics,
         )
 

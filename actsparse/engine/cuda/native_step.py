@@ -143,6 +143,7 @@ class NativeStep:
         fill: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
+        fresh: bool = False,
         skip_zeros: bool = False,
         atomics: bool = False,
     ) -> None:
@@ -163,6 +164,7 @@ class NativeStep:
             fill=fill,
             index=index,
             count=count,
+            fresh=fresh,
             scale=shape.residual_scale if plain else 1.0,
         )
         if post_norm is not None:

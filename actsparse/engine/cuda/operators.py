@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cuda import native
+from actsparse.engine.cuda.choices import Choices
 from actsparse.engine.cuda.column_products import ColumnProducts
 from actsparse.engine.cuda.launcher import Norm
 from actsparse.engine.cuda.row_products import RowProducts
+from actsparse.engine.cuda.structures import AttendArgs, FixArgs, GatherArgs, PostNormArgs, TokenArgs
 from actsparse.engine.step.reference import Attention
 from actsparse.engine.step.state import Angles, Best
 
 LOG2_E = math.log2(math.e)
 
 
-class Operators(RowProducts, ColumnProducts):
+class Operators(RowProducts, ColumnProducts, Choices):
     """All kernels: products, and what is between them."""
 
     def attend(
@@ -45,7 +47,7 @@ class Operators(RowProducts, ColumnProducts):
         splits = 1
         while splits < 8 and head_dim % (splits * 2) == 0 and heads * splits * 2 <= self._sms:
             splits *= 2
-        args = native.AttendArgs(
+        args = AttendArgs(
             qkv=native.address(qkv),
             cosine=native.address(angles.cosine),
             sine=native.address(angles.sine),
@@ -86,7 +88,7 @@ class Operators(RowProducts, ColumnProducts):
 
         squares[0] becomes the sum of hidden * hidden.
         """
-        args = native.TokenArgs(
+        args = TokenArgs(
             best_value=native.address(best.value),
             best_row=native.address(best.row),
             forced=native.address(forced),
@@ -105,7 +107,7 @@ class Operators(RowProducts, ColumnProducts):
 
     def post_norm(self, hidden: Tensor, branch: Tensor, norm: Norm, *, squares: Tensor, scale: float = 1.0) -> None:
         """hidden [width] += scale * norm(branch) [width]; squares[0] becomes the sum of hidden * hidden."""
-        args = native.PostNormArgs(
+        args = PostNormArgs(
             branch=native.address(branch),
             weight=native.address(norm.weight),
             hidden=native.address(hidden),
@@ -118,7 +120,7 @@ class Operators(RowProducts, ColumnProducts):
 
     def fix(self, sums: Tensor, values: Tensor) -> None:
         """sums [any], in fixed point, become values [any]."""
-        args = native.FixArgs(values=native.address(values), sums=native.address(sums), size=sums.numel())
+        args = FixArgs(values=native.address(values), sums=native.address(sums), size=sums.numel())
         self._library.fix(args, dependent=self._starts_early())
 
     def gather(self, target: Tensor, source: Tensor, index: Tensor, count: Tensor) -> None:
@@ -127,7 +129,7 @@ class Operators(RowProducts, ColumnProducts):
         index: [layers, capacity]; rows from `count` [layers] on become zero.
         """
         layers, parts, capacity, width = target.shape
-        args = native.GatherArgs(
+        args = GatherArgs(
             source=native.address(source),
             target=native.address(target),
             index=native.address(index),

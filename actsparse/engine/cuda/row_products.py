@@ -8,6 +8,7 @@ from torch import Tensor
 
 from actsparse.engine.cuda import native
 from actsparse.engine.cuda.launcher import ACTIVATIONS, Launcher, Norm, Tuning
+from actsparse.engine.cuda.structures import RowsArgs
 from actsparse.engine.step.state import Best
 
 
@@ -58,7 +59,7 @@ class RowProducts(Launcher):
         cap: float = 0.0,
         fresh: bool = False,
     ) -> None:
-        args = native.RowsArgs(
+        args = RowsArgs(
             weight=native.address(weight),
             x=native.address(x),
             norm=native.address(norm.weight) if norm else None,

@@ -78,12 +78,15 @@ class InputPlan:
     """Which input channels to keep, per token and projection: threshold [layers, 7] float32, as in `PROJECTIONS`.
 
     TEAL (arXiv 2408.14690) keeps |x_i| >= t, WINA (arXiv 2505.19427) |x_i| * ||W[:, i]|| >= t; a threshold of 0 keeps
-    all. Results do not depend on timing unless `fast_atomics`, which adds partial sums to the residual in any order.
+    all. Where tops [layers][7] is not 0, a projection keeps that many of its inputs, the largest, and each token sets
+    the threshold anew; of equals at the edge all are kept. Results do not depend on timing unless `fast_atomics`, which
+    adds partial sums to the residual in any order.
     """
 
     weights: InputRows
     threshold: Tensor
     scores: InputScores | None = None
+    tops: tuple[tuple[int, ...], ...] | None = None
     fast_atomics: bool = False
 
 

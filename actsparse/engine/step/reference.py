@@ -107,6 +107,12 @@ def input_sparse(
     return project_rows(weight_rows, torch.where(size >= threshold, widen(x), 0.0), bias)
 
 
+def top_threshold(size: Tensor, top: int) -> Tensor:
+    """[1]: halfway between the `top` largest of `size` [inputs] and the rest; of equals on both sides, all reach it."""
+    best = size.topk(top + 1).values
+    return (best[top - 1 : top] + best[top:]) / 2
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x [batch, heads, head_dim], its first dimensions rotated by cosine and sine [batch, rotated / 2]."""
     half = cosine.shape[-1]

@@ -124,6 +124,10 @@ class TorchStep:
         self, plan: InputPlan, parts: tuple[Tensor, ...], x: Tensor, layer: int, first: int, scores: Tensor | None
     ) -> Tensor:
         """The products of neighbouring projections, from `PROJECTIONS[first]` on, side by side."""
+        for i, top in enumerate(plan.tops[layer][first : first + len(parts)] if plan.tops else ()):
+            if top:
+                size = x.abs() if scores is None else x.abs() * scores[layer, i]
+                plan.threshold[layer, first + i : first + i + 1] = reference.top_threshold(size[0], top)
         found = [
             self._products.input_sparse(
                 part,

@@ -7,7 +7,8 @@ import torch
 from actsparse.engine.cuda.column_products import Epilogue
 from actsparse.engine.cuda.row_products import Caps
 from actsparse.engine.cuda.sums import ONE, to_sums
-from actsparse.engine.step import reference
+from actsparse.engine.step import gate_step, reference
+from actsparse.engine.step.work import Chosen
 
 
 def held(x):
@@ -115,6 +116,32 @@ class PlainOperators:
             flat.copy_(y if epilogue is Epilogue.WRITE else flat + y)
         if zero is not None and zero.dtype == torch.int64:
             zero.zero_()
+
+    def top(self, threshold, x, tops, *, norm=None, score=None, up=None, activation="identity"):
+        x = held(x).reshape(-1)
+        x = x if norm is None else reference.rms_norm(x, norm.weight, norm.epsilon)
+        x = x if up is None else reference.activate(x, activation) * held(up).reshape(-1)
+        for rule, top in enumerate(tops):
+            threshold[rule] = reference.top_threshold(x.abs() if score is None else x.abs() * score[rule], top)
+
+    def scores(self, out, x, weight, *, norm=None, tanh=False):
+        y = self._product(x, weight, norm, None)
+        out.copy_(torch.tanh(y) if tanh else y)
+
+    def choose(self, kept, score, top, *, sizes=None, members=None, always=None):
+        mask = isinstance(kept, torch.Tensor)
+        router = Chosen(second=score[:, None], top=top, site=None, sizes=sizes, members=members, always=always)
+        neurons = kept.numel() if mask else kept.index.numel()
+        chosen = gate_step.chosen(router, 0, {(None, 0): score.new_ones(1, 1)}, neurons)[0]
+        if mask:
+            kept.copy_(chosen)
+            return
+        found = chosen.nonzero()[:, 0].int()
+        kept.index[: len(found)], kept.index[len(found) :] = found, -1
+        kept.count.fill_(len(found))
+
+    def merge(self, out, gate, up, activation):
+        out.view(-1).copy_(reference.activate(gate, activation) * up)
 
     def attend(self, out, qkv, keys, values, *, position, angles, how, groups=None):
         y = reference.attend(

@@ -265,7 +265,7 @@ inline cudaError_t allow(Kernel kernel, size_t shared, int cluster) {
   // no kernel could start beside its predecessor.
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (error == cudaSuccess && shared > 48 * 1024)
+  if (error == cudaSuccess && shared > 0)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess && cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

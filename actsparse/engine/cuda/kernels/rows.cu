@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
   int live = a.rows;
   constexpr bool kLists = MODE == kGated || MODE == kStore;
   if (kLists && a.fresh) wait_for_previous();
-  if (kLists && a.count) live = min(*a.count, a.rows);
+  if (kLists && a.count) live = min(__ldcg(a.count), a.rows);
   if (MODE == kKept) {
     wait_for_previous();
     const int begin = blockIdx.x * per_block, end = min(begin + per_block, a.rows);
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
   const int step = MODE == kKept ? warps : warps * gridDim.x;
 
   auto row_of = [&](int task) {
-    if (kLists) return a.index ? a.index[task] : task;
+    if (kLists) return a.index ? __ldcg(a.index + task) : task;
     return MODE == kKept ? kept[task] : task;
   };
 
