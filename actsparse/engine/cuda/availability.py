@@ -26,11 +26,9 @@ def native_failure() -> str | None:
     return None
 
 
-def native_refusal(weights: Weights, batch: int = 1) -> str | None:
+def native_refusal(weights: Weights) -> str | None:
     """Why the compiled kernels cannot serve these weights, or None if they can."""
     shape = weights.shape
-    if batch > 1:
-        return f"the compiled kernels decode one sequence, not {batch}"
     if weights.dtype not in native.DTYPES:
         return f"the compiled kernels take bfloat16 and float16, not {weights.dtype}"
     if not weights.gate_up.is_cuda:

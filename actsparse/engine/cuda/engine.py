@@ -9,6 +9,7 @@ from torch import Tensor
 from actsparse.engine.cuda.availability import has_triton, native_refusal
 from actsparse.engine.cuda.fold import fold
 from actsparse.engine.cuda.graph import capture
+from actsparse.engine.cuda.in_turns import InTurns
 from actsparse.engine.cuda.launcher import Tuning
 from actsparse.engine.cuda.native_gates import NativeGateStep, refusal
 from actsparse.engine.cuda.native_inputs import native_step
@@ -33,7 +34,10 @@ class _Snapshot:
 
 
 class CudaEngine:
-    """Steps for weights on a CUDA device; `operators` is None where the compiled kernels cannot serve them."""
+    """Steps for weights on a CUDA device; `operators` is None where the compiled kernels cannot serve them.
+
+    They decode one sequence: in a batch they serve plans that choose token by token, a sequence after the other.
+    """
 
     def __init__(
         self,
@@ -47,11 +51,12 @@ class CudaEngine:
         self.warnings: list[str] = []
         self.operators: Operators | None = None
         self._compiled = compiled
-        refusal = native_refusal(weights, batch) if native else "it was not asked for"
-        if refusal is None:
-            self.operators = Operators(weights.device, tuning)
-        elif native:
-            self.warnings.append(f"decode runs through torch.compile: {refusal}")
+        refused = native_refusal(weights) if native else "it was not asked for"
+        operators = Operators(weights.device, tuning) if refused is None else None
+        self.operators, self._in_turns = (operators, None) if batch == 1 else (None, operators)
+        if self.operators is None and native:
+            reason = refused or f"the compiled kernels decode one sequence, not {batch}"
+            self.warnings.append(f"decode runs through torch.compile: {reason}")
 
     @property
     def candidates(self) -> int:
@@ -62,8 +67,12 @@ class CudaEngine:
         self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
+        turns = None if padded else self._turns(weights, state, plan, sampled=sampled)
+        if turns is not None:
+            self.warnings.append(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
+            return self._captured(turns, state)
         if isinstance(plan, GatePlan):
-            folded = fold(plan)
+            folded = fold(plan, state.batch)
             if folded is None:
                 return self._gates(weights, state, plan, sampled=sampled, padded=padded)
             plan = folded
@@ -81,6 +90,28 @@ class CudaEngine:
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
 
+    def _turns(self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool) -> InTurns | None:
+        """The step of a batch by compiled steps of one, where they can run what chooses token by token."""
+        operators = self._in_turns
+        if operators is None:
+            return None
+        alone = (fold(plan) or plan) if isinstance(plan, GatePlan) else plan
+        match alone:
+            case NeuronPlan() | InputPlan():
+                return InTurns(
+                    state,
+                    lambda one: native_step(weights, one, alone, operators, sampled=sampled),
+                    operators.blocks,
+                )
+            case GatePlan() if alone.neurons is None and refusal(alone, weights) is None:
+                return InTurns(
+                    state,
+                    lambda one: NativeGateStep(weights, one, alone, operators, sampled=sampled),
+                    operators.blocks,
+                )
+            case _:
+                return None
+
     def _gates(self, weights: Weights, state: DecodeState, plan: GatePlan, *, sampled: bool, padded: bool) -> Runner:
         """The step of a plan of any mix of gates."""
         refused = refusal(plan, weights) if self.operators is not None else "there are no compiled kernels for it"
@@ -89,7 +120,7 @@ class CudaEngine:
         self.warnings.append(f"this plan masks weights but reads them all: {refused}")
         return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
 
-    def _captured(self, step: NativeStep | TorchStep | GateStep, state: DecodeState) -> Runner:
+    def _captured(self, step: NativeStep | InTurns | TorchStep | GateStep, state: DecodeState) -> Runner:
         """Captures `step` and undoes what its warm-ups did; the cache beyond the position is free to change."""
         before = _Snapshot(position=state.position.clone(), hidden=state.hidden.clone(), tokens=state.tokens.clone())
         captured = capture(step)
