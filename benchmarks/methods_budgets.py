@@ -73,7 +73,7 @@ class Shares:
             groups = self.loaded.record.kv_heads
             drops = LayerDrops(heads=1 - 1 / groups, head_saves=method.saves)
             return saved(step, [drops] * (step.layers - method.dense_layers)).model_bytes_frac
-        reads = SiteKind.NEURON if method.name == "cett" else method.needs[0]
+        reads = method.needs[0] if method.needs and method.name != "cett" else SiteKind.NEURON
         token = TokenGate(reads, Threshold(0.0), saves=method.saves, ideal=method.ideal)
         saves = token.unread(gated) if method.decides.value == "per token" else method.saves
         return saved(step, [LayerDrops(neurons=1.0, neuron_saves=saves)] * step.layers).model_bytes_frac

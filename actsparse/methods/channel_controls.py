@@ -57,7 +57,7 @@ class ChannelsRandom(FixedChannels, Drawn):
     """k channels of each projection, drawn uniformly; without a seed, the mean of three seeds."""
 
     name = "channels-random"
-    summary = "input channels drawn at random, mean of three seeds (control)"
+    summary = "input channels drawn at random, mean of three seeds"
 
     def masks(self, replay: ChannelReplay, layers: Sequence[LayerPlan]) -> Masks:
         return self.drawn(layers)
@@ -71,7 +71,7 @@ class ChannelsStatic(FixedChannels):
     stat: Literal["mean_n", "mean_abs"] = "mean_n"
 
     name = "channels-static"
-    summary = "top input channels of the calibration text, one mask for everything (control)"
+    summary = "top input channels of the calibration text, one mask for everything"
 
     def masks(self, replay: ChannelReplay, layers: Sequence[LayerPlan]) -> Masks:
         scores = dict(replay.mean_magnitudes())

@@ -63,7 +63,7 @@ class HeadsRandom(FixedHeads, Drawn):
     """k KV groups of each layer, drawn uniformly; without a seed, the mean of three seeds."""
 
     name = "heads-random"
-    summary = "KV groups drawn at random, mean of three seeds (control)"
+    summary = "KV groups drawn at random, mean of three seeds"
 
     def __post_init__(self) -> None:
         FixedHeads.__post_init__(self)
@@ -79,7 +79,7 @@ class HeadsStatic(FixedHeads):
     token's by."""
 
     name = "heads-static"
-    summary = "KV groups that add most on the calibration text, the same for everything (control)"
+    summary = "KV groups that add most on the calibration text, the same for everything"
 
     def masks(self, calibration: Calibration, layers: list[LayerPlan]) -> Masks:
         shape = calibration.attention

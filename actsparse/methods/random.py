@@ -25,6 +25,7 @@ class Drawn(Method, ABC):
 
     paper = "control"
     decides = Decides.OFFLINE
+    needs = ()
     is_control = True
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class Random(Drawn):
     """k neurons of each layer."""
 
     name = "random"
-    summary = "neurons drawn at random, mean of three seeds (control)"
+    summary = "neurons drawn at random, mean of three seeds"
     serves_experts = True
 
     def fit(self, calibration: Calibration, budget: Budget) -> Fit:

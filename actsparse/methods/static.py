@@ -25,9 +25,10 @@ class Static(Method):
     token_frac: float = TOKEN_FRAC
 
     name = "static"
-    summary = "top neurons of the calibration text, one mask for everything (control)"
+    summary = "top neurons of the calibration text, one mask for everything"
     paper = "control"
     decides = Decides.OFFLINE
+    needs = ()
     is_control = True
     serves_experts = True
     needs_statistics = True
