@@ -52,6 +52,11 @@ class OwnSteps:
             return int(native_refusal(self.weights) is None)
         return MAX_BATCH
 
+    @property
+    def takes_padding(self) -> bool:
+        """Whether such steps leave out padding in front of a prompt."""
+        return self.weights.device.type == "cpu"
+
     def engine(self, batch: int) -> Engine:
         """A new engine of the weights' device."""
         if self.weights.device.type == "cuda":

@@ -119,6 +119,7 @@ class _Forward:
             and int(cache.get_seq_length()) > 0
             and asked <= UNDERSTOOD
             and _left_padded(kwargs.get("attention_mask"))
+            and (self._steps.takes_padding or not _any_padding(kwargs.get("attention_mask")))
             and _at_the_end(int(cache.get_seq_length()), kwargs, "position_ids" in self.__signature__.parameters)
             and _plain(self._steps.sites.model.config, kwargs)
         )
@@ -203,7 +204,7 @@ def _at_the_end(position: int, kwargs: dict[str, Any], takes_positions: bool) ->
         return False
     padding = _padding(kwargs.get("attention_mask"))
     if given is None:  # a model that takes positions then counts padding too
-        return padding is None or not takes_positions or not bool(padding.any())
+        return not takes_positions or not _any_padding(kwargs.get("attention_mask"))
     expected = position - (torch.zeros(1, dtype=torch.long) if padding is None else padding)
     return given.dim() == 2 and bool((given == expected[:, None]).all())
 
@@ -215,6 +216,11 @@ def _plain(config: Any, kwargs: dict[str, Any]) -> bool:
     return (
         bool(config.return_dict if by_name is None else by_name) and not more and kwargs.get("use_cache") is not False
     )
+
+
+def _any_padding(mask: Any) -> bool:
+    padding = _padding(mask)
+    return padding is not None and bool(padding.any())
 
 
 def _padding(mask: Any) -> Tensor | None:

@@ -317,3 +317,22 @@ def test_a_batch_equals_each_alone_in_float32():
         decoder.load_prefill(prefill.past_key_values, prefill.logits[:, -1].argmax(-1))
         want = model.generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 21:]
     assert torch.equal(decoder.decode(24), want)
+
+
+def test_padding_in_front_of_one_prompt_is_not_seen(assert_near):
+    model = family_model("llama").to("cuda", torch.bfloat16)
+    ids, pad = torch.randint(0, 1000, (1, 20), device="cuda"), 7
+    found = []
+    for ahead in (0, pad):
+        decoder = cuda_decoder(model, max_length=64)
+        padded = torch.cat([torch.zeros(1, ahead, dtype=torch.long, device="cuda"), ids], dim=1)
+        seen = (torch.arange(20 + ahead, device="cuda") >= ahead).long()[None]
+        places = (seen.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            prefill = model(padded, attention_mask=seen, position_ids=places, use_cache=True)
+        decoder.load_prefill(prefill.past_key_values, ids[:, -1], torch.tensor([ahead], device="cuda"))
+        decoder.force(torch.arange(5, device="cuda"))
+        decoder.decode(5)
+        found.append(decoder.state.logits.clone())
+        assert any("padding" in warning for warning in decoder.warnings) == (ahead > 0)
+    assert_near(found[1], found[0], limit=2e-2)

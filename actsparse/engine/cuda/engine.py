@@ -67,6 +67,9 @@ class CudaEngine:
         self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
+        operators = None if padded else self.operators
+        if self.operators is not None and padded:
+            self.warnings.append("decode runs through torch.compile: the compiled kernels see padding as a token")
         turns = None if padded else self._turns(weights, state, plan, sampled=sampled)
         if turns is not None:
             self.warnings.append(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
@@ -74,10 +77,10 @@ class CudaEngine:
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:
-                return self._gates(weights, state, plan, sampled=sampled, padded=padded)
+                return self._gates(weights, state, plan, operators, sampled=sampled, padded=padded)
             plan = folded
-        if self.operators is not None:
-            return self._captured(native_step(weights, state, plan, self.operators, sampled=sampled), state)
+        if operators is not None:
+            return self._captured(native_step(weights, state, plan, operators, sampled=sampled), state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
             self.warnings.append("without compiled kernels and Triton this plan masks weights but reads them all")
         products = _products()
@@ -112,11 +115,20 @@ class CudaEngine:
             case _:
                 return None
 
-    def _gates(self, weights: Weights, state: DecodeState, plan: GatePlan, *, sampled: bool, padded: bool) -> Runner:
+    def _gates(
+        self,
+        weights: Weights,
+        state: DecodeState,
+        plan: GatePlan,
+        operators: Operators | None,
+        *,
+        sampled: bool,
+        padded: bool,
+    ) -> Runner:
         """The step of a plan of any mix of gates."""
-        refused = refusal(plan, weights) if self.operators is not None else "there are no compiled kernels for it"
-        if self.operators is not None and refused is None:
-            return self._captured(NativeGateStep(weights, state, plan, self.operators, sampled=sampled), state)
+        refused = refusal(plan, weights) if operators is not None else "there are no compiled kernels for it"
+        if operators is not None and refused is None:
+            return self._captured(NativeGateStep(weights, state, plan, operators, sampled=sampled), state)
         self.warnings.append(f"this plan masks weights but reads them all: {refused}")
         return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
 
