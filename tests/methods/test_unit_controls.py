@@ -106,9 +106,10 @@ def test_a_fixed_rule_keeps_its_channels_at_every_token(loaded: LoadedModel, cal
     torch.testing.assert_close(everywhere, naive, atol=1e-5, rtol=1e-5)
 
 
-def test_static_heads_add_most_on_the_calibration_text(
-    loaded: LoadedModel, calibration: TextCalibration, blocks: Sequences
-) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_static_heads_add_most_on_the_calibration_text(family: str, tiny_loaded: Callable, blocks: Sequences) -> None:
+    loaded = tiny_loaded(family)
+    calibration = of_blocks(loaded, blocks, PROMPT, Silent())
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in range(LAYERS)}
     with tapped(loaded.sites, {SiteKind.ATTN_OUT: lambda site, x: outputs[site.layer].append(x[0, SINK:].double())}):
         for block in blocks.stack():
