@@ -1,16 +1,16 @@
 """Texts as token sequences: prompts one by one, a corpus as blocks of equal length."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from actsparse.data.chat import as_text
 from actsparse.data.prompts import Prompt, read_text
 from actsparse.errors import DataError
 from actsparse.results import TextRecord
@@ -60,8 +60,7 @@ def from_prompts(
     plain = sum(bool(prompt.messages) for prompt in prompts) if not tokenizer.chat_template else 0
     if plain:
         notify(f"{plain} prompts hold chat messages, and this model has no chat template: read as plain text")
-    for prompt in prompts:
-        tokens = _tokens(prompt, tokenizer)
+    for prompt, tokens in zip(prompts, _tokens(prompts, tokenizer), strict=True):
         if not tokens:
             notify(f"{prompt.source}: no tokens; left out")
             continue
@@ -153,18 +152,15 @@ def shares_text(first: TextRecord, second: TextRecord) -> bool:
     return len(mine & theirs) > CHANCE_SHARE * min(len(mine), len(theirs))
 
 
-def _tokens(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not prompt.messages or not tokenizer.chat_template:
-        return list(tokenizer(prompt.content, verbose=False).input_ids)
-    messages = [dict(message) for message in prompt.messages]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise DataError(
-            f"{prompt.source}: the model's chat template refuses these messages: {error}",
-            "change the roles, or give plain text in a field 'text'",
-        ) from None
-    return list(tokenizer(str(rendered), add_special_tokens=False, verbose=False).input_ids)
+def _tokens(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The token ids of every prompt; chat messages go through the model's template, which writes its special tokens."""
+    chats = [prompt for prompt in prompts if prompt.messages] if tokenizer.chat_template else []
+    texts = iter(as_text(chats, tokenizer) if chats else ())
+    for prompt in prompts:
+        if prompt.messages and tokenizer.chat_template:
+            yield list(tokenizer(next(texts), add_special_tokens=False, verbose=False).input_ids)
+        else:
+            yield list(tokenizer(prompt.content, verbose=False).input_ids)
 
 
 def _count(record: TextRecord, ids: Sequence[Tensor]) -> TextRecord:
