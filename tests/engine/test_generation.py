@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from actsparse import sparsify
+from actsparse.engine import stepping
 from actsparse.engine.choose import Engines
 from actsparse.engine.decode import greedy, new_cache, prefill
 from actsparse.engine.generation import sparse_generation
@@ -186,6 +187,19 @@ def test_token_gates_under_generate_are_the_masked_path(
     assert bool(taken) is ("output_hidden_states" not in options)
     monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
     assert torch.equal(ours, text())
+
+
+def test_steps_are_made_once_and_batches_that_they_do_not_take_are_said_to_be_masked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, made, make = make_model("llama"), [], stepping.OwnRun
+    monkeypatch.setattr(stepping, "OwnRun", lambda *args, **how: made.append(make(*args, **how)) or made[-1])
+    with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK):
+        texts = [generated(model, token_ids(1, 20, seed=seed)) for seed in (1, 2, 1)]
+        with pytest.warns(UserWarning, match="at batch 9: exact, and slower"):
+            generated(model, token_ids(9, 20))
+    assert len(made) == 1
+    assert torch.equal(texts[0], texts[2])
 
 
 def test_a_cache_that_the_caller_cuts_is_followed() -> None:

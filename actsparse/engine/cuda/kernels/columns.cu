@@ -1,8 +1,8 @@
 // Products with weights stored input-major [inputs, outputs]: out = sum_i x_i W[i, :], reading only the rows kept.
 //
 // A block owns 256 or 512 outputs and one slice of the inputs, of which every warp lists those of its own share that are
-// kept, in order, and gathers their rows whole. No barrier lies between the inputs and the first row: until then nothing
-// else runs on the chip, and every instruction counts. Warps whose share is large read on while others are done; their
+// kept, in order, and gathers their rows whole. No barrier but the norm's lies between the inputs and the first row: until
+// then nothing else runs on the chip, and every instruction counts. Warps whose share is large read on while others are done; their
 // rings are deep enough to keep the memory busy meanwhile. Then the block adds its part to sums in fixed point, or, where
 // floats are wanted, the last block of a tile to finish adds up all slices in their order: either way results do not depend
 // on timing. The meeting costs 2 us more, since a block's part has to reach the whole chip before the block can say so.
