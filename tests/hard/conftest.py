@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,24 @@ import actsparse
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
+    with warm(hash_seed="0") as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def other_zygote() -> Iterator[Zygote]:
+    """Another process, in which sets of texts have another order."""
+    with warm(hash_seed="1") as process:
+        yield process
+
+
+@contextmanager
+def warm(hash_seed: str) -> Iterator[Zygote]:
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("zygote.py"))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _checkout()},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _checkout(),
+                          "PYTHONHASHSEED": hash_seed},
     )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "ready\n"

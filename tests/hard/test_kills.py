@@ -1,9 +1,7 @@
 """Commands that are killed for good at moments drawn by a seed: what is resumed equals what was never interrupted."""
 
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -11,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Zygote
+from processes import Zygote, different, written
 
 from actsparse.errors import RunError
 from actsparse.store.runs import open_any
 
 KILLS = int(os.environ.get("SOAK_KILLS", "3"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
-CLOCKS = ("started", "finished", "seconds")
-MADE = re.compile(r"<dt>made</dt><dd>[^<]*</dd>|<span>report of [^<]*</span>")
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +49,6 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted({mark.parent for mark in marks})
 
 
-def results(folder: Path) -> dict[str, object]:
-    """Everything that a command wrote, by name, but for what tells the time: nothing of it is a timed speed."""
-    found: dict[str, object] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
-        name = str(path.relative_to(folder))
-        if path.name == "manifest.json":
-            manifest = json.loads(path.read_bytes())
-            provenance = {key: value for key, value in manifest["provenance"].items() if key not in CLOCKS}
-            found[name] = manifest | {"provenance": provenance}
-        elif path.suffix == ".html":
-            page, made = MADE.subn("", path.read_text())
-            assert made, f"{name} does not say when its runs were made"
-            found[name] = page
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
 def check_not_accepted_half_written(folder: Path) -> None:
     """A run either opens whole or is refused; a report is whole or absent."""
     for run in runs_in(folder):
@@ -93,7 +71,7 @@ def test_a_command_that_is_killed_again_and_again_ends_as_if_it_never_was(
     code, events = zygote.run(commands[name], whole)
     seconds = time.monotonic() - began
     assert code == 0, whole.with_suffix(".log").read_text()
-    expected = results(whole)
+    expected = written(whole)
     draw = random.Random(f"{name} {SEED}")
     killed = at_work = 0
     while killed < KILLS:
@@ -110,8 +88,7 @@ def test_a_command_that_is_killed_again_and_again_ends_as_if_it_never_was(
             check_not_accepted_half_written(place)
         code, _ = zygote.run(commands[name], place)
         assert code == 0, place.with_suffix(".log").read_text()
-        found = results(place)
-        assert [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)] == []
+        assert different(written(place), expected) == []
         assert not [path for path in place.rglob("*") if path.suffix == ".tmp" or path.name == "shards"]
         shutil.rmtree(place)
     assert at_work
