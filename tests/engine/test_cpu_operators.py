@@ -384,15 +384,36 @@ def test_embed_and_next(dtype: torch.dtype) -> None:
     assert ours.token.tolist() == [int(logits[0].argmax()), 17]
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    matrix, x = weight(1500, 900, torch.float32), drawn(1, 1500)
-    found = []
-    for count in (1, 2):
+@dtypes
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    first, second = weight(1500, 907, dtype), weight(1500, 907, dtype, seed=9)
+    wide, narrow = drawn(1, 1500), drawn(1, 907)
+    plain = {"bfloat": bfloat(first), "batch": 1, "rows": 1500, "width": 907, "stride": first.stride(0)}
+
+    def rows(add: int) -> Rows:
+        return Rows(weight=first, x=narrow, bias=drawn(1500), out=drawn(1, 1500, seed=3), out_stride=1500, scale=0.7,
+                    add=add, **plain)  # fmt: skip
+
+    def gated(name: str) -> Gated:
+        return Gated(gate=first, up=second, x=narrow, out=poisoned(1, 1500), fill=drawn(1500),
+                     activation=ACTIVATIONS[name], **plain)  # fmt: skip
+
+    def sparse(name: str, gate_first: int) -> NeuronSparse:
+        return NeuronSparse(
+            first=first, second=second, x=narrow, threshold=torch.tensor([0.2]), fill=drawn(1500), read=counter(),
+            out=poisoned(1, 1500), step=0, activation=ACTIVATIONS[name], gate_first=gate_first, **plain,
+        )  # fmt: skip
+
+    def results() -> list[Tensor]:
+        smooth = ("silu", "gelu_tanh")
+        neurons = (sparse(name, gate_first) for name in smooth for gate_first in (0, 1))
+        made = [columns(first, wide), rows(0), rows(1), *map(gated, smooth), *neurons]
+        Program(made, build.library()).run()
+        return [one.out for one in made]
+
+    torch.set_num_threads(1)
+    expected = results()
+    assert all(one.isfinite().all() for one in expected)
+    for count in (2, 3, 7):
         torch.set_num_threads(count)
-        op = columns(matrix, x)
-        Program([op], build.library()).run()
-        rows = Rows(weight=matrix, x=op.out.clone(), bias=None, out=poisoned(1, 1500), bfloat=0, batch=1, rows=1500,
-                    width=900, stride=matrix.stride(0), out_stride=1500)  # fmt: skip
-        Program([rows], build.library()).run()
-        found.append((op.out, rows.out))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        assert [torch.equal(*pair) for pair in zip(results(), expected, strict=True)] == [True] * len(expected)

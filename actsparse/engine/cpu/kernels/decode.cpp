@@ -141,7 +141,7 @@ inline void ask(const T* p) {
 }
 
 // The products of R rows with every sequence; `next` are the rows that follow. One sum a lane for any R, so a row's
-// result does not depend on the group that it falls into.
+// result does not depend on the group that it falls into; fma where a compiler could choose otherwise for another R.
 template <class T, int R, int B>
 inline void dots(const T* const* rows, const T* const* next, const float* x, i64 step, i64 n, float (*out)[B]) {
   V acc[R][B] = {};
@@ -165,7 +165,7 @@ inline void dots(const T* const* rows, const T* const* next, const float* x, i64
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b) {
       float rest = sum(acc[r][b]);
-      for (i64 j = i; j < n; ++j) rest += one(rows[r][j]) * x[b * step + j];
+      for (i64 j = i; j < n; ++j) rest = std::fma(one(rows[r][j]), x[b * step + j], rest);
       out[r][b] = rest;
     }
 }
@@ -222,10 +222,10 @@ void run(const Rows& a) {
                    [&](i64 place, const float* y) {
                      i64 i = at(place);
                      for (int b = 0; b < B; ++b) {
-                       float value = scale * (y[b] + (a.bias ? a.bias[i] : 0.0f));
-                       if (cap > 0) value = cap * std::tanh(value / cap);
+                       float value = y[b] + (a.bias ? a.bias[i] : 0.0f), size = scale;
+                       if (cap > 0) value = std::tanh(scale * value / cap), size = cap;
                        float& out = a.out[b * a.out_stride + i];
-                       out = a.add ? out + value : value;
+                       out = a.add ? std::fma(size, value, out) : size * value;
                      }
                    });
   });
@@ -435,9 +435,9 @@ void gather(float* sums, i64 chunks, i64 batch, i64 width, const float* base, fl
       for (i64 i = begin; i < end; ++i) sums[i] += sums[c * total + i];
     for (i64 i = begin; i < end; ++i) {
       i64 b = i / width, j = i - b * width;
-      float value = scale * (sums[i] + (base ? base[j] : 0.0f));
+      float value = sums[i] + (base ? base[j] : 0.0f);
       float& place = out[b * out_stride + j];
-      place = add ? place + value : value;
+      place = add ? std::fma(scale, value, place) : scale * value;
     }
   });
 }

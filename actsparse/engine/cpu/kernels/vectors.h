@@ -93,5 +93,9 @@ inline V activate(V x, i64 activation) {
 inline void activate_all(float* x, i64 count, i64 activation) {
   i64 i = 0;
   for (; i + LANES <= count; i += LANES) store(x + i, activate(load(x + i), activation));
-  for (; i < count; ++i) x[i] = activate(x[i], activation);
+  if (i == count) return;
+  V rest = {};  // by the same arithmetic: where a thread's share ends must not show
+  std::memcpy(&rest, x + i, (count - i) * sizeof(float));
+  rest = activate(rest, activation);
+  std::memcpy(x + i, &rest, (count - i) * sizeof(float));
 }
