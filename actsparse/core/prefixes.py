@@ -27,7 +27,8 @@ def prefix_masks(
     """The masks m_P of the first P positions, for each P: the top of s_j = sqrt(sum_t (a_tj / ||a_t||)^2 / P_eff).
 
     That is GRIFFIN's statistic (arXiv 2404.01365); rows that are zero or not finite are skipped. `density` is one for
-    all or one a prefix. A prefix without usable rows, longer than the sequence, or with density 0 gives an empty mask.
+    all or one a prefix. A unit whose statistic is 0 is never kept. A prefix without usable rows, longer than the
+    sequence, or with density 0 gives an empty mask.
     """
     densities = [density] * len(prefixes) if isinstance(density, (int, float)) else list(density)
     exact = activations.double()
@@ -37,7 +38,7 @@ def prefix_masks(
         more, rows = share_squares(exact[end : prefixes[row]])
         squares, used, end = squares + more, used + rows, prefixes[row]
         if end <= len(activations) and used > 0 and densities[row] > 0:
-            masks[row] = topk_masks((squares / used).sqrt(), densities[row])
+            masks[row] = topk_masks((squares / used).sqrt(), densities[row]) & (squares > 0)
     return masks
 
 
@@ -45,7 +46,7 @@ def mean_densities(
     masks: Bool[Tensor, "positions neurons"], served: Bool[Tensor, " positions"], prefixes: Sequence[int]
 ) -> list[float]:
     """The mean share of neurons in the masks of those of the first P positions that are served, for each P."""
-    sizes = masks.count_nonzero(dim=-1).double() / masks.shape[-1]
+    sizes = masks.count_nonzero(dim=-1) * served.double() / masks.shape[-1]
     return [float(sizes[:prefix].sum() / served[:prefix].sum().clamp(min=1)) for prefix in prefixes]
 
 
@@ -58,15 +59,15 @@ def layer_prefix_masks(
 ) -> Bool[Tensor, "prefixes units"]:
     """The masks m_P of a layer: of every group (expert) that served a token of the prefix, by its own tokens alone.
 
-    Each keeps the share `density` of its units, or (None) the mean share that its tokens' masks keep, which differ in
-    size then. Our definition [I].
+    Each keeps the mean share that the masks of its tokens keep, at most `density`: less than that where fewer units are
+    not 0 (ReLU), as its tokens' masks do. Our definition [I].
     """
     groups = widths or (masks.shape[1],)
     rest = (masks.shape[1] - sum(groups),)
     found: list[Tensor] = []
     for part, own in zip(activations.split((*groups, *rest), dim=1), masks.split((*groups, *rest), dim=1), strict=True):
-        served = (part != 0).any(dim=1)
-        shares = mean_densities(own, served, prefixes) if density is None else density
+        served = part.isfinite().all(dim=1) & (part != 0).any(dim=1)
+        shares = [min(share, density or 1.0) for share in mean_densities(own, served, prefixes)]
         found.append(
             prefix_masks(part, prefixes, shares) if served.any() else own.new_zeros(len(prefixes), own.shape[1])
         )

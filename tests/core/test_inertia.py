@@ -16,7 +16,7 @@ from actsparse.core.inertia import (
     spread_blocks,
 )
 from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
-from actsparse.core.prefixes import prefix_masks, prefix_overlaps, si1
+from actsparse.core.prefixes import layer_prefix_masks, prefix_masks, prefix_overlaps, si1
 
 NEURONS = 120
 UNIFORM = uniform_rate(NEURONS)
@@ -126,6 +126,27 @@ class TestSI1:
         rows = torch.randn(1, 30, generator=seeded(3)).expand(20, 30)
         found = prefix_overlaps(rows, topk_masks(rows.abs(), 0.2), 0.2, prefixes=(1, 4), max_delta=4)
         assert found.kappa(1 / 30).flatten().tolist() == pytest.approx([1.0] * 8)
+
+    @pytest.mark.parametrize("density", [0.2, 0.5])
+    def test_a_prefix_of_sparse_tokens_keeps_no_more_than_they_do(self, density):
+        """Independent tokens of a ReLU model, 7 % of them active: one tells nothing of the next, above popularity."""
+        likely = torch.linspace(0.02, 0.12, 1000)
+        active = torch.rand(200, 1000, generator=seeded(5)) < likely
+        activations = torch.rand(200, 1000, generator=seeded(6)) * active
+        masks = topk_masks(activations, density) & (activations > 0)
+        overlaps = prefix_overlaps(activations, masks, density, prefixes=(1, 8), max_delta=150)
+        kappas = overlaps.kappa(popularity_rate(firing_counts(masks)).item())
+        assert kappas[0].mean().item() == pytest.approx(0, abs=0.02)
+        assert not kappas[1].isnan().any()
+        first, longer = layer_prefix_masks(activations, masks, (1, 8), density)
+        assert torch.equal(first, masks[0])
+        assert longer.sum().item() == math.floor(masks[:8].sum().item() / 8 + 0.5)
+
+    def test_a_token_that_is_not_finite_makes_no_prefix_smaller(self):
+        activations = torch.randn(4, 20, generator=seeded(7))
+        activations[1] = math.nan
+        masks = topk_masks(activations.abs(), 0.2) & (activations.abs() > 0)
+        assert layer_prefix_masks(activations, masks, (1, 2, 4), 0.2).sum(dim=1).tolist() == [4, 4, 4]
 
     def test_a_steady_preference_is_found_from_enough_tokens(self):
         kappas = []
