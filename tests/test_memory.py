@@ -19,10 +19,11 @@ import json, resource, sys
 from pathlib import Path
 from actsparse import DataSpec, ModelSpec, ProfileSpec, profile
 model, prompts, output = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run = profile(ProfileSpec(model=ModelSpec(name=model), data=DataSpec(prompts=(prompts,)), reservoir_tokens=64,
                           output=Path(output)))
 tokens = run.measures.filter(metric="tokens")["value"][0]
-print(json.dumps([tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
 
 

@@ -20,6 +20,7 @@ import torch
 
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-ffp-contract=fast")
 KERNELS = Path(__file__).parent / "kernels"
+CUDA_FLAGS = ("-O3", "-std=c++20")
 # Fewer operations than this are not worth another thread.
 WORK_PER_THREAD = 1 << 16
 T = TypeVar("T")
@@ -28,53 +29,47 @@ T = TypeVar("T")
 @functools.cache
 def library(source: str) -> ctypes.CDLL | None:
     """The compiled `kernels/SOURCE`, built once for this processor and torch version; None without a compiler."""
-    from torch.utils.cpp_extension import get_default_build_root
-
     compiler = shutil.which("c++")
-    path = KERNELS / source
-    content = path.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()
-    name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
-    built = Path(get_default_build_root()) / f"torch{torch.__version__}" / name / f"{name}.so"
-    try:
-        if not built.exists():
-            if compiler is None:
-                return None
-            # beside its name and then moved: several processes may build it, and a killed one leaves no lock
-            built.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = built.with_suffix(f".{os.getpid()}.tmp")
-            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(unfinished), str(path)]
-            subprocess.run(command, check=True, capture_output=True)
-            os.replace(unfinished, built)
-        return ctypes.CDLL(str(built))
-    except (subprocess.CalledProcessError, OSError):
-        return None
+    return None if compiler is None else _built(source, [compiler, *FLAGS, "-shared", "-fPIC"], _processor())
 
 
 @functools.cache
 def gpu_library(source: str, device: torch.device) -> ctypes.CDLL | None:
     """The compiled `kernels/SOURCE` for the GPU `device`; None without nvcc, or where it does not compile."""
-    from torch.utils import cpp_extension
-
-    home = cpp_extension.CUDA_HOME
-    if home is None or not (Path(home) / "bin" / "nvcc").exists() or not cpp_extension.is_ninja_available():
+    compiler = cuda_compiler()
+    if compiler is None:
         return None
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return _built(source, [compiler, *CUDA_FLAGS, f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"], arch)
+
+
+def cuda_compiler() -> str | None:
+    """nvcc: of CUDA_HOME or CUDA_PATH, where it is usually installed, or on the path."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    for home in (*homes, "/usr/local/cuda"):
+        candidate = Path(home) / "bin" / "nvcc"
+        if candidate.exists():
+            return str(candidate)
+    return shutil.which("nvcc")
+
+
+def _built(source: str, command: list[str], target: str) -> ctypes.CDLL | None:
+    """What `command` makes of a source for a `target`, once for every version of either and of torch."""
+    from torch.utils.cpp_extension import get_default_build_root
+
     path = KERNELS / source
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"actsparse_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}_sm{major}{minor}"
-    build = Path(cpp_extension.get_default_build_root()) / f"torch{torch.__version__}" / name
-    build.mkdir(parents=True, exist_ok=True)
-    flags = ["-O3", "-std=c++20", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}"]
+    content = path.read_bytes() + " ".join(command[1:]).encode() + target.encode()
+    name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
+    built = Path(get_default_build_root()) / f"torch{torch.__version__}" / name / f"{name}.so"
     try:
-        cpp_extension.load(
-            name=name,
-            sources=[str(path)],
-            extra_cuda_cflags=flags,
-            build_directory=str(build),
-            is_python_module=False,
-            with_cuda=True,
-        )
-        return ctypes.CDLL(str(build / f"{name}.so"))
-    except (RuntimeError, OSError):
+        if not built.exists():
+            # beside its name and then moved: several processes may build it, and a killed one leaves no lock
+            built.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = built.with_suffix(f".{os.getpid()}.tmp")
+            subprocess.run([*command, "-o", str(unfinished), str(path)], check=True, capture_output=True)
+            os.replace(unfinished, built)
+        return ctypes.CDLL(str(built))
+    except (subprocess.CalledProcessError, OSError):
         return None
 
 

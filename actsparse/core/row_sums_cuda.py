@@ -17,8 +17,8 @@ from actsparse.core.native import gpu_library
 from actsparse.core.rows import ColumnSums, EntrySums, PositionSums, Rows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows that one block sums.
-CHUNK = 128
+# Rows that one block sums: at least so many, and more where there would be too many parts to fold.
+ROWS_A_CHUNK, CHUNKS = 128, 256
 
 
 def available(device: torch.device) -> bool:
@@ -59,14 +59,14 @@ def add_columns(
     _run(
         "actsparse_neurons", device, *_arguments(rows),
         norms.float().contiguous(), c_int64(k), least, inverse, squares, zeros, *into.parts(), _parts(rows, 3),
-        c_int32(CHUNK), c_int32(shared_bytes(device)),
+        c_int32(_chunk(count)), c_int32(shared_bytes(device)),
     )  # fmt: skip
     return squares, zeros
 
 
 def add_squares(rows: Rows, into: Float[Tensor, " width"]) -> None:
     """See `row_sums.add_squares`."""
-    _run("actsparse_squares", rows.flat.device, *_arguments(rows), into, _parts(rows, 1), c_int32(CHUNK))
+    _run("actsparse_squares", rows.flat.device, *_arguments(rows), into, _parts(rows, 1), c_int32(_chunk(len(rows))))
 
 
 def add_positions(
@@ -102,9 +102,10 @@ def summed_norms(o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units p
         weighed = torch.bmm(by_unit, both, out_dtype=torch.float32)
     else:
         weighed = torch.bmm(by_unit, grams)
-    parts = torch.empty(units, -(-len(o) // CHUNK), dtype=torch.float64, device=o.device)
+    chunk = _chunk(len(o))
+    parts = torch.empty(units, -(-len(o) // chunk), dtype=torch.float64, device=o.device)
     sizes = (c_int64(len(o)), c_int32(units), c_int32(weighed.shape[2] // part), c_int32(part))
-    _run("actsparse_unit_norms", o.device, weighed, o, c_int32(DTYPES[o.dtype]), *sizes, parts, c_int32(CHUNK))
+    _run("actsparse_unit_norms", o.device, weighed, o, c_int32(DTYPES[o.dtype]), *sizes, parts, c_int32(chunk))
     return parts.sum(dim=1)
 
 
@@ -138,8 +139,12 @@ def _arguments(rows: Rows) -> tuple[Argument, ...]:
 
 def _parts(rows: Rows, kinds: int) -> Tensor:
     """Room for what every chunk of rows finds for every column."""
-    shape = (-(-len(rows) // CHUNK), kinds, rows.width)
+    shape = (-(-len(rows) // _chunk(len(rows))), kinds, rows.width)
     return torch.empty(shape, dtype=torch.float64, device=rows.flat.device)
+
+
+def _chunk(rows: int) -> int:
+    return max(ROWS_A_CHUNK, -(-rows // CHUNKS))
 
 
 @cache

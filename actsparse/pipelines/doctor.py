@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from actsparse import __version__
+from actsparse.core.native import cuda_compiler
 from actsparse.engine.cpu import build
 from actsparse.engine.timing import read_bandwidth
 from actsparse.errors import ActsparseError
@@ -126,7 +127,7 @@ def _compilers() -> Iterator[Check]:
         hint="" if reason is None else "torch does their work, more slowly; install a C++ compiler such as g++",
     )  # fmt: skip
     if torch.cuda.device_count():
-        nvcc = shutil.which("nvcc")
+        nvcc = cuda_compiler()
         yield Check(
             group="compilers", name="nvcc", value=nvcc or "not found", health=Health.OK if nvcc else Health.NOTE,
             hint="" if nvcc else "CUDA operators of ours are then left out; install the CUDA toolkit",

@@ -36,7 +36,8 @@ Feed = Callable[[Sequence[Int[Tensor, " tokens"]]], tuple[Sequence[Int[Tensor, "
 class Recorder:
     """Feeds a ProfileState from forward passes of one model; sink tokens and padding are left out.
 
-    Sums live where the layer's activations are, so that nothing is copied and a GPU is never waited for.
+    Sums live where the layer's activations are, so that nothing is copied. A GPU is not waited for, but on mixtures of
+    experts: which tokens an expert serves has to be known here.
     """
 
     def __init__(self, loaded: LoadedModel, state: ProfileState, *, seed: int) -> None:

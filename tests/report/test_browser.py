@@ -183,7 +183,7 @@ def test_numbers_come_as_a_table_and_as_csv(page: Page, html: Path) -> None:
         " while (!made.length) await new Promise(done => setTimeout(done, 10));"
         " URL.createObjectURL = old; return made[0].text(); })()"
     )
-    assert caught.splitlines()[0] == "plan,metric,value,stderr,n"
+    assert caught.splitlines()[0] == "plan,metric,value,low,high,n"
     assert caught.splitlines()[1].startswith("griffin@0.25,kl,0.62,")
 
 

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from actsparse.core.native import cuda_compiler
 from actsparse.engine.cuda.structures import (
     AttendArgs,
     ChooseArgs,
@@ -147,12 +147,7 @@ def build(path: Path, arch: str) -> None:
 
 
 def _compiler() -> str:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    for home in (*homes, "/usr/local/cuda"):
-        candidate = Path(home) / "bin" / "nvcc"
-        if candidate.exists():
-            return str(candidate)
-    found = shutil.which("nvcc")
+    found = cuda_compiler()
     if found is None:
         raise NativeError(
             "the decode kernels are compiled on first use, and no nvcc was found",
