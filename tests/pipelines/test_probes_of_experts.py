@@ -13,6 +13,7 @@ from listening import Listener
 from tiny import EXPERTS, FFN, LAYERS, SHARED, TOP_K, make_model, make_tokenizer, save_tiny
 
 from actsparse.cli.app import main
+from actsparse.core.hu4 import theta_uncertainty
 from actsparse.data.texts import TextReader
 from actsparse.models.load import LoadedModel, load
 from actsparse.models.taps import tapped
@@ -327,6 +328,21 @@ def test_a_hot_set_in_every_expert_is_what_popularity_explains(corpus: Path, tmp
     assert rows_of(run, "kappa_p")[None, "pairs=unrelated,pop=nat,r=0.2"] == pytest.approx(0, abs=0.02)
 
 
+def neurons_of_the_mlp(loaded: LoadedModel, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activations and gradients of a layer without experts, [positions, neurons]."""
+    kept: list[torch.Tensor] = []
+
+    def see(_site: Site, a: torch.Tensor) -> torch.Tensor:
+        kept.append(a.detach().requires_grad_())
+        return kept[-1]
+
+    with tapped(loaded.sites, {SiteKind.NEURON: see}, (layer,)), torch.enable_grad():
+        logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, kept)
+    return kept[0][0].detach(), gradient[0]
+
+
 def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, texts, tmp_path: Path) -> None:
     folder = with_full_stop(save_tiny("qwen2_moe", tmp_path / "m", mlp_only_layers=[1]))
     run = profile(spec_of(folder, corpus, tmp_path / "run", probes=("union", "inertia", "uncertainty", "gradients"),
@@ -343,6 +359,14 @@ def test_a_shared_expert_and_dense_layers_are_measured_beside(corpus: Path, text
     cett = rows_of(run, "overlap_w")
     assert all(0 < cett[layer, "masks=cett,rung=natural"] < 1 for layer in (0, 1))
     assert all(rows_of(run, "m2")[layer, "r=0.2"] is not None for layer in (0, 1))
+    theta, ids = [], texts.pool[:N]
+    for sequence in ids:
+        a, gradient = neurons_of_the_mlp(mixed, sequence, 1)
+        theta.append(theta_uncertainty((a * gradient)[SINK : BLOCK - 1].abs()))
+    hu4 = rows_of(run, "hu4")
+    assert hu4[1, ""] == pytest.approx(torch.stack(theta).nanmean().item(), abs=2e-3)
+    assert hu4[None, ""] == pytest.approx(hu4[1, ""])
+    assert hu4[0, ""] is None
     experts = run.neurons.filter(pl.col("layer") == 0)["expert"].unique().to_list()
     assert SHARED_EXPERT in experts
 
@@ -365,6 +389,6 @@ def test_the_command_measures_them_and_says_what_has_no_definition(
         assert main(line) == 0
         said = " ".join(capsys.readouterr().err.split())
         assert "a token keeping none of an expert that it is not routed to" in said
-        assert "HU4 (it ranks all neurons of a layer at a token, which passes through some experts alone)" in said
+        assert "HU4 of layers of experts (it ranks all neurons of a layer at a token, which passes through" in said
         assert "the spread of CETT over tokens and positions (a threshold of one expert" in said
         assert rows_of(ProfileRun.open(tmp_path / family), "union")[0, "b=1,r=0.2"] < 0.2

@@ -19,12 +19,12 @@ SignedSums = tuple[Tensor, Tensor]
 def gradients(setting: Setting) -> Found:
     """What the loss says about neurons, from a backward pass over each of the first N blocks.
 
-    Positions are those after the sink tokens, less the last of each block, which has no loss of its own. In a mixture
-    of experts HU4 is left out: it ranks all neurons of a layer at every token, and most have no salience there.
+    Positions are those after the sink tokens, less the last of each block, which has no loss of its own. In layers of
+    experts HU4 is undefined: it ranks all neurons of a layer at every token, and most have no salience there.
     """
     found = Found(setting.layers)
     theta, diversity, top, exact = _collect(setting)
-    if not setting.reader.mixed:
+    if any(setting.reader.dense):
         _add_hu4(found, hu4(theta, diversity))
     found.add_layers("m2", root_cause(*top), r=DENSITY)
     if "relu" in setting.reader.loaded.record.activation.lower():
@@ -44,15 +44,16 @@ def _collect(setting: Setting) -> tuple[Float[Tensor, "layers blocks positions"]
     blocks = setting.texts.pool[: setting.texts.count]
     shape = (len(reader.layers), len(blocks))
     counted = slice(sink, blocks.shape[1] - 1)
-    theta = torch.zeros(*shape, blocks.shape[1] - 1 - sink, dtype=torch.float64)
+    theta = torch.full((*shape, blocks.shape[1] - 1 - sink), torch.nan, dtype=torch.float64)
     top, exact = ((torch.zeros(shape, dtype=torch.float64), torch.zeros(shape)) for _ in range(2))
     with setting.progress.task("gradients of the loss (HU4, M2)", blocks.numel(), "tokens") as advance:
         for row, ids in enumerate(blocks):
 
             def on_layer(place: int, a: Tensor, gradient: Tensor, row: int = row) -> None:
                 a, gradient = a[0, counted], gradient[0, counted]
-                if not reader.mixed:
-                    theta[place, row] = theta_uncertainty((a * gradient).abs())
+                if reader.dense[place]:
+                    neurons = sum(reader.widths[place])
+                    theta[place, row] = theta_uncertainty((a * gradient)[:, :neurons].abs())
                 for (sums, counts), masks in ((top, reader.masks(place, a, RULE)), (exact, a != 0)):
                     total, number = signed_gradient_sum(a, gradient, masks)
                     sums[place, row], counts[place, row] = total, number

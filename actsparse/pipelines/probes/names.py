@@ -21,7 +21,9 @@ CHEAP_PARAMETERS = 50_000_000
 NOT_HERE = "HU3, SI4 (actsparse evaluate --study moyu --only HU3,M5)"
 
 # What layers of experts have no definition for, and why: of the probe `gradients`, and of every profile.
-NO_HU4 = "HU4 (it ranks all neurons of a layer at a token, which passes through some experts alone)"
+NO_HU4 = (
+    "HU4 of layers of experts (it ranks all neurons of a layer at a token, which passes through some experts alone)"
+)
 NO_SPREAD = "the spread of CETT over tokens and positions (a threshold of one expert says nothing of another's neurons)"
 
 

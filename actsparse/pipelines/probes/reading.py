@@ -73,9 +73,9 @@ class NeuronReader:
         self._down_norms = [[ffn.down_norms() for ffn in of_layer] for of_layer in ffns]
 
     @property
-    def mixed(self) -> bool:
-        """Whether a recorded layer is a mixture of experts."""
-        return any(len(widths) > 1 for widths in self.widths)
+    def dense(self) -> tuple[bool, ...]:
+        """Which recorded layers have one MLP; the others are mixtures of experts."""
+        return tuple(len(widths) == 1 for widths in self.widths)
 
     def batched(self, ids: Int[Tensor, "rows seq"]) -> Iterator[tuple[slice, Int[Tensor, "batch seq"]]]:
         """The rows in batches of at most `batch_tokens` tokens, with where they stand."""
