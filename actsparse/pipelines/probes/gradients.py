@@ -7,6 +7,7 @@ from torch import Tensor
 from actsparse.core.hu4 import ThetaUncertainty, hu4, theta_uncertainty, token_diversity
 from actsparse.core.mask_rules import MaskKind, MaskRule
 from actsparse.core.root_cause import root_cause, signed_gradient_sum
+from actsparse.pipelines.halving import fitting
 from actsparse.pipelines.probes.setting import Found, Setting
 
 DENSITY = 0.2
@@ -58,7 +59,8 @@ def _collect(setting: Setting) -> tuple[Float[Tensor, "layers blocks positions"]
                     total, number = signed_gradient_sum(a, gradient, masks)
                     sums[place, row], counts[place, row] = total, number
 
-            reader.read_gradients(ids[None], on_layer)
+            with fitting():
+                reader.read_gradients(ids[None], on_layer)
             advance(len(ids))
     diversity = torch.stack([token_diversity(ids)[counted] for ids in blocks])
     return theta, diversity, top, exact

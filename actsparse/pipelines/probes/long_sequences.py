@@ -134,6 +134,6 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
         shares.append(variance_shares(*next(sums)) if len(ffns) == 1 else pooled_shares(sums))
 
     with setting.progress.task("inertia: prefixes and variance (SI1, SI3)", ids.numel(), "tokens") as advance:
-        reader.read(ids, on_layer)
+        reader.read_all(ids, on_layer)
         advance(ids.numel())
     return kappas, shares, distances

@@ -70,6 +70,7 @@ class NeuronReader:
         ]
         # very wide layers of experts take fewer tokens at once
         self.batch_tokens = min(BATCH_TOKENS, WIDE_BYTES // (4 * self.units))
+        self._together = True
         self._down_norms = [[ffn.down_norms() for ffn in of_layer] for of_layer in ffns]
 
     @property
@@ -83,9 +84,33 @@ class NeuronReader:
         for start in range(0, len(ids), step):
             yield slice(start, start + step), ids[start : start + step]
 
+    def shrink(self, batch_tokens: int) -> None:
+        """From now on in batches of at most so many tokens, and one by one what was read all at once."""
+        self.batch_tokens = batch_tokens
+        self._together = False
+
+    def read_all(self, ids: Int[Tensor, "rows seq"], on_layer: OnLayer) -> None:
+        """As `read`, for sequences that are compared, so that a layer's activations of all are handed out together.
+
+        Once memory did not suffice (`shrink`) the model runs over one sequence at a time, and anew for every layer,
+        since the activations of all layers would take more than what is saved.
+        """
+        if self._together:
+            self.read(ids, on_layer)
+            return
+        for place, layer in enumerate(self.layers):
+            wide = torch.empty(*ids.shape, self.units, device=self._down_norms[place][0].device)
+            for row, sequence in zip(wide, ids, strict=True):
+
+                def keep(_place: int, a: Tensor, row: Tensor = row) -> None:
+                    row.copy_(a[0])
+
+                self.read(sequence[None], keep, (layer,))
+            on_layer(place, wide)
+
     @torch.no_grad()
-    def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer) -> None:
-        """One forward pass over sequences of equal length."""
+    def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer, layers: tuple[int, ...] | None = None) -> None:
+        """One forward pass over sequences of equal length; `layers`: of the recorded layers these alone."""
         open_layer: dict[int, Tensor] = {}
 
         def close() -> None:
@@ -98,7 +123,7 @@ class NeuronReader:
                 close()
             self._put(open_layer, place, site.expert, a.detach().float())
 
-        with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, self.layers):
+        with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, layers or self.layers):
             self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
         close()
 

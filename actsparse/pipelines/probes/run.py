@@ -84,7 +84,8 @@ def _halving(measure: Callable[[], T], reader: NeuronReader, progress: Progress)
     """What `measure` returns; where memory does not suffice it starts anew, and the reader's batches stay half."""
 
     def attempt(tokens: int | None) -> T:
-        reader.batch_tokens = tokens or reader.batch_tokens
+        if tokens is not None:
+            reader.shrink(tokens)
         return measure()
 
     return halving(attempt, None, reader.batch_tokens, progress, "tokens")

@@ -86,7 +86,7 @@ def _read(setting: Setting, ids: Int[Tensor, "sequences positions"]) -> dict[Mas
             rates[OWN] = popular(firing_counts(masks), widths)
             pairs.add(masks, ids[:, sink:], rates, widths)
 
-    reader.read(ids, on_layer)
+    reader.read_all(ids, on_layer)
     return seen
 
 
