@@ -1,7 +1,8 @@
 """How much memory this process may still take: what the machine has free, or less where a limit is set on it.
 
 Containers and batch systems limit the control group that a process is in, shells (`ulimit -v`) its address space. Of a
-group the limit less what it holds is left, without the file cache, which gives way. Formats: proc(5), cgroups(7), and
+group the limit less what it holds is left, without the caches of files and of the kernel, which give way, and the swap
+that it may use. Formats: proc(5), cgroups(7), and
 the kernel's cgroup-v1/memory and cgroup-v2 documents.
 """
 
@@ -28,13 +29,21 @@ class _Controller:
     mount: str
     limit: str
     used: str
-    cache: tuple[str, ...]
+    swap_limit: str
+    swap_used: str
+    swap_with_memory: bool
+    caches: tuple[str, ...]
 
 
 # version 1 counts a group and those below it under `total_`; version 2 has no other way to count
-_V1 = _Controller("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                  ("total_inactive_file", "total_active_file"))  # fmt: skip
-_V2 = _Controller("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = _Controller(
+    "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.memsw.limit_in_bytes",
+    "memory.memsw.usage_in_bytes", True, ("total_inactive_file", "total_active_file"),
+)  # fmt: skip
+_V2 = _Controller(
+    "sys/fs/cgroup", "memory.max", "memory.current", "memory.swap.max", "memory.swap.current", False,
+    ("inactive_file", "active_file", "slab_reclaimable"),
+)  # fmt: skip
 
 
 def room(root: Path = Path("/")) -> Room | None:
@@ -57,16 +66,30 @@ def _machine(root: Path) -> Iterator[Room]:
 
 def _groups(root: Path) -> Iterator[Room]:
     """What every group that holds this process leaves, from its own up to the mount."""
+    free_swap = _table(root / "proc/meminfo").get("SwapFree", 0) * 1024
     for controller, own in _memberships(root):
         mount = root / controller.mount
         for group in (own, *own.parents):
             # a container may see the path that its host sees, which is not there: what is mounted is then its own
             folder = mount / group.relative_to("/")
-            limit, used = _number(folder / controller.limit), _number(folder / controller.used)
-            if limit is not None and used is not None:
-                counted = _table(folder / "memory.stat")
-                cache = sum(counted.get(name, 0) for name in controller.cache)
-                yield Room(max(0, limit - max(0, used - cache)), "this control group (cgroup)")
+            counted = _table(folder / "memory.stat")
+            cache = sum(counted.get(name, 0) for name in controller.caches)
+            left = _left(folder / controller.limit, folder / controller.used, cache)
+            if left is None:
+                continue
+            if controller.swap_with_memory:
+                both = _left(folder / controller.swap_limit, folder / controller.swap_used, cache)
+                swap = None if both is None else max(0, both - left)
+            else:
+                swap = _left(folder / controller.swap_limit, folder / controller.swap_used)
+            swap = free_swap if swap is None else min(swap, free_swap)
+            yield Room(left + swap, "this control group (cgroup)")
+
+
+def _left(limit: Path, used: Path, cache: int = 0) -> int | None:
+    """What a limit leaves beside what is used and does not give way; None where there is no limit."""
+    most, held = _number(limit), _number(used)
+    return None if most is None or held is None else max(0, most - max(0, held - cache))
 
 
 def _memberships(root: Path) -> Iterator[tuple[_Controller, PurePosixPath]]:

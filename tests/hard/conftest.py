@@ -26,13 +26,17 @@ def other_zygote() -> Iterator[Zygote]:
         yield process
 
 
+# a pool of one thread a core cannot start where little memory is left
+FEW_THREADS = {"RAYON_NUM_THREADS": "2", "POLARS_MAX_THREADS": "2"}
+
+
 @contextmanager
 def warm(hash_seed: str) -> Iterator[Zygote]:
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("zygote.py"))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _checkout(),
-                          "PYTHONHASHSEED": hash_seed},
+                          "PYTHONHASHSEED": hash_seed, **FEW_THREADS},
     )  # fmt: skip
     assert process.stdout
     assert process.stdout.readline() == "ready\n"

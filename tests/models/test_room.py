@@ -37,6 +37,8 @@ def v2(path: str, limit: object, used: int, cache: int) -> dict[str, object]:
     }
 
 
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+SWAP = {"proc/meminfo": f"MemAvailable: {16 * GB // 1024} kB\nSwapFree: {3 * GB // 1024} kB\n"}
 IN_V1 = {"proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n"}
 IN_V2 = {"proc/self/cgroup": "0::/a/b\n"}
 SYSTEMS = {
@@ -50,6 +52,28 @@ SYSTEMS = {
     "v2 without limit": (IN_V2 | v2("/a/b", "max", 5 * GB, 2 * GB), 16),
     "v2 above": (IN_V2 | v2("/a/b", "max", GB, 0) | v2("/a", 6 * GB, 4 * GB, 0), 2),
     "v2 as a container sees it": ({"proc/self/cgroup": "0::/../../x\n"} | v2("", 4 * GB, GB, 0), 3),
+    "v1 with swap": (IN_V1 | SWAP | v1("/a/b", 8 * GB, 5 * GB, 2 * GB), 8),
+    "v1 with swap bounded": (
+        IN_V1 | SWAP | v1("/a/b", 8 * GB, 5 * GB, 2 * GB)
+        | {f"{V1}/a/b/memory.memsw.limit_in_bytes": 9 * GB, f"{V1}/a/b/memory.memsw.usage_in_bytes": 5 * GB},
+        6,
+    ),
+    "v2 with swap": (IN_V2 | SWAP | v2("/a/b", 8 * GB, 5 * GB, 2 * GB) | {f"{V2}/a/b/memory.swap.max": "max"}, 8),
+    "v2 with swap bounded": (
+        IN_V2 | SWAP | v2("/a/b", 8 * GB, 5 * GB, 2 * GB)
+        | {f"{V2}/a/b/memory.swap.max": 2 * GB, f"{V2}/a/b/memory.swap.current": GB},
+        6,
+    ),
+    "v2 with no swap allowed": (
+        IN_V2 | SWAP | v2("/a/b", 8 * GB, 5 * GB, 2 * GB)
+        | {f"{V2}/a/b/memory.swap.max": 0, f"{V2}/a/b/memory.swap.current": 0},
+        5,
+    ),
+    "v2 with kernel caches": (
+        IN_V2 | v2("/a/b", 8 * GB, 5 * GB, 0)
+        | {f"{V2}/a/b/memory.stat": f"inactive_file {GB}\nslab_reclaimable {GB}\nslab_unreclaimable {GB}\n"},
+        5,
+    ),
     "more held than allowed": (IN_V2 | v2("/a", GB, 2 * GB, 0), 0),
     "nothing but noise": ({"proc/self/cgroup": "\n:\nx\n0:\n::\n"} | v2("", "", 0, 0), 16),
 }  # fmt: skip
