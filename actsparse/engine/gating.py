@@ -179,21 +179,26 @@ class GateState:
         if isinstance(self.gate, TokenGate):
             return self.gate.rule.keep(read[:, sparse])
         if self.gate.refresh_every:
-            return self._refreshed(read[:, sparse], self.gate.refresh_every, neurons)
+            return self._refreshed(read[:, sparse], neurons)
         return self.chosen()[:, None, :] if self.ready else read.new_ones(len(read), 1, neurons, dtype=torch.bool)
 
-    def _refreshed(
-        self, read: Float[Tensor, "batch seq width"], every: int, neurons: int
-    ) -> Bool[Tensor, "batch seq neurons"]:
-        """Every `every`-th decoded token runs dense and joins the statistic; the next ones use what it chose."""
+    def _refreshed(self, read: Float[Tensor, "batch seq width"], neurons: int) -> Bool[Tensor, "batch seq neurons"]:
+        """A decoded token that is due runs dense and joins the statistic; the next ones use what it chose."""
         masks = read.new_ones(len(read), read.shape[1], neurons, dtype=torch.bool)
         for index in range(read.shape[1]):
-            self._decoded += 1
-            if self._decoded % every == 0:
+            if self.due():
                 self.join(read[:, index])
             elif self.ready:
                 masks[:, index] = self.chosen()
         return masks
+
+    def due(self) -> bool:
+        """Count a decoded token; whether it is one of every `refresh_every` that run dense, to `join`."""
+        every = self.gate.refresh_every if isinstance(self.gate, PrefillGate) else None
+        if not every:
+            return False
+        self._decoded += 1
+        return self._decoded % every == 0
 
     def join(self, read: Float[Tensor, "batch width"]) -> None:
         """See the activations of a decoded token that ran dense; the masks are chosen again."""

@@ -88,7 +88,7 @@ class OwnRun:
         self._state: PlanState | None = None
         self._start: tuple[Tensor, int] | None = None
         self._sparse = False
-        self._fed = 0
+        self._moved = False  # whether the state has counted tokens since it was selected
         self._counted = 0
         self._logits = torch.zeros(0)
         self._recorders: dict[frozenset[int], GatePlan] = {}
@@ -138,14 +138,16 @@ class OwnRun:
         following = logits.argmax(dim=-1)
         self._decoder.load_prefill(cache, following, padding)
         self._start = (following, length)
-        self._fed = 0
+        self._moved = False
         return logits
 
     def adopt(self, cache: Cache, prompt: PlanState, padding: Int[Tensor, " batch"] | None) -> None:
         """Take over prompts that ran elsewhere: their cache, and what the gates have seen of them."""
         self._prompt = prompt
-        self._decoder.load_prefill(cache, torch.zeros(self.batch, dtype=torch.long), padding)
-        self._fed = 0
+        following = torch.zeros(self.batch, dtype=torch.long)
+        self._decoder.load_prefill(cache, following, padding)
+        self._start = (following, int(cache.get_seq_length()))
+        self._moved = False
 
     def step(self, tokens: Int[Tensor, " batch"], position: int) -> Float[Tensor, "batch vocab"]:
         """Process one token a sequence at `position`; the logits of the next, valid until the next step."""
@@ -160,13 +162,21 @@ class OwnRun:
 
     def select(self) -> None:
         """Decide the masks of the prompts prefilled last, and list what they keep."""
-        if self._prompt is None or self._plan is None:
-            return
-        self._state = deepcopy(self._prompt) if self._refreshes else self._prompt
-        self._fed = 0
+        if self._prompt is not None and self._plan is not None:
+            self._choose(deepcopy(self._prompt) if self._refreshes else self._prompt, self._plan)
+
+    def resume(self) -> None:
+        """The same by the gates' state that was adopted, which goes on from where it stands: it counts each token, and
+        what gates that choose again see stays in it."""
+        if self._prompt is not None and self._plan is not None:
+            self._choose(self._prompt, self._plan)
+
+    def _choose(self, state: PlanState, plan: GatePlan) -> None:
+        self._state = state
+        self._moved = False
         self._fill()
         if self._sparse:
-            self._set(self._plan)
+            self._set(plan)
 
     def use(self, *, sparse: bool) -> None:
         """Decode under the plan, or dense, from now on."""
@@ -177,9 +187,7 @@ class OwnRun:
         """Back to the end of the prompts."""
         assert self._start is not None, "prefill comes first"
         self._decoder.start(*self._start)
-        self._fed = 0
-        if self._refreshes and self._sparse:
-            self.select()
+        self._forget_tokens()
 
     def feed(self, tokens: Int[Tensor, "batch count"]) -> None:
         """Process given tokens one by one, the first being the one after the prompt."""
@@ -192,7 +200,7 @@ class OwnRun:
         self._decoder.sample(None)
         self._decoder.start(tokens[:, 0], self._start[1])
         self._decoder.force(tokens[:, 1:])
-        self._fed = 0
+        self._forget_tokens()
 
     def advance(self) -> None:
         """Process the next of the given tokens."""
@@ -239,7 +247,7 @@ class OwnRun:
         self._decoder.sample(sampling)
         found = [self._first(sampling)[:, None]]
         self._decoder.start(found[0][:, 0], self._start[1])
-        self._fed = 0
+        self._forget_tokens()
         made = 1
         while made < count and not _ended(found, stop):
             some = min(STOP_EVERY if stop else count, count - made)
@@ -267,6 +275,11 @@ class OwnRun:
     def _refreshes(self) -> bool:
         return any(isinstance(g.neurons, PrefillGate) and g.neurons.refresh_every for g in self.gates)
 
+    def _forget_tokens(self) -> None:
+        """Let gates that choose again forget the tokens after the prompt."""
+        if self._moved:
+            self.select()
+
     def _first(self, sampling: Sampling | None) -> Int[Tensor, " batch"]:
         """The token that the prompts' logits choose."""
         assert self._start is not None
@@ -283,20 +296,14 @@ class OwnRun:
         if self._sparse:
             self._counted += count
         if not (self._sparse and self._refreshes):
-            self._fed += count
             return self._decoder.decode(count)
         return torch.cat([self._refreshing() for _ in range(count)], dim=1)
 
     def _refreshing(self) -> Tensor:
         """One step under gates that choose again: every so many tokens a dense one, whose activations they see."""
         assert self._state is not None, "select comes first"
-        self._fed += 1
-        due = {
-            layer: gates.neurons.refresh_every
-            for layer, gates in enumerate(self.gates)
-            if isinstance(gates.neurons, PrefillGate) and gates.neurons.refresh_every
-        }
-        dense = [layer for layer, every in due.items() if self._fed % every == 0]
+        self._moved = True
+        dense = [layer for layer, state in enumerate(self._state.neurons) if state is not None and state.due()]
         if dense:
             self._set(self._recorder(frozenset(dense)))
         following = self._decoder.decode(1)

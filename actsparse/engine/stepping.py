@@ -141,9 +141,10 @@ class _Forward:
         if not self._follows(cache, len(tokens), position):
             run = self._run_for(len(tokens), position)
             run.adopt(cache, self._phases.state, padding)
-            run.select()
             if len(tokens) not in self._slower:
+                run.select()
                 self._slower[len(tokens)] = self._measured(run, tokens, position)
+            run.resume()
             run.use(sparse=self._when_slower == "sparse" or not self._slower[len(tokens)])
             self._run, self._cache = run, cache
         assert self._run is not None
@@ -160,14 +161,13 @@ class _Forward:
         return run
 
     def _measured(self, run: OwnRun, tokens: Tensor, position: int) -> bool:
-        """Whether the plan is clearly slower than dense at this batch size; the run is then as before."""
+        """Whether the plan is clearly slower than dense at this batch size; what its gates then know is the probe's."""
 
         def decode(sparse: bool) -> None:
             run.use(sparse=sparse)
             run.step(tokens, position)
 
         found = timing.probe_of(self._steps.sites.model, decode, tokens=1)
-        run.select()
         if not found.pays:
             said = "does not pay" if found.slower else "is not clearly faster or slower than dense"
             onward = self._when_slower if found.slower else "sparse"

@@ -300,3 +300,32 @@ def test_other_faults_of_an_engine_are_not_taken_for_a_lack_of_memory(monkeypatc
     engines = Engines(resolve(make_model("llama")))
     with pytest.raises(RuntimeError, match="size is wrong"), engines.open((), sink_tokens=SINK, max_length=40):
         pass
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_gates_that_choose_again_go_on_over_a_new_run_and_a_cut_cache(
+    cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make_model("llama"), token_ids(1, 8)
+    given = token_ids(1, 24, seed=3)
+    gate = PrefillGate(PromptStatistic, lambda s: s >= s.median(), refresh_every=3)
+    sites, gates = resolve(model), [LayerGates(neurons=gate)] * len(resolve(model).layers)
+    made, make = [], stepping.OwnRun
+    monkeypatch.setattr(stepping, "OwnRun", lambda *args, **how: made.append(make(*args, **how)) or made[-1])
+    monkeypatch.setattr(stepping, "GROWTH", 8)
+
+    def logits() -> Tensor:
+        with torch.no_grad(), sparse_generation(sites, gates, sink_tokens=SINK):
+            cache, found = DynamicCache(config=model.config), []
+            model(input_ids=ids, past_key_values=cache)
+            for at in range(given.shape[1]):
+                if cut and at == 5:
+                    cache.crop(-cut)
+                odd = {"output_hidden_states": True} if at == 10 else {}  # the model's own forward answers this one
+                found.append(model(input_ids=given[:, at : at + 1], past_key_values=cache, **odd).logits)
+        return torch.cat(found, dim=1)
+
+    ours = logits()
+    assert len(made) > 1, "the room was never used up"
+    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
+    torch.testing.assert_close(ours, logits(), atol=1e-5, rtol=1e-4)
