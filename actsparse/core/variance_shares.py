@@ -105,19 +105,15 @@ def variance_sums(activations: Float[Tensor, "tokens neurons"], levels: FactorLe
     y = (activations[usable].double().abs() / norms[usable, None] + OFFSET).log()
     factors = (levels.sequences, levels.types, levels.position_bins)
     starts = (1, 1 + levels.sequences, 1 + levels.sequences + levels.types)
-    columns = 1 + sum(factors)
-    cross = torch.zeros(columns, y.shape[1], dtype=torch.float64, device=device)
-    cross[0] = y.sum(dim=0)
-    indicators = torch.zeros(len(usable), columns, dtype=torch.float64, device=device)
+    indicators = torch.zeros(len(usable), 1 + sum(factors), dtype=torch.float64, device=device)
     indicators[:, 0] = 1
     for start, level in zip(starts, (levels.sequence, levels.token_type, levels.position), strict=True):
         level = level.to(device)[usable]
         known = (level >= 0).nonzero().flatten()
-        cross.index_add_(0, start + level[known], y[known])
         indicators[known, start + level[known]] = 1
-    return VarianceSums(
-        gram=(indicators.mT @ indicators).cpu(), cross=cross.cpu(), square=float(y.square().sum()), factors=factors
-    )
+    # products, since `index_add_` on a GPU adds in an order that changes from run to run
+    gram, cross = indicators.mT @ indicators, indicators.mT @ y
+    return VarianceSums(gram=gram.cpu(), cross=cross.cpu(), square=float(y.square().sum()), factors=factors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

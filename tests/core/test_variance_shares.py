@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actsparse.core.bootstrap import Interval, layered_ratio
 from actsparse.core.variance_shares import FactorLevels, VarianceSums, factor_levels, variance_shares, variance_sums
@@ -51,6 +52,24 @@ def test_shares_agree_with_nested_least_squares(seed, min_count):
     found = shares_of(variance_sums(activations, levels))
     assert found == pytest.approx(shares_by_least_squares(activations, levels), abs=1e-9)
     assert sum(found) == pytest.approx(1)
+
+
+def test_sums_are_added_in_a_fixed_order():
+    """On a GPU additions by index go in the order of threads, so that two runs would differ in the last bits."""
+
+    class Operators(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Operators() as used:
+        variance_sums(torch.randn(120, 6, generator=seeded(0)), factor_levels(text(3, 40, 12, 0)))
+    assert any("mm" in name for name in used.names)
+    assert not [name for name in used.names if "index_add" in name or "scatter_add" in name]
 
 
 def effects(size: int, seed: int) -> torch.Tensor:
