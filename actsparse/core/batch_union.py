@@ -16,6 +16,11 @@ from torch import Tensor
 from actsparse.core.bootstrap import RESAMPLES, Interval, LayerIntervals, layered_ratio
 
 
+def union_blocks(blocks: int, sequences: int) -> list[int]:
+    """At most so many blocks, spread evenly over all of a text: block floor(i * blocks / sequences) for every i."""
+    return [place * blocks // sequences for place in range(sequences)] if blocks > sequences else list(range(blocks))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchUnion:
     """Share of neurons (0..1) that at least one of B tokens uses, for B = 1 .. len(measured).

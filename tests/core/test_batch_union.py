@@ -1,11 +1,11 @@
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actsparse.core.batch_union import batch_union, layer_unions
+from actsparse.core.batch_union import batch_union, layer_unions, union_blocks
 
 
 def bernoulli(shares: torch.Tensor, sequences: int, tokens: int = 1, seed: int = 0) -> torch.Tensor:
@@ -86,6 +86,15 @@ def test_the_union_grows_and_does_not_depend_on_the_order_of_neurons(seed):
 
 def test_batches_end_at_the_number_of_tokens():
     assert len(batch_union(bernoulli(torch.full((4,), 0.5), 7), 1).measured) == 7
+
+
+@pytest.mark.parametrize("blocks", [1, 63, 64, 65, 100, 127, 128, 1000])
+def test_blocks_reach_over_all_of_the_text(blocks):
+    chosen = union_blocks(blocks, 64)
+    assert len(chosen) == len(set(chosen)) == min(blocks, 64)
+    gaps = [later - earlier for earlier, later in pairwise([*chosen, blocks])]
+    assert chosen[0] == 0
+    assert max(gaps) - min(gaps) <= 1
 
 
 class TestInterval:

@@ -55,9 +55,9 @@ class ProbeTexts:
         """The first 2N blocks as one stream without BOS."""
         return self.history_blocks[:, 0 if self.bos is None else 1 :].flatten()
 
-    def spread(self, sequences: int = SPREAD) -> Int[Tensor, "sequences seq"]:
-        """Blocks spread over the whole text, since neighbours share a topic."""
-        return self.pool[spread_blocks(len(self.pool), sequences)]
+    def spread(self) -> Int[Tensor, "sequences seq"]:
+        """Blocks spread over the text, since neighbours share a topic: those of SI2."""
+        return self.pool[spread_blocks(len(self.pool), SPREAD)]
 
     @cached_property
     def contexts(self) -> HistoryContexts:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from actsparse.core.batch_union import batch_union, layer_unions
+from actsparse.core.batch_union import batch_union, layer_unions, union_blocks
 from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import firing_counts
 from actsparse.pipelines.probes.setting import Found, Setting
@@ -54,7 +54,8 @@ def _collect(setting: Setting) -> tuple[Fired, int]:
     """How often neurons fire in the first tokens of blocks spread over the text, of how many tokens of each block."""
     reader, sink = setting.reader, setting.texts.sink_tokens
     room = COUNT_BYTES // (len(reader.rules) * len(reader.layers) * reader.units)
-    ids = setting.texts.spread(max(2, min(MAX_BATCH, room)))[:, : max(sink + 1, LENGTH)]
+    pool = setting.texts.pool
+    ids = pool[union_blocks(len(pool), max(2, min(MAX_BATCH, room))), : max(sink + 1, LENGTH)]
     shape = (len(reader.layers), len(ids), reader.units)
     counts = {rule: torch.zeros(shape, dtype=torch.uint8) for rule in reader.rules}
     with setting.progress.task("union: neurons of a batch", ids.numel(), "tokens") as advance:
