@@ -76,10 +76,15 @@ def code_length(part: TypeCounts, whole: TypeCounts) -> float:
     part of Miller and Madow's correction, (outcomes seen - 1) / 2 a type and neuron. Of all tokens this is
     tokens * sum_i H(M_i | T). The code being the best, what a sequence takes in it is, to first order, what the
     sequence adds to the entropies: so intervals over sequences need no code for every resample.
+
+    Where the part shows what the whole never does (rounding may flip a marginal neuron between two passes over a text)
+    it costs as if that had been seen half a time, instead of infinitely much.
     """
     known = whole.tokens.clamp(min=1)[:, None]
     share = whole.active.double() / known
     silent = part.tokens[:, None] - part.active
+    disagree = ((share == 0) & (part.active > 0)) | ((share == 1) & (silent > 0))
+    share = torch.where(disagree, share.clamp(min=0.5 / known, max=1 - 0.5 / known), share)
     spent = -(torch.special.xlogy(part.active, share) + torch.special.xlogy(silent, 1 - share)).sum()
     both_seen = (whole.active > 0) & (whole.active < whole.tokens[:, None])
     correction = (part.tokens * both_seen.sum(dim=1) / (2 * known.flatten())).sum()

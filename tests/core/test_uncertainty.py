@@ -406,6 +406,21 @@ class TestHU2:
         assert torch.equal(whole.tokens, merged.tokens)
         assert whole.active[2].tolist() == masks[tokens == 2].sum(dim=0).tolist()
 
+    @pytest.mark.parametrize("always", [False, True])
+    def test_a_neuron_that_rounding_flips_in_a_second_pass_costs_little(self, always):
+        tokens = torch.randint(5, (1000,), generator=seeded(0))
+        masks = torch.rand(1000, 30, generator=seeded(1)) < 0.2
+        masks[:, 0] = always
+        again = masks.clone()
+        again[7, 0] = not always
+        labels = type_labels(tokens).labels
+        whole, flipped = (count_types(part, labels, 5) for part in (masks, again))
+        plain = code_length(whole, whole)
+        seen = int((tokens == tokens[7]).sum())
+        others = -(seen - 1) * math.log(1 - 0.5 / seen)
+        assert code_length(flipped, whole) - plain == pytest.approx(math.log(2 * seen) + others)
+        assert code_length(flipped.untyped, whole.untyped) - plain < plain
+
     def test_neurons_that_never_vary_have_no_ratio(self):
         tokens = torch.zeros(100, dtype=torch.long)
         found = self.ratio(torch.ones(100, 3, dtype=torch.bool), tokens)

@@ -204,7 +204,7 @@ def test_prefix_masks_are_those_of_each_expert_over_its_own_tokens(probed, loade
 
 
 def test_the_union_counts_neurons_of_all_experts(probed, loaded, texts) -> None:
-    masks = masks_of(loaded, texts.spread(64), 1)
+    masks = masks_of(loaded, texts.pool, 1)
     fired = [[{(e, n) for e, of in mask.items() for n in of} for mask in row[SINK:]] for row in masks]
     share = mean([len(mask) for row in fired for mask in row]) / (EXPERTS * FFN)
     assert rows_of(probed, "union")[1, "b=1,r=0.2"] == pytest.approx(share)
@@ -230,6 +230,15 @@ def test_hu2_counts_a_neuron_as_silent_where_its_expert_is_not_asked(probed, loa
             mine = [fires for token, fires in on if token == kind]
             conditional += len(mine) / len(on) * entropy(sum(mine), len(mine))
     assert rows_of(probed, "hu2_uncorrected")[0, "r=0.2"] == pytest.approx(conditional / total, abs=1e-3)
+
+
+def test_without_a_frequent_type_there_is_no_entropy(folder: Path, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("actsparse.pipelines.probes.text.MIN_TYPE_COUNT", 10**6)
+    run = profile(spec_of(folder, corpus, tmp_path / "run", probes=("uncertainty",), layers=(1,)))
+    assert {name: rows_of(run, name)[1, "r=0.2"] for name in ("hu2", "hu2_entropy")} == {
+        "hu2": None,
+        "hu2_entropy": None,
+    }
 
 
 def test_variance_is_split_expert_by_expert(probed, loaded, texts) -> None:

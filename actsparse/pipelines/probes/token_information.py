@@ -35,7 +35,8 @@ def add_hu2(setting: Setting, found: Found) -> None:
         found.add_layers("hu2_uncorrected", ratio.uncorrected, **rule.where)
         found.add_layers("hu2_shuffled", ratio.shuffled, **rule.where)
         units = torch.tensor([sum(widths) for widths in setting.reader.widths])
-        entropies = (lengths.untyped.sum(dim=1) / max(1, tokens) / units).tolist()
+        # without a frequent type there is no entropy: 0 / 0
+        entropies = (lengths.untyped.sum(dim=1) / tokens / units).tolist()
         for layer, entropy in zip((*found.layers, None), (*entropies, sum(entropies) / len(entropies)), strict=True):
             found.add("hu2_entropy", entropy, tokens, layer=layer, **rule.where)
 
