@@ -163,11 +163,12 @@ class _Forward:
     def _measured(self, run: OwnRun, tokens: Tensor, position: int) -> bool:
         """Whether the plan is clearly slower than dense at this batch size; what its gates then know is the probe's."""
 
-        def decode(sparse: bool) -> None:
+        def ready(sparse: bool) -> None:
             run.use(sparse=sparse)
-            run.step(tokens, position)
+            run.rewind()
 
-        found = timing.probe_of(self._steps.sites.model, decode, tokens=1)
+        model = self._steps.sites.model
+        found = timing.probe_of(model, lambda _sparse: run.step(tokens, position), ready=ready, tokens=1)
         if not found.pays:
             said = "does not pay" if found.slower else "is not clearly faster or slower than dense"
             onward = self._when_slower if found.slower else "sparse"
@@ -205,8 +206,9 @@ def _at_the_end(position: int, kwargs: dict[str, Any], takes_positions: bool) ->
     padding = _padding(kwargs.get("attention_mask"))
     if given is None:  # a model that takes positions then counts padding too
         return not takes_positions or not _any_padding(kwargs.get("attention_mask"))
-    expected = position - (torch.zeros(1, dtype=torch.long) if padding is None else padding)
-    return given.dim() == 2 and bool((given == expected[:, None]).all())
+    # a mask may lie on another device than the positions
+    expected = position if padding is None else (position - padding)[:, None].to(given.device)
+    return given.dim() == 2 and bool((given == expected).all())
 
 
 def _plain(config: Any, kwargs: dict[str, Any]) -> bool:

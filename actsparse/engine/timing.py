@@ -145,21 +145,37 @@ def probe(run: Run, model: PreTrainedModel) -> Probe:
     dense."""
     run.use(sparse=False)
     stream = dense_stream(run, PROBE_TOKENS, model.device)
-    found = probe_of(model, lambda sparse: _decode(run, stream, sparse), tokens=PROBE_TOKENS)
+
+    def ready(sparse: bool) -> None:
+        run.use(sparse=sparse)
+        run.rewind()
+
+    found = probe_of(model, lambda _sparse: run.feed(stream), ready=ready, tokens=PROBE_TOKENS)
     run.use(sparse=False)
     run.rewind()
     run.forget()
     return found
 
 
-def probe_of(model: PreTrainedModel, decode: Callable[[bool], object], *, tokens: int) -> Probe:
-    """The same of `decode(sparse)`, which decodes `tokens` tokens, dense and sparse in turns after one of each."""
-    dense, sparse = [], []
+def probe_of(
+    model: PreTrainedModel,
+    decode: Callable[[bool], object],
+    *,
+    tokens: int,
+    ready: Callable[[bool], object] = lambda _sparse: None,
+) -> Probe:
+    """The same of `decode(sparse)`, which decodes `tokens` tokens, dense and sparse in turns after one of each.
+
+    `ready(sparse)` runs before each lap, and is not timed.
+    """
+    laps: dict[bool, list[float]] = {False: [], True: []}
     for repetition in range(PROBE_PAIRS + 1):
-        one, other = (_seconds(model, lambda s=arm: decode(s)) / tokens for arm in (False, True))
-        if repetition:
-            dense.append(one)
-            sparse.append(other)
+        for arm, seconds in laps.items():
+            ready(arm)
+            found = _seconds(model, lambda s=arm: decode(s)) / tokens
+            if repetition:
+                seconds.append(found)
+    dense, sparse = laps[False], laps[True]
     a, b = (torch.tensor(found, dtype=torch.float64) for found in (dense, sparse))
     return Probe(
         dense_ms=float(a.quantile(0.5)) * 1e3,

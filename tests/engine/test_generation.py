@@ -1,5 +1,6 @@
 """sparsify: whatever drives the model, prompts run dense and decoded tokens sparse."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -329,3 +330,20 @@ def test_gates_that_choose_again_go_on_over_a_new_run_and_a_cut_cache(
     assert len(made) > 1, "the room was never used up"
     monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
     torch.testing.assert_close(ours, logits(), atol=1e-5, rtol=1e-4)
+
+
+class OnAnotherDevice(Tensor):
+    """Refuses to meet tensors of the CPU, but for single numbers, as those of a GPU do."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        assert not any(type(one) is Tensor and one.dim() for one in args), "tensors on two devices"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_positions_on_a_gpu_are_compared_there() -> None:
+    for at in (20, 21):
+        given = torch.tensor([[at]]).as_subclass(OnAnotherDevice)
+        assert stepping._at_the_end(20, {"position_ids": given}, True) is (at == 20)

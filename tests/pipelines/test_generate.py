@@ -1,5 +1,8 @@
 """`generate`: text by the fastest engine, which says when a plan does not pay and then decodes dense."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import make_model, token_ids
@@ -8,7 +11,11 @@ from transformers import PreTrainedModel
 
 from actsparse import generate, sparsify
 from actsparse.engine import timing
+from actsparse.engine.choose import Engines
 from actsparse.errors import PlanError
+from actsparse.methods.gates import LayerGates, PrefillGate
+from actsparse.methods.prompt_statistic import PromptStatistic
+from actsparse.models.sites import resolve
 
 NEW = 10
 PLAN = "griffin@0.5"
@@ -18,8 +25,8 @@ def probed(monkeypatch: pytest.MonkeyPatch, speedup: float, best: float | None =
     """Let every probe find this speed-up, and this best pair, after it ran."""
     whole = timing.probe_of
 
-    def fixed(model: PreTrainedModel, decode: object, *, tokens: int) -> timing.Probe:
-        whole(model, decode, tokens=tokens)  # pyright: ignore[reportArgumentType]
+    def fixed(model: PreTrainedModel, decode: object, *, tokens: int, ready: object) -> timing.Probe:
+        whole(model, decode, tokens=tokens, ready=ready)  # pyright: ignore[reportArgumentType]
         return timing.Probe(dense_ms=1.0, sparse_ms=1 / speedup, speedup=speedup, best=best or speedup)
 
     monkeypatch.setattr(timing, "probe_of", fixed)
@@ -130,6 +137,42 @@ def test_what_no_engine_runs_is_dense_or_masked() -> None:
         assert list(masked.tokens[0]) == by_transformers(model, ids)
     with pytest.raises(PlanError, match="no engine"):
         generate(model, plan, token_ids(2, 20), max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own step", "model's forward"])
+def test_a_lap_of_the_probe_is_decode_alone_and_leaves_no_trace(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama" if own else "gpt2"), token_ids(1, 20)
+    every = 2 if own else None  # the probe's second token is a dense one
+    gate = PrefillGate(PromptStatistic, lambda s: s >= s.median(), refresh_every=every)
+    gates = [LayerGates(neurons=gate)] * len(resolve(model).layers)
+    done: list[str] = []
+    timed = timing._seconds
+
+    def lap(model: PreTrainedModel, work: Callable[[], object]) -> float:
+        done.append("start")
+        seconds = timed(model, work)
+        done.append("stop")
+        return seconds
+
+    def noted(kind: type, name: str) -> None:
+        whole = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, **how: (done.append(name), whole(*args, **how))[1])
+
+    with Engines(resolve(model)).open(gates, sink_tokens=4, max_length=40) as run:
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        expected = run.generate(NEW)
+        run.rewind()
+        monkeypatch.setattr(timing, "_seconds", lap)
+        for name in ("rewind", "select"):
+            noted(type(run), name)
+        timing.probe(run, model)
+        assert done.count("start") == 2 * (timing.PROBE_PAIRS + 1)
+        assert {"rewind", "select"} >= set(done) - {"start", "stop"} >= {"rewind"}
+        assert all(after == "stop" for one, after in pairwise(done) if one == "start")
+        run.use(sparse=True)
+        assert run.generate(NEW) == expected
 
 
 def test_the_probe_tells_the_faster_arm() -> None:
