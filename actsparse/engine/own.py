@@ -93,6 +93,7 @@ class OwnRun:
         self._logits = torch.zeros(0)
         self._recorders: dict[frozenset[int], GatePlan] = {}
         self._union: SlicedPlan | None = None
+        self._padded = False
 
     @property
     def path(self) -> str:
@@ -137,6 +138,7 @@ class OwnRun:
         self._logits = logits
         following = logits.argmax(dim=-1)
         self._decoder.load_prefill(cache, following, padding)
+        self._padded = padding is not None
         self._start = (following, length)
         self._moved = False
         return logits
@@ -146,6 +148,7 @@ class OwnRun:
         self._prompt = prompt
         following = torch.zeros(self.batch, dtype=torch.long)
         self._decoder.load_prefill(cache, following, padding)
+        self._padded = padding is not None
         self._start = (following, int(cache.get_seq_length()))
         self._moved = False
 
@@ -258,8 +261,10 @@ class OwnRun:
 
     def kept(self) -> dict[tuple[str, int], float]:
         """The share of each unit of each layer that the plan's steps have read since `forget`; empty if not counted."""
-        if self._plan is None or not isinstance(self._engine, CpuEngine):
+        if self._plan is None:
             return {}
+        if not isinstance(self._engine, CpuEngine):
+            return self._listed() if self._reads_lists else {}
         steps = max(1, self._counted)
         counters = self._engine.counters.get(id(self._plan), [])
         return {(one.unit, one.layer): int(one.read) / (steps * one.total) for one in counters}
@@ -270,6 +275,19 @@ class OwnRun:
         if isinstance(self._engine, CpuEngine):
             for one in self._engine.counters.get(id(self._plan), []):
                 one.read.zero_()
+
+    @property
+    def _reads_lists(self) -> bool:
+        """Whether a step on CUDA reads what the lists of its plan name and nothing else, as the compiled kernels do."""
+        alone = self.batch <= self._steps.most_sequences and not self._padded
+        return alone and self._plan is not None and lists_alone(self._plan) and not self._refreshes
+
+    def _listed(self) -> dict[tuple[str, int], float]:
+        """The share of each layer's neurons that the plan's lists name."""
+        assert self._plan is not None
+        assert self._plan.selection is not None
+        shares = self._plan.selection.count.double() / self._plan.selection.index.shape[1]
+        return {(Unit.NEURON.value, layer): share for layer, share in enumerate(shares.tolist())}
 
     @property
     def _refreshes(self) -> bool:

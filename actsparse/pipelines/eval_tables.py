@@ -47,7 +47,7 @@ def result_rows(
         if useful is not None:
             rows += _sparsity_rows(group.name, useful, "useful")
         rows += _speed_rows(found, useful or realised)
-        rows += _rate_rows(found.plan, found.speed and found.speed.sparse_ms, (useful or realised), cost, speeds)
+        rows += _rate_rows(found.plan, found.speed and found.speed.sparse_ms, useful, cost, speeds)
     return rows
 
 
@@ -314,15 +314,18 @@ def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
     ]
 
 
-def _rate_rows(name: str, ms: float | None, not_read: Sparsity, cost: StepBytes, speeds: Speeds) -> list[EvalRow]:
-    """Weight bytes a second of decode, and their share of what this device reads at best, both of this run."""
+def _rate_rows(
+    name: str, ms: float | None, not_read: Sparsity | None, cost: StepBytes, speeds: Speeds
+) -> list[EvalRow]:
+    """Weight bytes a second of decode, and their share of what this device reads at best, both of this run; without a
+    value where the engine does not know what it read (`not_read` None)."""
     best = speeds.dense.read_bandwidth
     if ms is None or best is None:
         return []
-    rate = cost.total * (1 - not_read.model_bytes_frac) / (ms / 1e3)
+    rate = None if not_read is None else cost.total * (1 - not_read.model_bytes_frac) / (ms / 1e3)
     return [
-        EvalRow(plan=name, metric="gb_per_s", value=rate / 1e9, unit="GB/s", n=1),
-        EvalRow(plan=name, metric="ceiling_share", value=rate / best, unit="share", n=1),
+        EvalRow(plan=name, metric="gb_per_s", value=None if rate is None else rate / 1e9, unit="GB/s", n=1),
+        EvalRow(plan=name, metric="ceiling_share", value=None if rate is None else rate / best, unit="share", n=1),
     ]
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
 from actsparse.errors import ModelError, is_out_of_memory
-from actsparse.pipelines.progress import Progress
 
 T = TypeVar("T")
 
@@ -15,13 +14,22 @@ Unit = Literal["sequences", "tokens"]
 WAY_OUT = {"sequences": "start it again with --batch-size 1", "tokens": "leave it out with --probes none"}
 
 
+class Warns(Protocol):
+    """Takes warnings: what shows progress or, where the result has to hold them too, the session of a run."""
+
+    def warn(self, text: str) -> None:
+        """Tell something that makes a result weaker."""
+        ...
+
+
 def halving(
-    attempt: Callable[[int | None], T], asked: int | None, largest: int, progress: Progress, unit: Unit = "sequences"
+    attempt: Callable[[int | None], T], asked: int | None, largest: int, told: Warns, unit: Unit = "sequences"
 ) -> T:
     """What `attempt` returns for the batch size `asked` or, where memory does not suffice, for half of `largest`.
 
     `largest`: how many sequences the largest batch holds (or tokens). Raises ModelError where half of it is too much as
-    well. An attempt starts from what was last kept, since a batch that failed may be in some of the sums.
+    well. `told` is warned of the half batch. An attempt starts from what was last kept, since a batch that failed may
+    be in some of the sums.
     """
     if largest > 1:
         try:
@@ -30,7 +38,7 @@ def halving(
             if not is_out_of_memory(error):
                 raise
         half = largest // 2
-        progress.warn(f"out of memory in batches of {largest} {unit}: going on with batches of {half}")
+        told.warn(f"out of memory in batches of {largest} {unit}: going on with batches of {half}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         asked = largest = half

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines, Run
-from actsparse.engine.memory import peak_bytes
+from actsparse.engine.memory import peak_bytes, reset_peak
 from actsparse.errors import ModelError, PlanError
 from actsparse.methods.short import DENSE
 from actsparse.pipelines.halving import halving
@@ -24,11 +24,13 @@ QUANTILES = {"ms_p50": 0.5, "ms_p90": 0.9, "ms_p99": 0.99}
 
 @dataclass
 class _Arm:
-    """What the rounds of one arm showed: seconds of prefill and selection, and of every token of every round."""
+    """What the rounds of one arm showed: seconds of prefill and selection, and of every token of every round; the most
+    memory held in any round, in bytes."""
 
     prefill: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
     tokens: list[list[float]] = field(default_factory=list)
+    memory: int = 0
 
     def decode(self, count: int) -> list[float]:
         """Seconds of the first `count` tokens, round by round."""
@@ -63,7 +65,7 @@ def _rows_or_why_not(
         return _one(session, engines, group, _prompts(session, half or batch, prompt), read_bandwidth)
 
     try:
-        return halving(attempt, None, batch, session.progress)
+        return halving(attempt, None, batch, session)
     except (PlanError, ModelError) as error:
         name = DENSE if group is None else group.name
         session.warn(f"{name} at batch {batch}, prompt {prompt}: no throughput ({error.what})")
@@ -93,29 +95,32 @@ def _one(
         for _ in range(ROUNDS):
             for name, arm in arms.items():
                 sparse = name != DENSE
+                reset_peak(model.device)
                 run.use(sparse=False)
                 arm.prefill.append(timing.elapsed(model, lambda w=sparse: run.prefill(ids, watch=w)))
                 arm.select.append(timing.elapsed(model, run.select) if sparse else 0.0)
                 run.use(sparse=sparse)
                 arm.tokens.append(timing.token_laps(run, model, stream))
+                arm.memory = max(arm.memory, peak_bytes(model.device))
         unread = _unread(session, group, run)
-        memory = peak_bytes(model.device)
         announced = run.announced
     for text in announced:
         session.warn(f"throughput at batch {batch}: {text}")
     rows = []
     for gen, (name, arm) in product(spec.gen_lengths, arms.items()):
         share = 0.0 if name == DENSE else unread
-        step_bytes = session.cost.total * (1 - share) + _cache_bytes(session, batch, prompt + gen / 2)
-        rows += _rows(name, arm, arms[DENSE], batch, prompt, gen, step_bytes, read_bandwidth, memory)
+        step_bytes = None
+        if share is not None:
+            step_bytes = session.cost.total * (1 - share) + _cache_bytes(session, batch, prompt + gen / 2)
+        rows += _rows(name, arm, arms[DENSE], batch, prompt, gen, step_bytes, read_bandwidth)
     if group is not None:
         _say_whether_it_pays(session, group.name, arms, batch, prompt, longest)
     return rows
 
 
 def _rows(
-    name: str, arm: _Arm, dense: _Arm, batch: int, prompt: int, gen: int, step_bytes: float, read_bandwidth: float,
-    memory: int,
+    name: str, arm: _Arm, dense: _Arm, batch: int, prompt: int, gen: int, step_bytes: float | None,
+    read_bandwidth: float,
 ) -> list[ThroughputRow]:  # fmt: skip
     each = torch.tensor([lap for laps in arm.tokens for lap in laps[:gen]], dtype=torch.float64) * 1e3
     prefill, select = _median(arm.prefill), _median(arm.select)
@@ -123,16 +128,16 @@ def _rows(
     ratios = [one / two for one, two in zip(dense.decode(gen), arm.decode(gen), strict=True)]
     saved_per_token = (base - decode) / gen
     extra = prefill + select - _median(dense.prefill)
-    rate = step_bytes / (float(each.quantile(0.5)) / 1e3)
+    rate = None if step_bytes is None else step_bytes / (float(each.quantile(0.5)) / 1e3)
     values: dict[str, tuple[float | None, str]] = {
         "tokens_per_s": (batch * gen / (prefill + select + decode), "tokens/s"),
         "decode_tokens_per_s": (batch * gen / decode, "tokens/s"),
         **{metric: (float(each.quantile(q)), "ms") for metric, q in QUANTILES.items()},
         "ttft_ms": ((prefill + select) * 1e3, "ms"),
         "select_ms": (select * 1e3, "ms"),
-        "memory_mb": (memory / 2**20, "MiB"),
-        "gb_per_s": (rate / 1e9, "GB/s"),
-        "ceiling_share": (rate / read_bandwidth, "share"),
+        "memory_mb": (arm.memory / 2**20, "MiB"),
+        "gb_per_s": (None if rate is None else rate / 1e9, "GB/s"),
+        "ceiling_share": (None if rate is None else rate / read_bandwidth, "share"),
     }
     if name != DENSE:
         values["speedup"] = (_median(ratios), "1")
@@ -155,12 +160,16 @@ def _say_whether_it_pays(session: Session, name: str, arms: dict[str, _Arm], bat
         )
 
 
-def _unread(session: Session, group: PlanGroup | None, run: Run) -> float:
-    """The share of a step's weight bytes that the engine did not read; as fitted where it does not count."""
+def _unread(session: Session, group: PlanGroup | None, run: Run) -> float | None:
+    """The share of a step's weight bytes that the engine did not read; None where it does not know.
+
+    A share that was fitted or measured elsewhere does not stand in: an engine may read a kept row once a sequence, the
+    rows that any sequence keeps, or all of them.
+    """
     if group is None:
         return 0.0
     counted = unread_by_engine(group.plan.layer_gates(), run.kept(), session.cost)
-    return (counted or group.plan.realised or group.plan.predicted).model_bytes_frac
+    return None if counted is None else counted.model_bytes_frac
 
 
 def _cache_bytes(session: Session, batch: int, position: float) -> float:

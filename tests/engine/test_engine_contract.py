@@ -174,6 +174,34 @@ def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibrati
     assert [found["second", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
 
 
+@pytest.mark.parametrize("name", ["griffin@0.5", "static@0.3"])
+def test_compiled_kernels_read_what_lists_name_and_other_steps_on_a_device_do_not_know(
+    name: str, loaded: LoadedModel, calibration: TextCalibration, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = fitted(name, loaded, calibration).gates()
+
+    def shares(gates: list[LayerGates], batch: int, most: int | None) -> dict[tuple[str, int], float]:
+        """What a run says that it read; `most`: as an engine that counts nothing, whose compiled kernels decode so many
+        sequences."""
+        ids = token_ids(batch, PROMPT, seed=5)
+        with engines.open(gates, sink_tokens=SINK, max_length=ROOM, batch=batch) as run:
+            run.prefill(ids, watch=True)
+            run.select()
+            run.use(sparse=True)
+            run.rewind()
+            run.feed(ids[:, :4])
+            if most is not None:
+                monkeypatch.setattr(run, "_engine", object())
+                monkeypatch.setattr(OwnSteps, "most_sequences", most)
+            return run.kept()
+
+    assert shares(gates, 1, most=1) == pytest.approx(shares(gates, 1, most=None))
+    assert shares(gates, 2, most=1) == {}
+    assert shares(gates, 1, most=0) == {}  # nothing compiled: torch gathers every row
+    assert shares(fitted("griffin:refresh_every=3@0.5", loaded, calibration).gates(), 1, most=1) == {}
+    assert shares(fitted("cats@0.5", loaded, calibration).gates(), 1, most=1) == {}
+
+
 def test_greedy_text_stops_and_a_seed_gives_the_same_text(engines: Engines) -> None:
     ids = token_ids(2, PROMPT, seed=8)
     with engines.open((), sink_tokens=SINK, max_length=ROOM, batch=2) as run:
