@@ -59,7 +59,8 @@ def from_prompts(
     ids: list[Tensor] = []
     plain = sum(bool(prompt.messages) for prompt in prompts) if not tokenizer.chat_template else 0
     if plain:
-        notify(f"{plain} prompts hold chat messages, and this model has no chat template: read as plain text")
+        share = f"{plain} of {len(prompts)}"
+        notify(f"prompts with chat messages: {share}; this model has no chat template, they are read as plain text")
     for prompt, tokens in zip(prompts, _tokens(prompts, tokenizer), strict=True):
         if not tokens:
             notify(f"{prompt.source}: no tokens; left out")
