@@ -25,6 +25,8 @@ from actsparse.models.sites import ModelSites
 from actsparse.results import Unit
 
 OWN_DEVICES = ("cpu", "cuda")
+NO_PACKING = "there is no memory for a packed copy of the weights"
+NO_COPIES = "there is no memory for the copies of weights, or the cache, that its step needs"
 
 
 class Run(Protocol):
@@ -143,7 +145,7 @@ class Engines:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return "there is no memory for a packed copy of the weights"
+            return NO_PACKING
 
     @contextmanager
     def open(self, gates: Sequence[LayerGates], *, sink_tokens: int, max_length: int, batch: int = 1) -> Iterator[Run]:
@@ -161,7 +163,7 @@ class Engines:
             except (RuntimeError, MemoryError) as error:
                 if batch > 1 or not is_out_of_memory(error):
                     raise
-                reason = "there is no memory for the copies of weights, or the cache, that its step needs"
+                reason = NO_COPIES
             else:
                 with torch.no_grad():
                     yield run

@@ -14,14 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from actsparse.engine import timing
-from actsparse.engine.choose import Engines
+from actsparse.engine.choose import NO_COPIES, NO_PACKING, Engines
 from actsparse.engine.cuda.availability import native_failure
 from actsparse.engine.own import OwnRun, OwnSteps
 from actsparse.engine.phases import Phases
 from actsparse.engine.step.translate import NoStepError
+from actsparse.errors import is_out_of_memory
 from actsparse.methods.gates import LayerGates
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import ForwardPass
@@ -39,6 +41,7 @@ def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None
     """The model's own steps, where it has some that are ready at once and can run these gates.
 
     They are ready at once on a CPU, and on a GPU whose compiled kernels take the model: others wait for torch.compile.
+    Where memory does not suffice for the copies of weights that they need, a warning says so.
     """
     parameter = next(sites.model.parameters())
     if parameter.dtype not in READY.get(parameter.device.type, ()):
@@ -46,11 +49,18 @@ def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None
     if parameter.is_cuda and native_failure() is not None:
         return None
     own = Engines(sites, share=False).own
+    if own == NO_PACKING:
+        warnings.warn(f"decode runs through the model's own forward: {NO_PACKING}", stacklevel=5)
     if not isinstance(own, OwnSteps) or own.most_sequences == 0:
         return None
     try:
         own.translator.plan(gates, 1)
     except NoStepError:
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        warnings.warn(f"decode runs through the model's own forward: {NO_COPIES}", stacklevel=5)
         return None
     return own
 
@@ -80,7 +90,9 @@ class _Forward:
         self._steps = steps
         self._phases = phases
         self._when_slower = when_slower
-        self._slower: dict[int, bool] = {}
+        self._slower: dict[int, bool] = {}  # by batch size, where it was measured
+        self._no_room: dict[int, int] = {}  # by batch size: positions that memory did not suffice for
+        self._said: set[str] = set()
         self._whole = whole
         self._runs: dict[int, OwnRun] = {}
         self._run: OwnRun | None = None
@@ -89,73 +101,109 @@ class _Forward:
         self.__signature__ = inspect.signature(whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._decodes(args, kwargs):
+            self._cache = None
+            return self._whole(*args, **kwargs)
         ids: Any = kwargs.get("input_ids")
         cache: Any = kwargs.get("past_key_values")
-        if args or not isinstance(ids, Tensor) or not self._decodes(ids, cache, kwargs):
-            self._cache = None
-            self._say_masked(ids, cache)
-            return self._whole(*args, **kwargs)
-        position = int(cache.get_seq_length())
-        padding = _padding(kwargs.get("attention_mask"))
-        left = () if padding is None else tuple(padding.tolist())
-        self._phases.begin(ForwardPass(batch=len(ids), tokens=1, past=position, padding=left))
-        with torch.no_grad():
-            logits = self._step(ids[:, 0], cache, position, padding)
+        why = (
+            "tokens must come by name" if args or not isinstance(ids, Tensor) else self._why_masked(ids, cache, kwargs)
+        )
+        if why is None:
+            position, padding = int(cache.get_seq_length()), _padding(kwargs.get("attention_mask"))
+            with torch.no_grad():
+                why = self._follow(ids[:, 0], cache, position, padding)
+                if why is None:
+                    return self._step(ids[:, 0], cache, position, padding)
+        self._cache = None
+        self._say(f"masks are applied to the dense model: exact, and slower than dense ({why})")
+        return self._whole(*args, **kwargs)
+
+    def _decodes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is one decoded token a sequence, after a prompt."""
+        named = self.__signature__.bind_partial(*args, **kwargs).arguments if args else kwargs
+        ids, embedded, cache = (named.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        fed = embedded if ids is None else ids
+        if not isinstance(cache, Cache) or not isinstance(fed, Tensor):
+            return False
+        return fed.shape[1] == 1 and int(cache.get_seq_length()) > 0
+
+    def _why_masked(self, ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> str | None:
+        """Why a decode pass does not go through the step; None where it stands at the cache's end, asks for logits
+        alone, and its cache and mask can be read."""
+        steps, mask = self._steps, kwargs.get("attention_mask")
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False} - UNDERSTOOD
+        if type(cache) is not DynamicCache:
+            return f"its own step does not read a {type(cache).__name__}"
+        if len(ids) > steps.most_sequences:
+            return f"at batch {len(ids)}: its own step takes {steps.most_sequences} at once"
+        if asked:
+            return f"its own step knows no {', '.join(sorted(asked))}"
+        if not _left_padded(mask):
+            return "its own step takes masks that leave out padding in front, and no others"
+        if _any_padding(mask) and not steps.takes_padding:
+            return "its own step would take padding for tokens"
+        if not _at_the_end(int(cache.get_seq_length()), kwargs, "position_ids" in self.__signature__.parameters):
+            return "the tokens do not stand where its own step puts them: at the cache's end, padding not counted"
+        if not _plain(steps.sites.model.config, kwargs):
+            return "its own step answers with logits and cache, by name"
+        return None
+
+    def _say(self, text: str) -> None:
+        """Warn of it, once."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=5)
+
+    def _step(self, tokens: Tensor, cache: DynamicCache, position: int, padding: Tensor | None) -> Any:
+        """The answer to a pass of `tokens` [batch], their keys and values in the caller's cache."""
+        run, left = self._run, () if padding is None else tuple(padding.tolist())
+        assert run is not None, "a run follows the cache"
+        self._phases.begin(ForwardPass(batch=len(tokens), tokens=1, past=position, padding=left))
+        self._phases.decoded = True
+        logits = run.step(tokens, position)
         for layer in range(self._steps.weights.shape.layers):
-            assert self._run is not None
-            keys, values = self._run.written(layer, position)
+            keys, values = run.written(layer, position)
             cache.update(keys.clone(), values.clone(), layer)
         logits = logits[:, None].to(self._steps.weights.dtype, copy=True)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]
 
-    def _decodes(self, ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether a pass is one decoded token a sequence, where the cache ends, for logits alone, and that cache can
-        be read."""
-        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-        return (
-            type(cache) is DynamicCache
-            and ids.shape[1] == 1
-            and len(ids) <= self._steps.most_sequences
-            and int(cache.get_seq_length()) > 0
-            and asked <= UNDERSTOOD
-            and _left_padded(kwargs.get("attention_mask"))
-            and (self._steps.takes_padding or not _any_padding(kwargs.get("attention_mask")))
-            and _at_the_end(int(cache.get_seq_length()), kwargs, "position_ids" in self.__signature__.parameters)
-            and _plain(self._steps.sites.model.config, kwargs)
-        )
-
-    def _say_masked(self, ids: Any, cache: Any) -> None:
-        """Warn once of decode passes of more sequences than the step takes."""
-        most = self._steps.most_sequences
-        if not isinstance(ids, Tensor) or not isinstance(cache, DynamicCache) or len(ids) <= most:
-            return
-        if ids.shape[1] == 1 and int(cache.get_seq_length()) > 0 and len(ids) not in self._slower:
-            self._slower[len(ids)] = True
-            warnings.warn(
-                f"masks are applied to the dense model at batch {len(ids)}: exact, and slower than dense (its own step "
-                f"takes {most} at once)",
-                stacklevel=4,
-            )
-
-    def _step(self, tokens: Tensor, cache: Any, position: int, padding: Tensor | None) -> Tensor:
-        if not self._follows(cache, len(tokens), position):
-            run = self._run_for(len(tokens), position)
+    def _follow(self, tokens: Tensor, cache: DynamicCache, position: int, padding: Tensor | None) -> str | None:
+        """Let a run stand at the end of the caller's cache; why none can, where memory does not suffice."""
+        batch = len(tokens)
+        if self._follows(cache, batch, position):
+            return None
+        room = max(GROWTH, position) + position
+        known = self._runs.get(batch)
+        if known is not None and position + 1 < known.max_length:
+            room = known.max_length
+        if room >= self._no_room.get(batch, room + 1):
+            return NO_COPIES
+        try:
+            run = self._run_for(batch, room)
             run.adopt(cache, self._phases.state, padding)
-            if len(tokens) not in self._slower:
+            if batch not in self._slower:
                 run.select()
-                self._slower[len(tokens)] = self._measured(run, tokens, position)
+                self._slower[batch] = self._measured(run, tokens, position)
             run.resume()
-            run.use(sparse=self._when_slower == "sparse" or not self._slower[len(tokens)])
-            self._run, self._cache = run, cache
-        assert self._run is not None
-        self._phases.decoded = True
-        return self._run.step(tokens, position)
+            run.use(sparse=self._when_slower == "sparse" or not self._slower[batch])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._runs.pop(batch, None)
+            self._run, self._no_room[batch] = None, room
+            return NO_COPIES
+        for text in run.announced:
+            self._say(text)
+        self._run, self._cache = run, cache
+        return None
 
-    def _run_for(self, batch: int, position: int) -> OwnRun:
-        """A run with room behind `position`: the last one of this batch size, whose steps are ready, if it has."""
+    def _run_for(self, batch: int, room: int) -> OwnRun:
+        """A run of this batch size with that much room: the last one, whose steps are ready, if it is such a one."""
         run = self._runs.get(batch)
-        if run is None or position + 1 >= run.max_length:
-            room = max(GROWTH, position) + position
+        if run is None or run.max_length != room:
+            self._runs.pop(batch, None)
+            self._run = run = None  # so that its memory is there for the next
             run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=batch, max_length=room)
             self._runs[batch] = run
         return run
@@ -172,9 +220,7 @@ class _Forward:
         if not found.pays:
             said = "does not pay" if found.slower else "is not clearly faster or slower than dense"
             onward = self._when_slower if found.slower else "sparse"
-            warnings.warn(
-                f"this plan {said} at batch {len(tokens)}: {found.text}; decode goes on {onward}", stacklevel=2
-            )
+            self._say(f"this plan {said} at batch {len(tokens)}: {found.text}; decode goes on {onward}")
         return found.slower
 
     def _follows(self, cache: Any, batch: int, position: int) -> bool:

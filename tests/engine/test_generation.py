@@ -1,5 +1,6 @@
 """sparsify: whatever drives the model, prompts run dense and decoded tokens sparse."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,7 +198,7 @@ def test_steps_are_made_once_and_batches_that_they_do_not_take_are_said_to_be_ma
     monkeypatch.setattr(stepping, "OwnRun", lambda *args, **how: made.append(make(*args, **how)) or made[-1])
     with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK):
         texts = [generated(model, token_ids(1, 20, seed=seed)) for seed in (1, 2, 1)]
-        with pytest.warns(UserWarning, match="at batch 9: exact, and slower"):
+        with pytest.warns(UserWarning, match="exact, and slower than dense .at batch 9: its own step takes 8"):
             generated(model, token_ids(9, 6))
     assert len(made) == 1
     assert torch.equal(texts[0], texts[2])
@@ -347,3 +348,94 @@ def test_positions_on_a_gpu_are_compared_there() -> None:
     for at in (20, 21):
         given = torch.tensor([[at]]).as_subclass(OnAnotherDevice)
         assert stepping._at_the_end(20, {"position_ids": given}, True) is (at == 20)
+
+
+def said_of(messages: list[warnings.WarningMessage], words: str) -> int:
+    return sum(words in str(one.message) for one in messages)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"cache_implementation": "static"}, "does not read a StaticCache"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "knows no output_hidden_states"),
+    ],
+)
+def test_each_reason_for_masks_instead_of_the_step_is_said_once(how: dict[str, object], words: str) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    with warnings.catch_warnings(record=True) as said, sparsify(model, "griffin@0.5"):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                min_new_tokens=NEW, pad_token_id=0, **how,
+            )  # fmt: skip
+        decoded(model, position_ids=torch.tensor([[27]]))
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            model(ids[:, :1], past_key_values=cache)
+    assert said_of(said, words) == said_of(said, "at the cache's end") == said_of(said, "by name") == 1
+    assert said_of(said, "masks are applied") == 3
+
+
+def test_padding_that_a_step_would_take_for_tokens_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    monkeypatch.setattr(stepping.OwnSteps, "takes_padding", False)
+    with sparsify(model, "griffin@0.5"), pytest.warns(UserWarning, match="would take padding for tokens"):
+        generated(model, ids, (torch.arange(20) >= 6).long()[None])
+
+
+def test_what_a_run_announces_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    monkeypatch.setattr(OwnRun, "announced", ["the operators could not be built"])
+    with warnings.catch_warnings(record=True) as said, sparsify(model, "griffin@0.5"):
+        warnings.simplefilter("always")
+        for seed in (1, 2):
+            generated(model, token_ids(1, 20, seed=seed))
+    assert said_of(said, "could not be built") == 1
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan", "Decoder", "OwnRun._fill"])
+def test_without_memory_for_its_step_a_model_that_others_drive_goes_on(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make_model("llama"), token_ids(1, 20)
+    with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK):
+        expected = generated(model, ids)
+    monkeypatch.setattr(f"actsparse.engine.own.{place}", no_memory)
+    with (
+        warnings.catch_warnings(record=True) as said,
+        sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK),
+    ):
+        warnings.simplefilter("always")
+        assert torch.equal(generated(model, ids), expected)
+    assert said_of(said, "there is no memory") == 1
+
+
+def test_a_text_that_outgrows_memory_goes_on_in_the_masked_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 6)
+    gate = PrefillGate(PromptStatistic, lambda s: s >= s.median(), refresh_every=2)
+    sites, gates = resolve(model), [LayerGates(neurons=gate)] * len(resolve(model).layers)
+    with sparse_generation(sites, gates, sink_tokens=SINK):
+        expected = generated(model, ids)
+    made, make = [], stepping.OwnRun
+
+    def once(*args: object, **how: object) -> OwnRun:
+        made.append(how["max_length"])
+        if len(made) > 1:
+            no_memory()
+        return make(*args, **how)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(stepping, "OwnRun", once)
+    monkeypatch.setattr(stepping, "GROWTH", 4)
+    monkeypatch.setattr(stepping._Forward, "_measured", lambda *_: False)
+    with sparse_generation(sites, gates, sink_tokens=SINK), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(generated(model, ids), expected)
+    assert made == [12, 22], "a room that memory did not suffice for is asked for once"
+    assert said_of(said, "there is no memory") == 1
