@@ -60,7 +60,7 @@ def from_prompts(
     plain = sum(bool(prompt.messages) for prompt in prompts) if not tokenizer.chat_template else 0
     if plain:
         share = f"{plain} of {len(prompts)}"
-        notify(f"prompts with chat messages: {share}; this model has no chat template, they are read as plain text")
+        notify(f"prompts with chat messages: {share}; this model has no chat template: read as plain text")
     for prompt, tokens in zip(prompts, _tokens(prompts, tokenizer), strict=True):
         if not tokens:
             notify(f"{prompt.source}: no tokens; left out")
