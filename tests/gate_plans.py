@@ -2,9 +2,9 @@
 
 import torch
 
-from actsparse.engine.step.translate import Translator, choose
+from actsparse.engine.step.translate import Translator, choose_all
 from actsparse.engine.step.weights import Weights
-from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Listed, Routed, Scored
+from actsparse.engine.step.work import Channels, Chosen, Decided, GatePlan, Groups, LayerWork, Routed, Scored
 from actsparse.methods.gates import FixedGate, LayerGates
 from actsparse.results import SiteKind, Unit
 
@@ -59,10 +59,9 @@ def _work(kind: str, weights: Weights, translator: Translator, layer: int, gener
     match kind:
         case "listed":
             gates = LayerGates(neurons=FixedGate(torch.rand(shape.neurons, generator=generator) < 0.5, fill=fill))
-            work = translator.plan([gates] * shape.layers, 1).layers[layer]
-            assert isinstance(work.mlp, Listed)
-            choose(work.mlp, gates.neurons.mask[None])
-            return work
+            plan = translator.plan([gates] * shape.layers, 1)
+            choose_all(plan, {layer: gates.neurons.mask[None]})
+            return plan.layers[layer]
         case "decided" | "cats":
             extra = filled if kind == "decided" else {"down_rows": down_rows}
             return LayerWork(mlp=Decided(threshold=value, gate_first=True, **extra))

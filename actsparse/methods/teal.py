@@ -15,7 +15,7 @@ class Teal(ChannelMethod):
     name = "teal"
     summary = "input channels of every projection over an offline threshold, token by token"
     paper = "arXiv 2408.14690"
-    caution = "25 % barely pays on an NVIDIA H200 (1.05x of dense at the shape of Llama-2-7B); 50 % gives 1.40x"
+    caution = "25 % barely pays on an NVIDIA H200, 50 % does; docs/engine-gpu.md has the figures"
 
     @property
     def control(self) -> str:

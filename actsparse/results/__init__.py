@@ -34,7 +34,6 @@ from actsparse.results.profile import DECODE as DECODE
 from actsparse.results.profile import PREFILL as PREFILL
 from actsparse.results.profile import HeadRow as HeadRow
 from actsparse.results.profile import Measure as Measure
-from actsparse.results.profile import Measurement as Measurement
 from actsparse.results.profile import NeuronRow as NeuronRow
 from actsparse.results.profile import param as param
 from actsparse.results.sites import SHARED_EXPERT as SHARED_EXPERT

@@ -6,16 +6,6 @@ from dataclasses import dataclass
 PREFILL, DECODE = "prefill", "decode"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """A number with its unit; `stderr` is None when it was not estimated."""
-
-    value: float | None
-    unit: str
-    n: int
-    stderr: float | None = None
-
-
 def param(**values: object) -> str:
     """The `param` column: `key=value[,key=value]`, keys sorted (a trailing underscore of a key is dropped)."""
     texts = {key.rstrip("_"): f"{v:g}" if isinstance(v, float) else str(v) for key, v in values.items()}

@@ -61,7 +61,7 @@ class Translator:
     def plan(self, gates: Sequence[LayerGates], batch: int) -> GatePlan:
         """The work of every layer; raises NoStepError where a rule has no closed form, or asks for what no step does.
 
-        Lists of neurons that gates choose after a prompt are empty until `choose` fills them.
+        Lists of neurons that gates choose after a prompt are empty until `choose_all` fills them.
         """
         if len(gates) != self.weights.shape.layers:
             raise NoStepError(f"{len(gates)} gates do not fit {self.weights.shape.layers} layers")
@@ -264,12 +264,3 @@ def choose_all(plan: GatePlan, masks: Mapping[int, Bool[Tensor, "batch neurons"]
         if isinstance(listed, Listed) and listed.mask is not None:
             listed.mask.copy_(mask)
     list_kept(plan.selection, keep)
-
-
-def choose(listed: Listed, masks: Bool[Tensor, "batch neurons"]) -> None:
-    """Fill a list with the neurons that any sequence keeps; in a batch each sequence's own are marked."""
-    union = masks.any(dim=0).nonzero().squeeze(1)
-    listed.index[: len(union)] = union.to(listed.index.device, torch.int32)
-    listed.count.fill_(len(union))
-    if listed.mask is not None:
-        listed.mask.copy_(masks)
