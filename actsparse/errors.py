@@ -46,7 +46,10 @@ class QualityGateMissed(ActsparseError):
     exit_code = 3
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+NO_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+    "status_alloc_failed", "allocation_failed",  # cuBLAS and its kin; cuDNN since version 9
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,12 +18,13 @@ from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.step.decoder import Decoder, Runner
 from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
-from actsparse.engine.step.plans import InputPlan, NeuronPlan, Plan
+from actsparse.engine.step.plans import DensePlan, InputPlan, NeuronPlan, Plan
 from actsparse.engine.step.products import Products, TorchProducts
 from actsparse.engine.step.state import DecodeState, set_hidden
 from actsparse.engine.step.torch_step import TorchStep
 from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan
+from actsparse.errors import is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,8 @@ class CudaEngine:
         refused = native_refusal(weights) if native else "it was not asked for"
         operators = Operators(weights.device, tuning) if refused is None else None
         self.operators, self._in_turns = (operators, None) if batch == 1 else (None, operators)
-        if self.operators is None and native:
-            reason = refused or f"the compiled kernels decode one sequence, not {batch}"
-            self.warnings.append(f"decode runs through torch.compile: {reason}")
+        one = f"the compiled kernels decode one sequence, not {batch}" if batch > 1 else None
+        self._refused = (refused or one) if native else None
 
     @property
     def candidates(self) -> int:
@@ -68,30 +68,41 @@ class CudaEngine:
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
         operators = None if padded else self.operators
-        if self.operators is not None and padded:
-            self.warnings.append("decode runs through torch.compile: the compiled kernels see padding as a token")
+        sees = padded and (self.operators or self._in_turns) is not None
+        refused = "the compiled kernels see padding as a token" if sees else self._refused
         turns = None if padded else self._turns(weights, state, plan, sampled=sampled)
         if turns is not None:
-            self.warnings.append(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
+            self._say(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
             return self._captured(turns, state)
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:
-                return self._gates(weights, state, plan, operators, sampled=sampled, padded=padded)
+                refused = refusal(plan, weights) if operators is not None else refused
+                return self._gates(weights, state, plan, operators, refused, sampled=sampled, padded=padded)
             plan = folded
         if operators is not None:
             return self._captured(native_step(weights, state, plan, operators, sampled=sampled), state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
-            self.warnings.append("without compiled kernels and Triton this plan masks weights but reads them all")
+            self._say("without compiled kernels and Triton this plan masks weights but reads them all")
         products = _products()
         if self._compiled:
+            if refused is not None:
+                arm = "dense" if isinstance(plan, DensePlan) else "sparse"
+                self._say(f"{arm} decode runs through torch.compile: {refused}")
             step = TorchStep(weights, state, plan, compiled=True, products=products, sampled=sampled, padded=padded)
             try:
                 return self._captured(step, state)
-            except Exception as error:  # torch.compile fails in many ways, and each has the same way out
+            except Exception as error:  # torch.compile fails in many ways, and each has the same way out but one
+                if is_out_of_memory(error):
+                    raise
                 self.warnings.append(f"decode runs uncompiled: {type(error).__name__}: {error}")
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
+
+    def _say(self, text: str) -> None:
+        """Warn of it, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def _turns(self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool) -> InTurns | None:
         """The step of a batch by compiled steps of one, where they can run what chooses token by token."""
@@ -121,15 +132,15 @@ class CudaEngine:
         state: DecodeState,
         plan: GatePlan,
         operators: Operators | None,
+        refused: str | None,
         *,
         sampled: bool,
         padded: bool,
     ) -> Runner:
         """The step of a plan of any mix of gates."""
-        refused = refusal(plan, weights) if operators is not None else "there are no compiled kernels for it"
         if operators is not None and refused is None:
             return self._captured(NativeGateStep(weights, state, plan, operators, sampled=sampled), state)
-        self.warnings.append(f"this plan masks weights but reads them all: {refused}")
+        self._say(f"this plan masks weights but reads them all: {refused or 'there are no compiled kernels for it'}")
         return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
 
     def _captured(self, step: NativeStep | InTurns | TorchStep | GateStep, state: DecodeState) -> Runner:
@@ -140,7 +151,7 @@ class CudaEngine:
         set_hidden(state, before.hidden)
         state.tokens.copy_(before.tokens)
         if captured.warning:
-            self.warnings.append(captured.warning)
+            self._say(captured.warning)
         return Runner(run=lambda live: captured.run(), kind=captured.kind)
 
 

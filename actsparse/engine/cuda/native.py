@@ -34,12 +34,16 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 HEAD_DIMS = (32, 64, 96, 128, 256)
 
 
+NO_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
 class NativeError(ActsparseError):
     """The compiled kernels cannot be used here; the caller falls back and says so."""
 
 
 class Library:
-    """The loaded kernels; every call raises NativeError with CUDA's own words on failure."""
+    """The loaded kernels; every call raises NativeError with CUDA's own words on failure, and torch's own error where
+    memory does not suffice."""
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._handle = handle
@@ -47,7 +51,8 @@ class Library:
 
     def _check(self, code: int, kernel: str) -> None:
         if code:
-            raise NativeError(f"CUDA kernel {kernel}: {self._handle.actsparse_error(code).decode()}")
+            said = f"CUDA kernel {kernel}: {self._handle.actsparse_error(code).decode()}"
+            raise torch.OutOfMemoryError(said) if code == NO_MEMORY else NativeError(said)
 
     def rows(
         self, args: RowsArgs, dtype: torch.dtype, mode: int, *, blocks: int, threads: int, deep: bool, dependent: bool

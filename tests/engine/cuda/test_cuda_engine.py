@@ -1,0 +1,96 @@
+"""What the CUDA engine says of the steps that it chooses, and of memory; no device is needed for either."""
+
+import pytest
+import torch
+from gate_plans import make_gate_plan
+from plain_operators import PlainOperators
+from tiny import make_model
+
+from actsparse.engine.cuda import engine as cuda_engine
+from actsparse.engine.cuda import native
+from actsparse.engine.cuda.engine import CudaEngine
+from actsparse.engine.cuda.graph import capture
+from actsparse.engine.step.decoder import Decoder
+from actsparse.engine.step.packing import weights_from_model
+from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.torch_step import TorchStep
+from actsparse.errors import is_out_of_memory
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    monkeypatch.setattr(cuda_engine, "native_refusal", lambda weights: None)
+    monkeypatch.setattr(cuda_engine, "Operators", lambda device, tuning: PlainOperators())
+    return weights_from_model(make_model("llama").double())
+
+
+def uncompiled(monkeypatch, failure=None):
+    def made(*args, compiled=False, **how):
+        if compiled and failure is not None:
+            return None
+        return TorchStep(*args, **how)
+
+    def captured(step):
+        if step is None:
+            raise failure
+        return capture(step)
+
+    monkeypatch.setattr(cuda_engine, "capture", captured)
+    monkeypatch.setattr(cuda_engine, "TorchStep", made)
+
+
+def test_a_batch_that_takes_turns_is_not_said_to_run_through_torch(weights, monkeypatch):
+    uncompiled(monkeypatch)
+    decoder = Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2))
+    assert decoder.warnings == []
+    decoder.set_plan(make_gate_plan("channels", weights))
+    turns = "2 sequences decode in turns under this plan, each reading what it keeps"
+    assert decoder.warnings == [turns]
+    for _ in range(2):
+        decoder.set_plan(DensePlan())
+    dense = "dense decode runs through torch.compile: the compiled kernels decode one sequence, not 2"
+    assert decoder.warnings == [turns, dense]
+
+
+def test_padding_is_said_once(weights, monkeypatch):
+    uncompiled(monkeypatch)
+    decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights))
+    for plan in (DensePlan(), DensePlan()):
+        decoder.engine.runner(weights, decoder.state, plan, sampled=False, padded=True)
+    assert decoder.warnings == ["dense decode runs through torch.compile: the compiled kernels see padding as a token"]
+
+
+def test_memory_that_compiling_a_step_lacked_is_no_failure_to_compile(weights, monkeypatch):
+    uncompiled(monkeypatch, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2)).set_plan(DensePlan())
+    uncompiled(monkeypatch, RuntimeError("no triton"))
+    decoder = Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2))
+    decoder.set_plan(DensePlan())
+    assert "decode runs uncompiled: RuntimeError: no triton" in decoder.warnings
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_the_words_of_libraries_without_memory_are_recognised(said):
+    assert is_out_of_memory(RuntimeError(said))
+
+
+def test_a_kernel_without_memory_is_out_of_memory_and_no_fault_of_the_kernels():
+    class Handle:
+        class actsparse_error:
+            def __new__(cls, code):
+                return {2: b"out of memory", 9: b"invalid configuration argument"}[code]
+
+    library = native.Library(Handle())
+    with pytest.raises(torch.OutOfMemoryError, match="kernel rows: out of memory") as error:
+        library._check(2, "rows")
+    assert is_out_of_memory(error.value)
+    with pytest.raises(native.NativeError, match="invalid configuration"):
+        library._check(9, "rows")
