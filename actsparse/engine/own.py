@@ -1,5 +1,6 @@
 """Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -90,6 +91,7 @@ class OwnRun:
         self._sparse = False
         self._moved = False  # whether the state has counted tokens since it was selected
         self._counted = 0
+        self._dense_steps: Counter[int] = Counter()
         self._logits = torch.zeros(0)
         self._recorders: dict[frozenset[int], GatePlan] = {}
         self._union: SlicedPlan | None = None
@@ -266,15 +268,25 @@ class OwnRun:
         if not isinstance(self._engine, CpuEngine):
             return self._listed() if self._reads_lists else {}
         steps = max(1, self._counted)
-        counters = self._engine.counters.get(id(self._plan), [])
-        return {(one.unit, one.layer): int(one.read) / (steps * one.total) for one in counters}
+        known = self._engine.counters
+        read: dict[tuple[str, int], int] = {}
+        totals: dict[tuple[str, int], int] = {}
+        for one in known.get(id(self._plan), []):
+            read[one.unit, one.layer] = int(one.read) + one.total * self._dense_steps[one.layer]
+            totals[one.unit, one.layer] = one.total
+        for recorder in self._recorders.values():
+            for one in known.get(id(recorder), []):
+                read[one.unit, one.layer] += int(one.read)
+        return {place: found / (steps * totals[place]) for place, found in read.items()}
 
     def forget(self) -> None:
         """Count what is read from here on."""
         self._counted = 0
+        self._dense_steps.clear()
         if isinstance(self._engine, CpuEngine):
-            for one in self._engine.counters.get(id(self._plan), []):
-                one.read.zero_()
+            for plan in (self._plan, *self._recorders.values()):
+                for one in self._engine.counters.get(id(plan), []):
+                    one.read.zero_()
 
     @property
     def _reads_lists(self) -> bool:
@@ -327,6 +339,7 @@ class OwnRun:
         following = self._decoder.decode(1)
         if dense:
             assert self._plan is not None
+            self._dense_steps.update(dense)
             self._see(dense)
             self._fill()
             self._set(self._plan)

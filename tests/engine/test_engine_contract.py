@@ -174,6 +174,23 @@ def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibrati
     assert [found["second", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
 
 
+def test_tokens_that_run_dense_count_as_read(
+    loaded: LoadedModel, calibration: TextCalibration, engines: Engines
+) -> None:
+    gates = fitted("griffin:refresh_every=3@0.5", loaded, calibration).gates()
+    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 9, seed=6)
+    with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
+        run.prefill(ids, watch=True)
+        run.select()
+        run.use(sparse=True)
+        run.feed(tokens)
+        run.forget()
+        run.rewind()
+        run.feed(tokens)
+        found = run.kept()
+    assert [found["neuron", layer] for layer in range(2)] == pytest.approx([(6 * 0.5 + 3) / 9] * 2, abs=0.01)
+
+
 @pytest.mark.parametrize("name", ["griffin@0.5", "static@0.3"])
 def test_compiled_kernels_read_what_lists_name_and_other_steps_on_a_device_do_not_know(
     name: str, loaded: LoadedModel, calibration: TextCalibration, engines: Engines, monkeypatch: pytest.MonkeyPatch
