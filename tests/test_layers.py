@@ -208,3 +208,9 @@ def test_what_is_light_loads_nothing_heavy(code, loaded):
     assert done.returncode == 0, done.stderr
     found = ast.literal_eval(done.stdout.splitlines()[-1])
     assert set(found) <= set(loaded)
+
+
+def test_the_package_lists_what_it_imports_lazily() -> None:
+    import actsparse
+
+    assert {"profile", "evaluate", "sparsify", "ProfileSpec"} <= set(dir(actsparse))

@@ -109,7 +109,7 @@ class DataOptions:
 
     def spec(self, part: str = "all") -> DataSpec:
         at_least(1, {"--limit": self.limit, "--block-length": self.block_length, "--prompt-length": self.prompt_length})
-        at_least(0, {"--sink-tokens": self.sink_tokens})
+        at_least(0, {"--sink-tokens": self.sink_tokens, "--seed": self.seed})
         if self.prompt_length is not None and self.prompt_frac is not None:
             raise ActsparseError("both --prompt-length and --prompt-frac are given", "give one of the two")
         if self.corpus and self.dataset:

@@ -35,7 +35,8 @@ class RecordingOptions:
     def check(self) -> None:
         """Raise ActsparseError on a number that is too small."""
         at_least(1, {"--reservoir-tokens": self.reservoir_tokens, "--reservoir-mb": self.reservoir_mb,
-                     "--batch-size": self.batch_size, "--decode": self.decode or None})  # fmt: skip
+                     "--batch-size": self.batch_size})  # fmt: skip
+        at_least(0, {"--decode": self.decode})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ class Probe:
     @property
     def text(self) -> str:
         """What was found, for a warning."""
-        return f"{self.sparse_ms:.3g} ms a token against {self.dense_ms:.3g} dense, {self.speedup:.2f}x"
+        medians = f"{self.sparse_ms:.3g} ms a token against {self.dense_ms:.3g} dense, {self.speedup:.2f}x"
+        return f"{medians} in the median pair, {self.best:.2f}x in the best"
 
 
 def probe(run: Run, model: PreTrainedModel) -> Probe:

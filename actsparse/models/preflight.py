@@ -65,17 +65,16 @@ def read_json(path: Path) -> Any:
 
 
 def check_counts(directory: Path) -> None:
-    """Raise ModelError where config.json asks for more layers, experts or heads than any model has.
+    """Raise ModelError where config.json asks for fewer than no layers, experts or heads, or more than any model has.
 
     Configurations build lists of that length while they are read.
     """
     config = read_json(directory / "config.json")
     for key, value in _numbers(config):
-        if any(part in key for part in COUNTED) and value > MOST_PARTS:
+        if any(part in key for part in COUNTED) and not 0 <= value <= MOST_PARTS:
+            fault = "a count is not negative" if value < 0 else f"no model has over {MOST_PARTS:,}"
             raise ModelError(
-                f"{directory.name}: config.json cannot be used: {key} is {value:,},"
-                f" and no model has over {MOST_PARTS:,}",
-                "check config.json",
+                f"{directory.name}: config.json cannot be used: {key} is {value:,}, and {fault}", "check config.json"
             )
 
 

@@ -26,7 +26,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if temporary.is_symlink():
             temporary.unlink()
+        # who may read it is what the umask says, not what a library chooses
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         if path.parent.name == SHARDS:

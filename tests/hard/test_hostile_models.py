@@ -177,6 +177,7 @@ def test_an_archive_that_unpacks_into_more_than_it_holds_is_refused(copied: Path
 LITTLE_MEMORY = 2**29
 ABSURD = {
     "num_hidden_layers": 10**9,
+    "num_hidden_layers negative": -1,
     "num_attention_heads": 10**8,
     "hidden_size": 10**7,
     "intermediate_size": 10**10,

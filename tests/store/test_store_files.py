@@ -210,3 +210,13 @@ def test_truncated_tensors_are_damaged_and_missing_ones_missing(tmp_path, reader
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(RunError, match="damaged"):
         reader(path)
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_the_umask_says_who_may_read_a_file(tmp_path, writer):
+    before = os.umask(0o027)
+    try:
+        writer(tmp_path / "file")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

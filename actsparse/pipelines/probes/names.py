@@ -30,7 +30,7 @@ NO_SPREAD = "the spread of CETT over tokens and positions (a threshold of one ex
 def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
     """The asked probes, each once, in the order of `PROBES`; raises ActsparseError with the nearest name.
 
-    `all` is every probe, `none` adds none; `default` and `cheap` stay in front, for `chosen` to decide.
+    `all` is every probe, `none` stands alone; `default` and `cheap` stay in front, for `chosen` to decide.
     """
     names = {name.strip() for name in asked if name.strip()}
     known = (*PROBES, DEFAULT, CHEAP, ALL, NONE)
@@ -41,6 +41,11 @@ def probe_names(asked: Iterable[str]) -> tuple[str, ...]:
                 f"there is no probe '{name}'",
                 (f"did you mean '{near[0]}'? " if near else "") + f"known: {', '.join(known)}",
             )
+    if NONE in names and len(names) > 1:
+        raise ActsparseError(
+            f"the probes are '{NONE}' and others: {', '.join(sorted(names - {NONE}))}",
+            "give --probes one or the others",
+        )
     sets = tuple(name for name in (DEFAULT, CHEAP) if name in names)
     return sets + tuple(name for name in PROBES if name in names or ALL in names)
 
