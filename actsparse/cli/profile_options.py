@@ -56,7 +56,8 @@ class ProbeOptions:
     @property
     def names(self) -> tuple[str, ...]:
         """The probes by name; raises ActsparseError on one that is not known."""
-        return probe_names([*self.probes.split(","), *([GRADIENTS] if self.with_gradients else [])])
+        asked = probe_names(self.probes.split(","))
+        return probe_names((*asked, GRADIENTS)) if self.with_gradients else asked
 
     @property
     def kinds(self) -> tuple[str, ...]:
