@@ -1,6 +1,6 @@
 """Every method of the registry in the engine that is chosen for it: the logits of the masked path, token by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -153,14 +153,8 @@ def test_sequences_of_a_batch_are_sparse_each_for_itself(
     torch.testing.assert_close(in_the_engine(engines, gates, ids, tokens), torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibration, engines: Engines) -> None:
-    gates = fitted("cats@0.5", loaded, calibration).gates()
-    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 8, seed=6)
-    plan = MaskedPlan(gates, prompt_length=PROMPT, sink_tokens=SINK)
-    cache = new_cache(loaded.model, ROOM)
-    with masked(loaded.sites, plan):
-        prefill(loaded.model, ids, cache)
-        forced(loaded.model, tokens, cache, PROMPT)
+def read_share(engines: Engines, gates: Sequence[LayerGates], ids: Tensor, tokens: Tensor) -> dict:
+    """What an engine counts as read of these tokens, fed a second time after counting began anew."""
     with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
         run.prefill(ids, watch=True)
         run.select()
@@ -169,7 +163,18 @@ def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibrati
         run.forget()
         run.rewind()
         run.feed(tokens)
-        found = run.kept()
+        return run.kept()
+
+
+def test_what_is_read_is_counted(loaded: LoadedModel, calibration: TextCalibration, engines: Engines) -> None:
+    gates = fitted("cats@0.5", loaded, calibration).gates()
+    ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 8, seed=6)
+    plan = MaskedPlan(gates, prompt_length=PROMPT, sink_tokens=SINK)
+    cache = new_cache(loaded.model, ROOM)
+    with masked(loaded.sites, plan):
+        prefill(loaded.model, ids, cache)
+        forced(loaded.model, tokens, cache, PROMPT)
+    found = read_share(engines, gates, ids, tokens)
     assert [found["neuron", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
     assert [found["second", layer] for layer in range(2)] == pytest.approx(plan.kept_frac())
 
@@ -179,15 +184,7 @@ def test_tokens_that_run_dense_count_as_read(
 ) -> None:
     gates = fitted("griffin:refresh_every=3@0.5", loaded, calibration).gates()
     ids, tokens = token_ids(1, PROMPT, seed=5), token_ids(1, 9, seed=6)
-    with engines.open(gates, sink_tokens=SINK, max_length=ROOM) as run:
-        run.prefill(ids, watch=True)
-        run.select()
-        run.use(sparse=True)
-        run.feed(tokens)
-        run.forget()
-        run.rewind()
-        run.feed(tokens)
-        found = run.kept()
+    found = read_share(engines, gates, ids, tokens)
     assert [found["neuron", layer] for layer in range(2)] == pytest.approx([(6 * 0.5 + 3) / 9] * 2, abs=0.01)
 
 
