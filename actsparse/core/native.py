@@ -53,14 +53,19 @@ def cuda_compiler() -> str | None:
     return shutil.which("nvcc")
 
 
-def _built(source: str, command: list[str], target: str) -> ctypes.CDLL | None:
-    """What `command` makes of a source for a `target`, once for every version of either and of torch."""
+def build_root() -> Path:
+    """Where compiled kernels are cached: TORCH_EXTENSIONS_DIR, else where torch keeps its extensions."""
     from torch.utils.cpp_extension import get_default_build_root
 
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _built(source: str, command: list[str], target: str) -> ctypes.CDLL | None:
+    """What `command` makes of a source for a `target`, once for every version of either and of torch."""
     path = KERNELS / source
     content = path.read_bytes() + " ".join(command[1:]).encode() + target.encode()
     name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
-    built = Path(get_default_build_root()) / f"torch{torch.__version__}" / name / f"{name}.so"
+    built = build_root() / f"torch{torch.__version__}" / name / f"{name}.so"
     try:
         if not built.exists():
             # beside its name and then moved: several processes may build it, and a killed one leaves no lock

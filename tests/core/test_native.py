@@ -27,7 +27,7 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     compiler.write_text(NVCC.format(folder=tmp_path))
     compiler.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path / "built"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     native.gpu_library.cache_clear()
     yield tmp_path

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from actsparse.core.native import build_root
 from actsparse.errors import ActsparseError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -59,14 +59,11 @@ def cpu_flags() -> str:
 
 @functools.cache
 def _place() -> Path:
-    from torch.utils import cpp_extension
-
     digest = hashlib.sha256()
     for part in (SOURCE.read_bytes(), HEADER.read_bytes(), cpu_flags().encode(), " ".join(FLAGS).encode()):
         digest.update(part)
     name = f"actsparse_cpu_{digest.hexdigest()[:16]}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return Path(root) / f"torch{torch.__version__}" / name
+    return build_root() / f"torch{torch.__version__}" / name
 
 
 _memory: dict[str, ctypes.CDLL | BuildError] = {}
