@@ -143,6 +143,7 @@ class EvalSpec:
     `task_files` are tasks as JSON lines, `tasks` those of lm-eval, also from the folder `include_path`: `task_limit`
     items each after `shots` examples, answers of at most `task_tokens` tokens; the last `dense_upto` tokens of a
     context run sparse too.
+    With `fast_atomics` engines that can add partial sums in any order: faster, and not to the same bits each time.
     With `throughput`, dense and every plan are timed at all `batch_sizes`, `prompt_lengths` and `gen_lengths`.
     """
 
@@ -156,6 +157,7 @@ class EvalSpec:
     timing_pairs: int = 7
     timing_tokens: int = 12
     timing_prompts: int = 1
+    fast_atomics: bool = False
     path_check_tokens: int = 8
     controls: bool = True
     task_files: tuple[str, ...] = ()

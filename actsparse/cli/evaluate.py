@@ -52,6 +52,7 @@ def command(
         timing_pairs=samples.timing_pairs,
         timing_tokens=samples.timing_tokens,
         timing_prompts=samples.timing_prompts,
+        fast_atomics=samples.fast_atomics,
         task_files=tuple(task.task or ()),
         tasks=task.names,
         include_path=task.include_path,

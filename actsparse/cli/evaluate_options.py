@@ -44,6 +44,9 @@ class SampleOptions:
     ] = 7
     timing_tokens: Annotated[int, option("--timing-tokens", help="Decoded tokens of a lap.", panel=RUN)] = 12
     timing_prompts: Annotated[int, option("--timing-prompts", help="Prompts that are timed.", panel=RUN)] = 1
+    fast_atomics: Annotated[
+        bool, option("--fast-atomics", help="GPU: add in any order; faster, bits vary.", panel=RUN)
+    ] = False
 
     def check(self) -> None:
         """Raise ActsparseError on a number that is too small."""

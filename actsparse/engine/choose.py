@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.forward import forward_run
-from actsparse.engine.own import OwnRun, OwnSteps
+from actsparse.engine.own import NO_ATOMICS, OwnRun, OwnSteps
 from actsparse.engine.sparse import why_not_sliced
 from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.translate import NoStepError
@@ -116,15 +116,21 @@ def tier_of(family: str) -> int:
 class Engines:
     """What one model needs to decode fast, made when first needed and shared by all plans.
 
-    `note` is told before anything is built. `share`: see `OwnSteps`.
+    `note` is told before anything is built. `share`, `fast_atomics`: see `OwnSteps`.
     """
 
     def __init__(
-        self, sites: ModelSites, note: Callable[[str], None] = lambda _text: None, *, share: bool = True
+        self,
+        sites: ModelSites,
+        note: Callable[[str], None] = lambda _text: None,
+        *,
+        share: bool = True,
+        fast_atomics: bool = False,
     ) -> None:
         self.sites = sites
         self.note = note
         self.share = share
+        self.fast_atomics = fast_atomics
 
     @cached_property
     def own(self) -> OwnSteps | str:
@@ -139,7 +145,7 @@ class Engines:
         if tier_of(self.sites.family.model_type) > 1:
             return f"the family {self.sites.family.model_type} has no step of its own"
         try:
-            return OwnSteps(self.sites, self.note, share=self.share)
+            return OwnSteps(self.sites, self.note, share=self.share, fast_atomics=self.fast_atomics)
         except ModelError as error:
             return error.what
         except (RuntimeError, MemoryError) as error:
@@ -179,4 +185,6 @@ class Engines:
         tier = max(2, tier_of(self.sites.family.model_type))
         with forward_run(self.sites, gates, sink_tokens=sink_tokens, max_length=max_length, tier=tier) as run:
             run.warnings.append(f"decode runs through the model's own forward: {reason}")
+            if self.fast_atomics:
+                run.warnings.append(NO_ATOMICS)
             yield run

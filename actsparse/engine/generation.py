@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actsparse.engine.gating import SiteValues
 from actsparse.engine.heads import follow, kv_kept
+from actsparse.engine.own import NO_ATOMICS
 from actsparse.engine.phases import Phases
 from actsparse.engine.points import visited
 from actsparse.engine.slicing import SlicedMlps, sliceable
@@ -26,7 +27,12 @@ from actsparse.results import Site, SiteKind, Unit
 
 @contextmanager
 def sparse_generation(
-    sites: ModelSites, gates: Sequence[LayerGates], *, sink_tokens: int, when_slower: Decode = "sparse"
+    sites: ModelSites,
+    gates: Sequence[LayerGates],
+    *,
+    sink_tokens: int,
+    when_slower: Decode = "sparse",
+    fast_atomics: bool = False,
 ) -> Iterator[None]:
     """Every decode step of the model runs under the gates while the block runs; then the model is as before.
 
@@ -35,9 +41,12 @@ def sparse_generation(
     to its activations: exact, and slower than dense, which a warning says.
 
     A step of our own measures itself first; `when_slower`: how it decodes where the plan is slower than dense.
+    `fast_atomics`: see `OwnSteps`; it changes nothing, and a warning says so, where another way decodes.
     """
     phases = Phases(gates, sink_tokens)
-    steps = own_steps(sites, gates)
+    steps = own_steps(sites, gates, fast_atomics=fast_atomics)
+    if steps is None and fast_atomics:
+        warnings.warn(NO_ATOMICS, stacklevel=3)
     if steps is not None:
         with (
             watched(sites, phases.begin),

@@ -30,21 +30,27 @@ from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind, Unit
 
+NO_ATOMICS = "fast atomics change nothing here: the engine at work adds in one order, without atomics"
+
 
 class OwnSteps:
     """What a model's own steps share: its weights packed once, and matrices stored one row an input.
 
     `share`: the model's parameters become views of the packed weights, the same values bit for bit, so that they are
-    held once. Raises ModelError where the family has no step.
+    held once. `fast_atomics`: steps whose kernels can add partial sums in any order, which is faster and not to the
+    same bits each time. Raises ModelError where the family has no step.
     """
 
-    def __init__(self, sites: ModelSites, note: Callable[[str], None], *, share: bool) -> None:
+    def __init__(
+        self, sites: ModelSites, note: Callable[[str], None], *, share: bool, fast_atomics: bool = False
+    ) -> None:
         self.sites = sites
         self.weights: Weights = weights_from_model(sites.model)
         if share:
             share_storage(sites.model, self.weights)
         self.translator = Translator(self.weights)
         self.note = note
+        self._fast_atomics = fast_atomics
 
     @property
     def most_sequences(self) -> int:
@@ -63,8 +69,8 @@ class OwnSteps:
         if self.weights.device.type == "cuda":
             from actsparse.engine.cuda.engine import CudaEngine
 
-            return CudaEngine(self.weights, batch=batch)
-        return CpuEngine(note=self.note)
+            return CudaEngine(self.weights, batch=batch, fast_atomics=self._fast_atomics)
+        return CpuEngine(note=self.note, warnings=[NO_ATOMICS] if self._fast_atomics else [])
 
 
 class OwnRun:

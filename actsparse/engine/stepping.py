@@ -37,7 +37,7 @@ UNDERSTOOD = frozenset(
 )  # fmt: skip
 
 
-def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None:
+def own_steps(sites: ModelSites, gates: Sequence[LayerGates], *, fast_atomics: bool = False) -> OwnSteps | None:
     """The model's own steps, where it has some that are ready at once and can run these gates.
 
     They are ready at once on a CPU, and on a GPU whose compiled kernels take the model: others wait for torch.compile.
@@ -48,7 +48,7 @@ def own_steps(sites: ModelSites, gates: Sequence[LayerGates]) -> OwnSteps | None
         return None
     if parameter.is_cuda and native_failure() is not None:
         return None
-    own = Engines(sites, share=False).own
+    own = Engines(sites, share=False, fast_atomics=fast_atomics).own
     if own == NO_PACKING:
         warnings.warn(f"decode runs through the model's own forward: {NO_PACKING}", stacklevel=5)
     if not isinstance(own, OwnSteps) or own.most_sequences == 0:

@@ -29,6 +29,7 @@ def sparsify(
     *,
     sink_tokens: int = 4,
     when_slower: Decode = "sparse",
+    fast_atomics: bool = False,
     family: str | Path | None = None,
 ) -> Iterator[PreTrainedModel]:
     """The model under a plan: `with sparsify(model, "griffin@0.5"): model.generate(...)`.
@@ -39,9 +40,13 @@ def sparsify(
     does not fit the model, or needs text to be fitted on. `family` is a file with the row of a family that the table
     lacks. A plan that is measured no faster than dense is warned of; with `when_slower="dense"` one that loses every
     pair of the probe then decodes dense (not by default: what drives the model may measure the plan's quality).
+    `fast_atomics`: on a GPU, products that skip inputs add their parts in any order: faster, and texts may differ from
+    one run to the next where two tokens are nearly as likely; elsewhere a warning says that it changes nothing.
     """
     sites = resolve(model, None if family is None else read_family(Path(family)).row)
-    with sparse_generation(sites, gates_for(sites, plan), sink_tokens=sink_tokens, when_slower=when_slower):
+    gates = gates_for(sites, plan)
+    how = sparse_generation(sites, gates, sink_tokens=sink_tokens, when_slower=when_slower, fast_atomics=fast_atomics)
+    with how:
         yield model
 
 

@@ -80,7 +80,8 @@ class Speeds:
 
 def measure_all(session: Session, groups: Sequence[PlanGroup]) -> Speeds:
     """Dense first, then every plan; what was finished before is not repeated."""
-    runner = _Runner(session, Engines(session.loaded.sites, session.progress.note))
+    engines = Engines(session.loaded.sites, session.progress.note, fast_atomics=session.spec.fast_atomics)
+    runner = _Runner(session, engines)
     total = 1 + len(groups)
     with session.progress.task("generating and timing", total, "plans") as advance:
         dense = runner.kept("dense", runner.dense)

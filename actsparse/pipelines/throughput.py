@@ -46,7 +46,7 @@ def measure_throughput(session: Session, groups: Sequence[PlanGroup], read_bandw
     spec = session.spec
     shapes = [shape for shape in product(spec.batch_sizes, spec.prompt_lengths) if _fits(session, shape[1])]
     named = [group for group in groups if group.named]
-    engines = Engines(session.loaded.sites, session.progress.note)
+    engines = Engines(session.loaded.sites, session.progress.note, fast_atomics=spec.fast_atomics)
     rows: list[ThroughputRow] = []
     with session.progress.task("throughput", len(shapes) * max(1, len(named)), "runs") as advance:
         for batch, prompt in shapes:

@@ -148,12 +148,14 @@ def test_evaluate_json_has_the_documented_keys(
     actsparse: Callable, tiny_folder: Callable, corpus_file: Path, tmp_path: Path
 ) -> None:
     done = actsparse("evaluate", "-m", tiny_folder("llama"), "--plan", "griffin@0.5", "--plan", "oracle-a@0.5",
-                     *short(corpus_file), "--timing-pairs", 2, "--timing-tokens", 3, "-o", tmp_path / "e",
-                     "--json")  # fmt: skip
+                     *short(corpus_file), "--timing-pairs", 2, "--timing-tokens", 3, "--fast-atomics",
+                     "-o", tmp_path / "e", "--json")  # fmt: skip
     assert done.code == 0, done.err
     document = json.loads(done.out)
     assert {"model", "data", "device", "dense", "plans", "warnings", "run"} <= document.keys()
     assert [plan["plan"] for plan in document["plans"]] == ["griffin@0.5", "oracle-a@0.5"]
+    assert sum("fast atomics change nothing here" in text for text in document["warnings"]) == 1
+    assert EvalRun.open(tmp_path / "e").manifest.spec["fast_atomics"] is True
     griffin, oracle = document["plans"]
     for key in ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "ttft_ms"):
         assert griffin["speed"][key]["value"] > 0

@@ -439,3 +439,13 @@ def test_a_text_that_outgrows_memory_goes_on_in_the_masked_path(monkeypatch: pyt
         assert torch.equal(generated(model, ids), expected)
     assert made == [12, 22], "a room that memory did not suffice for is asked for once"
     assert said_of(said, "there is no memory") == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_fast_atomics_that_no_engine_here_has_are_said(model_type: str) -> None:
+    model = make_model(model_type)
+    with warnings.catch_warnings(record=True) as said, sparsify(model, "griffin@0.5", fast_atomics=True):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            generated(model, token_ids(1, 9))
+    assert said_of(said, "fast atomics change nothing here") == 1

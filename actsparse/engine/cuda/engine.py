@@ -1,6 +1,6 @@
 """The CUDA engine: compiled kernels where they can run, else the torch step compiled, else eager; all captured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,12 @@ from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan
 from actsparse.errors import is_out_of_memory
 
+ANY_ORDER = (
+    "fast atomics: sparse products add their parts in any order, so two runs of a plan may differ in their last"
+    " bits, and in a token where two are nearly as likely"
+)
+ONE_ORDER = "fast atomics change nothing under this plan: only plans by thresholds on all inputs have such kernels"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Snapshot:
@@ -48,8 +54,10 @@ class CudaEngine:
         native: bool = True,
         compiled: bool = True,
         tuning: Tuning | None = None,
+        fast_atomics: bool = False,
     ) -> None:
         self.warnings: list[str] = []
+        self._fast_atomics = fast_atomics
         self.operators: Operators | None = None
         self._compiled = compiled
         refused = native_refusal(weights) if native else "it was not asked for"
@@ -77,10 +85,13 @@ class CudaEngine:
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:
+                if self._fast_atomics:
+                    self._say(ONE_ORDER)
                 refused = refusal(plan, weights) if operators is not None else refused
                 return self._gates(weights, state, plan, operators, refused, sampled=sampled, padded=padded)
             plan = folded
         if operators is not None:
+            plan = self._in_any_order(weights, plan)
             return self._captured(native_step(weights, state, plan, operators, sampled=sampled), state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
             self._say("without compiled kernels and Triton this plan masks weights but reads them all")
@@ -98,6 +109,16 @@ class CudaEngine:
                 self.warnings.append(f"decode runs uncompiled: {type(error).__name__}: {error}")
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
+
+    def _in_any_order(self, weights: Weights, plan: Plan) -> Plan:
+        """`plan` with atomics, where these were asked for and its kernels have them."""
+        if not self._fast_atomics or isinstance(plan, DensePlan):
+            return plan
+        if isinstance(plan, InputPlan) and not weights.shape.post_norm:
+            self._say(ANY_ORDER)
+            return replace(plan, fast_atomics=True)
+        self._say(ONE_ORDER)
+        return plan
 
     def _say(self, text: str) -> None:
         """Warn of it, once."""

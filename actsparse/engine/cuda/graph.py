@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from actsparse.errors import is_out_of_memory
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
@@ -22,7 +24,8 @@ class Captured:
 def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
     """`step` as a graph replay after `warm_ups` eager runs (compilation and allocation happen there), or eager.
 
-    `step` must read and write fixed buffers only; the caller restores whatever the warm-ups changed.
+    `step` must read and write fixed buffers only; the caller restores whatever the warm-ups changed. Raises torch's own
+    error where memory does not suffice.
     """
     if not torch.cuda.is_available():
         return Captured(step=step, run=step, kind="eager")
@@ -39,6 +42,11 @@ def capture(step: Callable[[], None], *, warm_ups: int = 2) -> Captured:
             step()
     except RuntimeError as error:
         torch.cuda.synchronize()
+        if is_out_of_memory(error):
+            del graph  # and with it what the capture holds
+            torch.cuda.empty_cache()
+            _free_generator()
+            raise  # a smaller batch may have room
         _free_generator()
         return Captured(
             step=step, run=step, kind="eager", warning=f"the step could not be captured in a CUDA graph: {error}"

@@ -1,5 +1,9 @@
 """What the CUDA engine says of the steps that it chooses, and of memory; no device is needed for either."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from gate_plans import make_gate_plan
@@ -7,7 +11,7 @@ from plain_operators import PlainOperators
 from tiny import make_model
 
 from actsparse.engine.cuda import engine as cuda_engine
-from actsparse.engine.cuda import native
+from actsparse.engine.cuda import graph, native
 from actsparse.engine.cuda.engine import CudaEngine
 from actsparse.engine.cuda.graph import capture
 from actsparse.engine.step.decoder import Decoder
@@ -94,3 +98,59 @@ def test_a_kernel_without_memory_is_out_of_memory_and_no_fault_of_the_kernels():
     assert is_out_of_memory(error.value)
     with pytest.raises(native.NativeError, match="invalid configuration"):
         library._check(9, "rows")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("teal", cuda_engine.ANY_ORDER), ("cats", cuda_engine.ONE_ORDER), ("routed", cuda_engine.ONE_ORDER)],
+)
+def test_fast_atomics_are_used_where_there_are_some_and_said(weights, monkeypatch, kind, said):
+    uncompiled(monkeypatch)
+    decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights, fast_atomics=True))
+    decoder.set_plan(DensePlan())
+    assert decoder.warnings == []
+    decoder.set_plan(make_gate_plan(kind, weights))
+    decoder.decode(3)
+    assert decoder.warnings == [said]
+
+
+def test_fast_atomics_reach_the_step(weights, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda_engine, "native_step", lambda *args, **_how: seen.append(args[2]) or (lambda: None))
+    for asked in (False, True):
+        decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights, fast_atomics=asked))
+        decoder.set_plan(make_gate_plan("teal", weights))
+    assert [plan.fast_atomics for plan in seen] == [False, True]
+
+
+@pytest.mark.parametrize(("said", "raised"), [("CUDA error: out of memory", True), ("operation not permitted", False)])
+def test_a_capture_without_memory_is_out_of_memory(monkeypatch, said, raised):
+    def fail():
+        raise RuntimeError(said)
+
+    @contextmanager
+    def captures(_graph):
+        yield fails.append(0)
+        if len(fails) == 1:
+            fail()
+
+    fails = []
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        Stream=lambda: Mock(),
+        stream=lambda _stream: nullcontext(),
+        current_stream=Mock(),
+        synchronize=Mock(),
+        empty_cache=Mock(),
+        CUDAGraph=Mock(),
+        graph=captures,
+    )
+    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=fake, zeros=lambda *_size, **_how: None))
+    if raised:
+        with pytest.raises(RuntimeError, match=said):
+            capture(lambda: None)
+        fake.empty_cache.assert_called()
+    else:
+        found = capture(lambda: None)
+        assert found.kind == "eager"
+        assert said in found.warning
