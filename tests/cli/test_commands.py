@@ -107,7 +107,7 @@ def test_quiet_says_nothing_on_stderr(
 def test_verbose_tells_the_models_shape_and_how_long_each_step_took(
     actsparse: Callable, tiny_folder: Callable, prompts_file: Path, tmp_path: Path
 ) -> None:
-    line = ["profile", "-m", tiny_folder("llama"), "--prompts", prompts_file, "--json"]
+    line = ["profile", "-m", tiny_folder("llama"), "--device", "cpu", "--prompts", prompts_file, "--json"]
     plain = actsparse(*line, "-o", tmp_path / "plain")
     verbose = actsparse(*line, "-o", tmp_path / "verbose", "-v")
     extra = [text for text in verbose.err.splitlines() if text not in plain.err.splitlines()]
@@ -217,8 +217,9 @@ def test_throughput_sizes_that_are_no_counts_are_refused(actsparse: Callable, tm
 def test_run_goes_from_prompts_to_a_report_and_reuses_it(
     actsparse: Callable, tiny_folder: Callable, prompts_file: Path, tmp_path: Path
 ) -> None:
-    argv = ["run", "-m", tiny_folder("llama"), "--prompts", prompts_file, "--block-length", 32, "--prompt-length", 12,
-            "--timing-pairs", 2, "-o", tmp_path / "runs", "--report", tmp_path / "r.html"]  # fmt: skip
+    argv = ["run", "-m", tiny_folder("llama"), "--device", "cpu", "--prompts", prompts_file, "--block-length", 32,
+            "--prompt-length", 12, "--timing-pairs", 2, "-o", tmp_path / "runs",
+            "--report", tmp_path / "r.html"]  # fmt: skip
     done = actsparse(*argv)
     assert done.code == 0, done.err
     assert [step in done.err for step in ("1/4", "2/4", "3/4", "4/4")] == [True] * 4

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 PROBES = ("uncertainty", "inertia", "union", "gradients")
 
 # How far a device may be off, as a share of the metric's largest value on the CPU. Rounding flips marginal neurons of
-# masks, which moves what is a difference of two of their means, or a mean of signs, the most.
-TOLERANCE = {"si2_j": 0.05, "m2": 0.02, "si1": 0.02, "matrix_2x2": 0.02, "hu4": 0.005, "si3": 1e-3, "si3_chance": 1e-3}
+# masks, which moves what is a difference of two of their means the most; SI1 is a mean of 32 signs.
+TOLERANCE = {"si2_j": 0.05, "m2": 0.02, "si1": 0.07, "matrix_2x2": 0.02, "hu4": 0.005, "si3": 1e-3, "si3_chance": 1e-3}
 OF_MASKS = 0.01
 
 

@@ -32,7 +32,9 @@ def profiled(folder: Path, tiny_folder) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text(words(400, seed=2))
     data = DataSpec(corpus=str(corpus), block_length=BLOCK, prompt_length=PROMPT, limit=6)
-    spec = ProfileSpec(model=ModelSpec(name=str(tiny_folder("llama"))), data=data, output=folder / "profile")
+    spec = ProfileSpec(
+        model=ModelSpec(name=str(tiny_folder("llama")), device="cpu"), data=data, output=folder / "profile"
+    )
     return profile(spec).path
 
 
@@ -46,7 +48,7 @@ def blocks(tiny_loaded, folder: Path, profiled: Path):
 
 
 def made(profiled: Path, plan: str, output: Path, **asked) -> tuple[PlanRun, Plan]:
-    run = threshold(ThresholdSpec(run=profiled, plan=plan, output=output, **asked))
+    run = threshold(ThresholdSpec(run=profiled, plan=plan, device="cpu", output=output, **asked))
     return run, from_record(run.plan, tensors.read(run.path / "plan.safetensors"), plan)
 
 
@@ -133,7 +135,7 @@ def trained(folder: Path):
     from actsparse.models.load import load
 
     data = DataSpec(block_length=64, prompt_length=32, limit=2)
-    path = profile(ProfileSpec(model=ModelSpec(name="demo"), data=data, output=folder / "trained")).path
+    path = profile(ProfileSpec(model=ModelSpec(name="demo", device="cpu"), data=data, output=folder / "trained")).path
     loaded = load(ModelSpec(name="demo", device="cpu"))
     reader = TextReader(data, loaded.tokenizer, loaded.record.max_positions, lambda _text: None)
     return path, loaded, reader.calibration_blocks()

@@ -263,8 +263,7 @@ void run(const Gated& a) {
       for (int b = 0; b < B; ++b) {
         activate_all(g[b], stop - at, a.activation);
         for (i64 i = at; i < stop; ++i) {
-          float value = g[b][i - at] * u[b][i - at];
-          if (a.fill) value -= a.fill[neuron(i)];
+          float value = filled(g[b][i - at], u[b][i - at], a.fill ? a.fill[neuron(i)] : 0.0f);
           if (a.mask && !a.mask[b * a.rows + neuron(i)]) value = 0;
           a.out[b * a.rows + i] = value;
         }
@@ -312,8 +311,7 @@ void run(const NeuronSparse& a) {
           float& out = a.out[b * a.rows + i];
           // a sequence that drops the neuron holds 0 here, unless its kept value was 0 too
           bool keep = out != 0.0f || a.threshold[i * a.step] <= 0.0f;
-          out = out * z[b][j];
-          if (keep && a.fill) out -= a.fill[i];
+          out = filled(out, z[b][j], keep && a.fill ? a.fill[i] : 0.0f);
         }
       }
     }
@@ -480,7 +478,7 @@ void run(const Multiply& a) {
         a.out[i] = 0.0f;  // its other half may not have been computed
         continue;
       }
-      a.out[i] = activate(*gate, a.activation) * gate[a.neurons] - (a.fill ? a.fill[i % a.neurons] : 0.0f);
+      a.out[i] = filled(activate(*gate, a.activation), gate[a.neurons], a.fill ? a.fill[i % a.neurons] : 0.0f);
     }
   });
 }
