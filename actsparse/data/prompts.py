@@ -1,12 +1,11 @@
-"""Prompts from files: text, JSON lines, folders of them, or a data set.
+"""Prompts from files: text, JSON lines, or folders of them.
 
 A `.txt` file holds prompts separated by blank lines; a `.jsonl` file holds one object a line with `text`, `prompt` or
 `messages`; a folder is read in the order of its file names (`.txt` and `.jsonl`).
 """
 
-import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,49 +42,6 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
     if not prompts:
         raise DataError("there is no prompt to read", "give a file or folder with text: --prompts PATH")
     return prompts
-
-
-def read_dataset(name: str, split: str, column: str, limit: int | None) -> list[Prompt]:
-    """Rows of a data set as prompts, streamed; `name` is a hub id (with `:CONFIG` where the data set has several) or a
-    local csv, json, jsonl, parquet or text file."""
-    from datasets import load_dataset
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-
-    builder = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-    path = Path(name).expanduser()
-    if path.suffix in builder and not path.exists():
-        raise DataError(f"there is no file {name}", "check the path given with --dataset")
-    try:
-        if path.is_file() and path.suffix in builder:
-            rows = load_dataset(builder[path.suffix], data_files=str(path), split="train", streaming=True)
-        else:
-            repository, _, config = name.partition(":")
-            rows = load_dataset(repository, config or None, split=split, streaming=True)
-        found = list(itertools.islice(_rows(rows, column, name), limit))
-    except (DatasetNotFoundError, DataFilesNotFoundError, FileNotFoundError, ConnectionError):
-        raise DataError(
-            f"there is no data set '{name}' here or on the hub", "check the name, or give a local file with --prompts"
-        ) from None
-    except ValueError as error:
-        raise DataError(
-            f"data set '{name}' cannot be read: {error}",
-            "check --split, the file's format, or name a part: NAME:CONFIG",
-        ) from None
-    if not found:
-        raise DataError(f"data set '{name}', split '{split}' has no rows", "choose another --split")
-    return found
-
-
-def _rows(rows: Iterable[Any], column: str, name: str) -> Iterator[Prompt]:
-    for index, row in enumerate(rows):
-        if column not in row:
-            raise DataError(
-                f"data set '{name}' has no column '{column}'",
-                f"it has {', '.join(row)}: --text-column {next(iter(row))}",
-            )
-        if not row[column] or (isinstance(row[column], str) and not row[column].strip()):
-            continue
-        yield _prompt({"messages" if isinstance(row[column], list) else "text": row[column]}, f"{name}[{index}]")
 
 
 def _files(path: Path) -> list[Path]:
@@ -131,12 +87,13 @@ def _parse_line(line: str, where: str) -> Prompt:
     fields = parse_line(line, where)
     if not isinstance(fields, dict):
         raise DataError(f"{where} is not a JSON object", 'write one object a line: {"text": "..."}')
-    prompt = _prompt(fields, where)
+    prompt = prompt_of(fields, where)
     check_text(prompt.content, where)
     return prompt
 
 
-def _prompt(fields: dict[str, Any], where: str) -> Prompt:
+def prompt_of(fields: dict[str, Any], where: str) -> Prompt:
+    """The prompt of one object: its `text`, `prompt` or `messages`; raises DataError where none of them holds text."""
     for name in TEXT_FIELDS:
         if isinstance(fields.get(name), str) and fields[name].strip():
             return Prompt(source=where, text=fields[name])

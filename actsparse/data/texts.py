@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from actsparse.data.prompts import Prompt, read_dataset, read_prompts, sample_prompts
+from actsparse.data.dataset import read_dataset
+from actsparse.data.prompts import Prompt, read_prompts, sample_prompts
 from actsparse.data.sequences import Sequences, blocks_of, from_prompts, read_corpus
 from actsparse.errors import DataError
 from actsparse.specs import DataSpec

@@ -6,6 +6,7 @@ from typing import Any
 import polars as pl
 import torch
 
+from actsparse.data.network import network
 from actsparse.data.tasks import Task
 from actsparse.data.texts import EvalTexts, TextReader
 from actsparse.engine.timing import read_bandwidth
@@ -48,7 +49,11 @@ def evaluate(spec: EvalSpec, progress: Progress | None = None) -> EvalRun:
 
     Raises ActsparseError where model, plans, text or output cannot be used as asked.
     """
-    progress = progress or Silent()
+    with network(offline=spec.model.offline):
+        return _evaluated(spec, progress or Silent())
+
+
+def _evaluated(spec: EvalSpec, progress: Progress) -> EvalRun:
     names = check_names(spec.plans)
     tasks = read_tasks(spec)
     loaded = load(spec.model, progress.note)

@@ -9,6 +9,7 @@ import torch
 from actsparse.core.cett import CettSolution
 from actsparse.core.mask_rules import CETT_TARGET, MaskKind, mask_kinds, mask_rules
 from actsparse.core.reservoir import capacity
+from actsparse.data.network import network
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import DataError, ModelError
@@ -45,7 +46,7 @@ def profile(spec: ProfileSpec, progress: Progress | None = None) -> ProfileRun:
     Under `torchrun` every process records a share of the batches; all return the run that rank 0 writes. Raises
     ActsparseError where model, text or output cannot be used as asked.
     """
-    with team(spec.model.device) as crew:
+    with network(offline=spec.model.offline), team(spec.model.device) as crew:
         listener = (progress or Silent()) if crew.leads else Silent()
         job = Job.of(spec, crew, listener)
         path = _lead(job) if crew.leads else _follow(job)

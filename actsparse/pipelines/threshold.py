@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from actsparse.core.cost import saved
+from actsparse.data.network import network
 from actsparse.data.sequences import Sequences, shares_text
 from actsparse.errors import PlanError
 from actsparse.methods.plan import Plan, drops_of, fit_plan, to_record
@@ -32,7 +33,11 @@ def threshold(spec: ThresholdSpec, progress: Progress | None = None) -> PlanRun:
 
     Raises ActsparseError where profile, method, target or export do not go together.
     """
-    progress = progress or Silent()
+    with network(offline=spec.offline):
+        return _derived(spec, progress or Silent())
+
+
+def _derived(spec: ThresholdSpec, progress: Progress) -> PlanRun:
     run = ProfileRun.open(spec.run)
     short = asked_form(spec)
     profiled = Profiled(run, spec, short, progress)

@@ -1,9 +1,8 @@
 import json
-from pathlib import Path
 
 import pytest
 
-from actsparse.data.prompts import Prompt, read_dataset, read_prompts, read_text, sample_prompts
+from actsparse.data.prompts import read_prompts, read_text, sample_prompts
 from actsparse.errors import DataError
 
 
@@ -133,65 +132,3 @@ def test_the_shipped_sample_prompts_are_at_least_sixty_and_all_different():
     assert len(contents) >= 60
     assert len(set(contents)) == len(contents)
     assert len({prompt.source.split(".")[0] for prompt in found}) >= 8
-
-
-def test_rows_of_a_local_data_set_are_prompts(tmp_path):
-    path = write(tmp_path, "d.csv", "text,n\none,1\ntwo,2\nthree,3\n")
-    found = read_dataset(path, "test", "text", 2)
-    assert found == [Prompt(source=f"{path}[0]", text="one"), Prompt(source=f"{path}[1]", text="two")]
-    with pytest.raises(DataError, match="no column 'body'") as refused:
-        read_dataset(path, "test", "body", None)
-    assert "--text-column text" in refused.value.hint
-
-
-def test_a_data_set_that_names_a_file_is_not_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(DataError, match=r"there is no file .*none\.csv") as refused:
-        read_dataset(str(tmp_path / "none.csv"), "test", "text", None)
-    assert "--dataset" in refused.value.hint
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "txt"])
-def test_local_data_sets_of_every_kind_give_the_same_prompts(suffix: str, tmp_path: Path) -> None:
-    import json
-
-    import polars as pl
-
-    rows = [{"text": f"prompt {i}", "id": i} for i in range(4)]
-    path = tmp_path / f"data.{suffix}"
-    match suffix:
-        case "json":
-            path.write_text(json.dumps(rows))
-        case "jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        case "csv":
-            pl.DataFrame(rows).write_csv(path)
-        case "parquet":
-            pl.DataFrame(rows).write_parquet(path)
-        case _:
-            path.write_text("\n".join(row["text"] for row in rows))
-    assert [prompt.text for prompt in read_dataset(str(path), "test", "text", None)] == [row["text"] for row in rows]
-
-
-def test_a_column_of_messages_becomes_chats(tmp_path: Path) -> None:
-    import polars as pl
-
-    path = tmp_path / "chat.parquet"
-    pl.DataFrame([{"messages": [{"role": "user", "content": "hello"}]}]).write_parquet(path)
-    found = read_dataset(str(path), "test", "messages", None)
-    assert found[0].messages == ({"role": "user", "content": "hello"},)
-
-
-def test_a_hub_id_may_name_a_part_and_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-
-    def load(*names: object, **options: object) -> list[dict[str, str]]:
-        asked.append((names, options))
-        return [{"text": "one"}, {"text": "two"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [prompt.text for prompt in read_dataset("someone/wiki:small", "train", "text", 1)] == ["one"]
-    read_dataset("someone/wiki", "train", "text", 1)
-    streamed = {"split": "train", "streaming": True}
-    assert asked == [(("someone/wiki", "small"), streamed), (("someone/wiki", None), streamed)]

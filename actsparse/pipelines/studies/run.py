@@ -6,6 +6,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from actsparse.data.network import network
 from actsparse.data.sequences import Sequences
 from actsparse.data.texts import TextReader
 from actsparse.errors import ActsparseError, DataError, ModelError, PlanError
@@ -59,7 +60,11 @@ def study(spec: StudySpec, progress: Progress | None = None) -> StudyRun:
     Raises ActsparseError where study, model, text or output cannot be used as asked. An experiment that this model
     cannot serve is kept as undecided, with the reason as its sentence.
     """
-    progress = progress or Silent()
+    with network(offline=spec.model.offline):
+        return _studied(spec, progress or Silent())
+
+
+def _studied(spec: StudySpec, progress: Progress) -> StudyRun:
     chosen = runners(spec.study, spec.only)
     spec = _with_twin(spec)
     loaded = load(spec.model, progress.note)
