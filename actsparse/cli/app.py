@@ -139,13 +139,21 @@ def main(argv: list[str]) -> int:
         result = app(args=argv, prog_name="actsparse", standalone_mode=True)
         return int(result or 0)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        return _exit_code(stop)
     except Exception as error:
         if debug:
             output.traceback()
         known = error if isinstance(error, ActsparseError) else _unforeseen(error)
         output.error(known)
         return known.exit_code
+
+
+def _exit_code(stop: SystemExit) -> int:
+    """The code of a parser or help page that ends the process; one whose reader has left (`| head`) has not failed."""
+    if isinstance(stop.__context__, BrokenPipeError):
+        # what was being said: a help page, or to a closed stderr an error of the parser, which has a code of its own
+        return getattr(stop.__context__.__context__, "exit_code", 0)
+    return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
 
 
 def _unforeseen(error: Exception) -> ActsparseError:
@@ -205,6 +213,19 @@ def _register() -> None:
         app.command(name, help=module.HELP, epilog=module.EPILOG)(interruptible(module.command))
 
 
+def _open_streams() -> None:
+    """Streams that this process was started without (`>&-`) lead nowhere: else the next file would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        if nowhere != number:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
 def entry() -> None:
     """The console script."""
+    _open_streams()
     sys.exit(main(sys.argv[1:]))

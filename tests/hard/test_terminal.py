@@ -127,10 +127,29 @@ def without_reader(stream: str, *words: str) -> subprocess.CompletedProcess[str]
         os.close(writing)
 
 
-@pytest.mark.parametrize("words", [("models", "--json"), ("models",), ("report", "RUN", "--text")], ids=" ".join)
+PAGES = [(), ("--help",), ("--version",), *((name, "--help") for name in app.COMMANDS)]
+ANSWERS = [("models", "--json"), ("models",), ("methods",), ("methods", "tda"), ("report", "RUN", "--text")]
+
+
+@pytest.mark.parametrize("words", [*PAGES, *ANSWERS], ids=" ".join)
 def test_a_reader_that_leaves_early_is_no_error(words: tuple[str, ...], small_run: Path) -> None:
     done = without_reader("stdout", *(str(small_run) if word == "RUN" else word for word in words))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_without_streams_does_its_work(closed: str, small_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = f"{sys.executable} -m actsparse report {small_run} -o {page} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert page.read_text().rstrip().endswith("</html>")
+
+
+def test_a_word_that_is_not_known_stays_an_error_when_no_one_reads_it() -> None:
+    for words in (("prophile",), ("profile", "--modle", "demo"), ("profile",)):
+        assert without_reader("stderr", *words).returncode == 2
 
 
 def test_the_answer_is_whole_when_no_one_reads_the_notes(small_run: Path, tmp_path: Path) -> None:
