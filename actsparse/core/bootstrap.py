@@ -7,6 +7,7 @@ differences and ratios are paired.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,21 @@ def layered_ratio(
     weights = resample_weights(sequences, resamples=resamples, seed=seed)
     samples = (weights @ above.mT) / (weights @ below.mT)
     return layer_intervals(above.sum(dim=-1) / below.sum(dim=-1), samples, sequences, level=level)
+
+
+# The sum of a quantity over the pairs (or tokens) of each sequence, and their number: [sequences] each.
+SumAndCount = tuple[Float[Tensor, " sequences"], Float[Tensor, " sequences"]]
+
+
+def sum_and_count(values: Float[Tensor, "sequences pairs"]) -> SumAndCount:
+    """The sum and the number of the values that are not NaN, of each sequence; float64, on the CPU."""
+    return values.nansum(dim=1, dtype=torch.float64).cpu(), values.isnan().logical_not().sum(dim=1).double().cpu()
+
+
+def mean_of(layers: Sequence[SumAndCount], *, resamples: int = RESAMPLES, seed: int = 0) -> LayerIntervals:
+    """The mean over all that was counted, in every layer; sequences are resampled."""
+    sums, counts = (torch.stack(parts) for parts in zip(*layers, strict=True))
+    return layered_ratio(sums, counts, resamples=resamples, seed=seed)
 
 
 def weighted_pair_means(

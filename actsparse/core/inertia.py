@@ -1,10 +1,11 @@
 """Semantic-irrelevant activation inertia: masks that stay alike within a text, whatever it says (methods.md section 6).
 
-    SI2   does that need meaning?  `inertia_pairs`, `si2`, `semantics_ratio`
+    SI2   does that need meaning?  `si2`, `semantics_ratio`
     2x2   masks of whole sentences, real or random, alone or in one stream  `sentence_masks`, `sentence_matrices`
 
-SI1 stands in `core.prefixes`. Our definitions [I], after MOYU (arXiv 2406.12569) and CLADA (arXiv 2502.19078).
-Positions count after the sink tokens (the first four), which have been dropped from every argument.
+What SI2 averages stands in `core.inertia_pairs`, SI1 in `core.prefixes`. Our definitions [I], after MOYU (arXiv
+2406.12569) and CLADA (arXiv 2502.19078). Positions count after the sink tokens (the first four), which have been
+dropped from every argument.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from actsparse.core.bootstrap import (
@@ -25,115 +26,15 @@ from actsparse.core.bootstrap import (
     weighted_pair_means,
     weighted_pair_ratio,
 )
-from actsparse.core.overlap import (
-    MIN_ROOM,
-    Chance,
-    Rate,
-    Rates,
-    Widths,
-    group_sizes,
-    of_layers,
-    pairwise_overlaps,
-    widths_of,
-)
+from actsparse.core.inertia_pairs import InertiaPairs
+from actsparse.core.overlap import Rates, Widths, of_layers, pairwise_overlaps, widths_of
 from actsparse.core.prefixes import layer_prefix_masks
-
-MIN_GAP = 8
 
 
 def spread_blocks(blocks: int, sequences: int = 8) -> list[int]:
     """The blocks 0, m, .. 7m with m = floor(blocks / 8), since neighbours share a topic; all of fewer than 8."""
     step = max(1, blocks // sequences)
     return list(range(0, blocks, step))[:sequences]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InertiaPairs:
-    """Sums and numbers of kappa over pairs of tokens with different ids, of one layer and rung.
-
-    `within`: two tokens of a sequence at least the gap apart, [sequences]. `equal`: two sequences at equal positions;
-    `apart`: two sequences at positions at least the gap apart; both symmetric [sequences, sequences], diagonal 0.
-    """
-
-    within_sum: Float[Tensor, " sequences"]
-    within_count: Float[Tensor, " sequences"]
-    equal_sum: Float[Tensor, "sequences sequences"]
-    equal_count: Float[Tensor, "sequences sequences"]
-    apart_sum: Float[Tensor, "sequences sequences"]
-    apart_count: Float[Tensor, "sequences sequences"]
-
-
-def inertia_pairs(
-    masks: Bool[Tensor, "sequences positions neurons"],
-    tokens: Int[Tensor, "sequences positions"],
-    rates: Sequence[Rate],
-    *,
-    min_gap: int = MIN_GAP,
-) -> tuple[InertiaPairs, ...]:
-    """The pair sums behind W and B, once per chance level: 0 for raw overlaps, uniform, by popularity.
-
-    One layer; the rates share the one expensive product. Pairs with an empty mask are left out.
-    """
-    sequences, positions = tokens.shape
-    tokens = tokens.to(masks.device)
-    order = torch.arange(positions, device=masks.device)
-    gap = order[None, :] - order[:, None]
-    sums = torch.zeros(len(rates), 3, sequences, sequences, dtype=torch.float64)
-    counts = torch.zeros_like(sums)
-    numbers = masks.float()
-    sizes = numbers.sum(dim=-1)
-    for first in range(sequences):
-        others = slice(first, sequences)
-        # [other sequences, positions, positions of the first]: one product, and few passes over it
-        shared = numbers[others] @ numbers[first].mT
-        left, right = sizes[others, :, None], sizes[first][None, None, :]
-        larger, smaller = torch.maximum(left, right), torch.minimum(left, right)
-        missed = 1 - shared.div_(smaller)
-        counted = (tokens[others, :, None] != tokens[first][None, None, :]) & ~missed.isnan()
-        far = counted & (gap.abs() >= min_gap)
-        far[0] &= gap >= min_gap
-        level = counted.diagonal(dim1=1, dim2=2)
-        for measure, rate in enumerate(rates):
-            # kappa = (o - E) / (1 - E) = 1 - (1 - o) / (1 - E)
-            room = 1 - (
-                _chance(masks[others], masks[first], rate, smaller) if isinstance(rate, Chance) else larger * rate
-            )
-            kappas = 1 - missed / room
-            defined = room > MIN_ROOM
-            for kind, chosen, values in (
-                (2, far & defined, kappas),
-                (1, level & defined.diagonal(dim1=1, dim2=2), kappas.diagonal(dim1=1, dim2=2)),
-            ):
-                axes = tuple(range(1, values.dim()))
-                total = torch.where(chosen, values, 0.0).sum(dim=axes, dtype=torch.float64).cpu()
-                number = chosen.count_nonzero(dim=axes).double().cpu()
-                sums[measure, kind, first, others] = sums[measure, kind, others, first] = total
-                counts[measure, kind, first, others] = counts[measure, kind, others, first] = number
-    diagonal = torch.arange(sequences)
-    for found in (sums, counts):
-        found[:, 0, diagonal, diagonal] = found[:, 2, diagonal, diagonal]
-        found[:, 1:, diagonal, diagonal] = 0.0
-    return tuple(
-        InertiaPairs(
-            within_sum=total[0].diagonal().clone(),
-            within_count=number[0].diagonal().clone(),
-            equal_sum=total[1],
-            equal_count=number[1],
-            apart_sum=total[2],
-            apart_count=number[2],
-        )
-        for total, number in zip(sums, counts, strict=True)
-    )
-
-
-def _chance(
-    rows: Bool[Tensor, "sequences positions units"],
-    first: Bool[Tensor, "positions units"],
-    rate: Chance,
-    smaller: Tensor,
-) -> Float[Tensor, "sequences positions positions"]:
-    left, right = (group_sizes(masks, rate.widths) for masks in (rows, first))
-    return (left * rate.rates.to(left)) @ right.mT / smaller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

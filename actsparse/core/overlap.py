@@ -64,20 +64,38 @@ def uniform_rate(neurons: int) -> float:
     return 1 / neurons
 
 
+# Widths of the groups of consecutive units that a layer consists of: its neurons, or those of each expert.
+Widths = tuple[int, ...]
+
+
+def group_sizes(masks: Bool[Tensor, "*batch units"], widths: Widths | None = None) -> Int[Tensor, "*batch groups"]:
+    """How many units of each group a mask keeps; units behind the last group are none."""
+    parts = [masks] if widths is None else masks[..., : sum(widths)].split(widths, dim=-1)
+    return torch.stack([part.count_nonzero(dim=-1) for part in parts], dim=-1)
+
+
+def squared_sizes(masks: Bool[Tensor, "*batch units"], widths: Widths | None = None) -> Int[Tensor, " groups"]:
+    """The sum over all masks of the squared number of units that they keep in each group; adds up like counts."""
+    return group_sizes(masks, widths).flatten(0, -2).square().sum(dim=0)
+
+
 def popularity_rate(
-    popularity: Float[Tensor, "*layers neurons"] | Int[Tensor, "*layers neurons"],
+    counts: Int[Tensor, "*layers neurons"], squares: Int[Tensor, "*layers"]
 ) -> Float[Tensor, "*layers"]:
     """Chance overlap per kept neuron when neuron i is as likely as it is popular: sum p_i^2 / (sum p_i)^2.
 
-    `popularity` is how often each neuron fires, as counts or shares (the scale cancels). Between 1/neurons (all
-    equally popular) and 1 (one neuron only); NaN where nothing ever fired. Our definition [I].
+    `counts` are the `firing_counts` of some masks and `squares` their `squared_sizes`. About 1/neurons (all equally
+    popular) to 1 (one neuron only); NaN where fewer than two masks keep anything. Unbiased for independent masks of
+    one size, however few; of several sizes both sums are. Our definition [I].
     """
-    weights = popularity.double()
-    return weights.square().sum(dim=-1) / weights.sum(dim=-1).square()
-
-
-# Widths of the groups of consecutive units that a layer consists of: its neurons, or those of each expert.
-Widths = tuple[int, ...]
+    # p_i^2 is the chance that neuron i fires at two unrelated tokens, and the share of all n^2 pairs of n tokens at
+    # which it does, (c_i / n)^2, is too large by p_i (1 - p_i) / n, since it pairs each token with itself. Over the
+    # n (n - 1) pairs of different tokens, c_i (c_i - 1) / (n (n - 1)) is not. Likewise (sum p_i)^2 is the mean
+    # product of the sizes |A_s| |A_t| over these pairs, ((sum c_i)^2 - sum_t |A_t|^2) / (n (n - 1)): n cancels.
+    # With all masks of one size the denominator is exactly that size squared.
+    fired = counts.double()
+    total = fired.sum(dim=-1)
+    return (fired.square().sum(dim=-1) - total) / (total.square() - squares.to(total))
 
 
 @dataclass(frozen=True)
@@ -96,9 +114,10 @@ class Chance:
         return cls(torch.tensor([uniform_rate(width) for width in widths], dtype=torch.float64), widths)
 
     @classmethod
-    def by_popularity(cls, popularity: Float[Tensor, " units"] | Int[Tensor, " units"], widths: Widths) -> "Chance":
-        """A unit as likely as it fires, within its group; in a group that never fires uniform."""
-        rates = torch.stack([popularity_rate(part) for part in popularity[: sum(widths)].split(widths)]).cpu()
+    def by_popularity(cls, counts: Int[Tensor, " units"], squares: Int[Tensor, " groups"], widths: Widths) -> "Chance":
+        """A unit as likely as it fires, within its group; uniform in a group that fires at fewer than two tokens."""
+        parts = zip(counts[: sum(widths)].split(widths), squares[: len(widths)], strict=True)
+        rates = torch.stack([popularity_rate(*part) for part in parts]).cpu()
         return cls(torch.where(rates.isnan(), cls.uniform(widths).rates, rates), widths)
 
 
@@ -117,12 +136,6 @@ def of_layers(rates: Rates, layers: int) -> list[Rate]:
 def widths_of(rate: Rate) -> Widths | None:
     """The groups that a chance level knows; None for a layer of one."""
     return rate.widths if isinstance(rate, Chance) else None
-
-
-def group_sizes(masks: Bool[Tensor, "*batch units"], widths: Widths | None) -> Float[Tensor, "*batch groups"]:
-    """How many units of each group a mask keeps; units behind the last group are none."""
-    parts = [masks] if widths is None else masks[..., : sum(widths)].split(widths, dim=-1)
-    return torch.stack([part.count_nonzero(dim=-1) for part in parts], dim=-1).float()
 
 
 def mean_chance(masks: Bool[Tensor, "*batch units"], rate: Rate) -> float:
@@ -164,6 +177,10 @@ class Overlaps:
             return self.sizes @ rate.rates.to(self.sizes)
         return self.sizes.sum(dim=-1) * torch.as_tensor(rate).to(self.sizes)
 
+    def expected(self, rate: Rate) -> Float[Tensor, "*pairs"]:
+        """`chance` where there is an overlap that it belongs to, NaN elsewhere."""
+        return torch.where(self.overlap.isnan(), math.nan, self.chance(rate))
+
     def kappa(self, rate: Rate | Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Overlap above chance, (o - E) / (1 - E) with E from `chance`.
 
@@ -184,7 +201,7 @@ def paired_overlaps(
 ) -> Overlaps:
     """Overlaps of `first[i]` with `second[i]`, for every i."""
     shared = (first & second).count_nonzero(dim=-1).float()
-    left, right = (group_sizes(masks, widths) for masks in (first, second))
+    left, right = (group_sizes(masks, widths).float() for masks in (first, second))
     return _overlaps(shared, left, right)
 
 
@@ -193,7 +210,7 @@ def pairwise_overlaps(
 ) -> Overlaps:
     """Overlaps of every mask of `rows` with every mask of `columns`: [*batch, rows, columns]."""
     shared = rows.float() @ columns.float().mT
-    left, right = (group_sizes(masks, widths) for masks in (rows, columns))
+    left, right = (group_sizes(masks, widths).float() for masks in (rows, columns))
     return _overlaps(shared, left[..., :, None, :], right[..., None, :, :])
 
 

@@ -40,7 +40,9 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "From left to right the input loses meaning: sentences shuffled, tokens shuffled, tokens drawn by "
             "frequency, tokens drawn evenly, one token repeated (whose pairs of different tokens do not exist). "
-            "Grey lines are the chance levels. If overlap needed meaning, the lines would fall to the right; a "
+            "Thin lines are the chance levels: grey where one holds for all pairs, in the colour of the pairs where "
+            "each kind has its own (sharing more experts is reason enough to overlap). If overlap needed meaning, the "
+            "lines would fall to the right; a "
             "gap between same and other sequence is what a mask for one sequence can win. Bars are bootstrap "
             "intervals over sequences. Our own definition, after MOYU and CLADA."
         ),

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,8 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actsparse.core.inertia import (
-    InertiaPairs,
-    inertia_pairs,
     layer_bands,
     semantics_ratio,
     sentence_masks,
@@ -15,7 +14,16 @@ from actsparse.core.inertia import (
     si2,
     spread_blocks,
 )
-from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
+from actsparse.core.inertia_pairs import InertiaPairs, inertia_pairs
+from actsparse.core.overlap import (
+    MIN_ROOM,
+    firing_counts,
+    paired_overlaps,
+    popularity_rate,
+    squared_sizes,
+    topk_masks,
+    uniform_rate,
+)
 from actsparse.core.prefixes import layer_prefix_masks, prefix_masks, prefix_overlaps, si1
 
 NEURONS = 120
@@ -44,6 +52,10 @@ def kappa_by_hand(first: list[bool], second: list[bool], rate: float) -> float:
         return math.nan
     overlap = sum(a and b for a, b in zip(first, second, strict=True)) / min(sizes)
     return (overlap - rate * max(sizes)) / (1 - rate * max(sizes))
+
+
+def kappas_of(masks: torch.Tensor, tokens: torch.Tensor, rates: list[float]) -> list[InertiaPairs]:
+    return [pairs.kappas for pairs in inertia_pairs(masks, tokens, rates)]
 
 
 class TestPrefix:
@@ -135,7 +147,7 @@ class TestSI1:
         activations = torch.rand(200, 1000, generator=seeded(6)) * active
         masks = topk_masks(activations, density) & (activations > 0)
         overlaps = prefix_overlaps(activations, masks, density, prefixes=(1, 8), max_delta=150)
-        kappas = overlaps.kappa(popularity_rate(firing_counts(masks)).item())
+        kappas = overlaps.kappa(popularity_rate(firing_counts(masks), squared_sizes(masks)[0]).item())
         assert kappas[0].mean().item() == pytest.approx(0, abs=0.02)
         assert not kappas[1].isnan().any()
         first, longer = layer_prefix_masks(activations, masks, (1, 8), density)
@@ -172,31 +184,36 @@ class TestSI2:
         rates = (0.0, 1 / 12, 0.12)
         for rate, found in zip(rates, inertia_pairs(masks, tokens, rates, min_gap=3), strict=True):
             rows, ids = masks.tolist(), tokens.tolist()
-            expected = {name: torch.zeros(3, 3, 2, dtype=torch.float64) for name in ("within", "equal", "apart")}
-            for s in range(3):
-                for r in range(3):
-                    for i in range(7):
-                        for j in range(7):
-                            kappa = kappa_by_hand(rows[s][i], rows[r][j], rate)
-                            if ids[s][i] == ids[r][j] or math.isnan(kappa):
-                                continue
-                            pair = torch.tensor([kappa, 1.0], dtype=torch.float64)
-                            if s == r and j - i >= 3:
-                                expected["within"][s, s] += pair
-                            if s != r and i == j:
-                                expected["equal"][s, r] += pair
-                            if s != r and abs(i - j) >= 3:
-                                expected["apart"][s, r] += pair
-            within = expected["within"].diagonal().mT
-            sums = torch.stack([found.within_sum, found.within_count], dim=1)
-            torch.testing.assert_close(sums, within, rtol=1e-6, atol=1e-6)
-            for name in ("equal", "apart"):
-                both = torch.stack([getattr(found, f"{name}_sum"), getattr(found, f"{name}_count")], dim=-1)
-                torch.testing.assert_close(both, expected[name], rtol=1e-6, atol=1e-6)
+            kappas, chances = (
+                {name: torch.zeros(3, 3, 2, dtype=torch.float64) for name in ("within", "equal", "apart")}
+                for _ in range(2)
+            )
+            for s, r, i, j in itertools.product(range(3), range(3), range(7), range(7)):
+                kappa = kappa_by_hand(rows[s][i], rows[r][j], rate)
+                if ids[s][i] == ids[r][j] or math.isnan(kappa):
+                    continue
+                chance = rate * max(sum(rows[s][i]), sum(rows[r][j]))
+                for by_kind, value in ((kappas, kappa), (chances, chance)):
+                    # masks so large that chance alone makes them overlap have no kappa
+                    if by_kind is kappas and chance > 1 - MIN_ROOM:
+                        continue
+                    pair = torch.tensor([value, 1.0], dtype=torch.float64)
+                    if s == r and j - i >= 3:
+                        by_kind["within"][s, s] += pair
+                    if s != r and i == j:
+                        by_kind["equal"][s, r] += pair
+                    if s != r and abs(i - j) >= 3:
+                        by_kind["apart"][s, r] += pair
+            for by_kind, part in ((kappas, found.kappas), (chances, found.expected)):
+                sums = torch.stack([part.within_sum, part.within_count], dim=1)
+                torch.testing.assert_close(sums, by_kind["within"].diagonal().mT, rtol=1e-6, atol=1e-5)
+                for name in ("equal", "apart"):
+                    both = torch.stack([getattr(part, f"{name}_sum"), getattr(part, f"{name}_count")], dim=-1)
+                    torch.testing.assert_close(both, by_kind[name], rtol=1e-6, atol=1e-5)
 
     def test_w_b_and_j_are_means_over_pairs(self):
         masks, tokens = steered_masks(4, 20, 0.5), torch.randint(9, (4, 20), generator=seeded(3))
-        found = si2(inertia_pairs(masks, tokens, [0.0]))
+        found = si2(kappas_of(masks, tokens, [0.0]))
         rows, ids = masks.tolist(), tokens.tolist()
         within, between = [], []
         for s in range(4):
@@ -216,29 +233,29 @@ class TestSI2:
 
     def test_identical_masks_give_one(self):
         masks = steered_masks(1, 1, 0.0).expand(3, 20, -1)
-        found = si2(inertia_pairs(masks, fresh_tokens(3, 20), [UNIFORM]))
+        found = si2(kappas_of(masks, fresh_tokens(3, 20), [UNIFORM]))
         for part in (found.within, found.between, found.between_apart):
             assert part.mean.value == pytest.approx(1, abs=1e-5)
         assert found.excess.mean.value == pytest.approx(0, abs=1e-5)
 
     def test_independent_masks_give_zero_within_the_interval(self):
         masks = steered_masks(8, 60, 0.0)
-        found = si2(inertia_pairs(masks, fresh_tokens(8, 60), [UNIFORM]))
+        found = si2(kappas_of(masks, fresh_tokens(8, 60), [UNIFORM]))
         assert found.within.mean.value == pytest.approx(0, abs=0.01)
         for part in (found.within, found.between_apart, found.excess):
             assert part.mean.touches(0.0)
 
     def test_a_static_hot_set_is_no_excess_and_no_kappa_p(self):
         masks = steered_masks(8, 60, 0.0, hot=3.0)
-        rate = float(popularity_rate(firing_counts(masks)))
-        plain, corrected = (si2([pairs]) for pairs in inertia_pairs(masks, fresh_tokens(8, 60), [UNIFORM, rate]))
+        rate = float(popularity_rate(firing_counts(masks), squared_sizes(masks)[0]))
+        plain, corrected = (si2([pairs]) for pairs in kappas_of(masks, fresh_tokens(8, 60), [UNIFORM, rate]))
         assert plain.within.mean.value is not None
         assert plain.within.mean.value > 0.4
         assert corrected.within.mean.value == pytest.approx(0, abs=0.02)
         assert plain.excess.mean.value == pytest.approx(0, abs=0.02)
 
     def test_a_preference_of_each_text_is_excess(self):
-        found = si2(inertia_pairs(steered_masks(8, 60, 1.0), fresh_tokens(8, 60), [UNIFORM]))
+        found = si2(kappas_of(steered_masks(8, 60, 1.0), fresh_tokens(8, 60), [UNIFORM]))
         assert found.excess.mean.value is not None
         assert found.excess.mean.value > 0.2
         assert not found.excess.mean.touches(0.0)
@@ -250,11 +267,11 @@ class TestSI2:
         masks = steered_masks(3, 20, 0.5, seed)
         order = torch.randperm(NEURONS, generator=seeded(seed))
         tokens = fresh_tokens(3, 20)
-        before, after = (si2(inertia_pairs(rows, tokens, [UNIFORM])) for rows in (masks, masks[..., order]))
+        before, after = (si2(kappas_of(rows, tokens, [UNIFORM])) for rows in (masks, masks[..., order]))
         assert after.excess.mean.value == pytest.approx(before.excess.mean.value)
 
     def test_one_repeated_token_has_no_pairs(self):
-        found = si2(inertia_pairs(steered_masks(3, 20, 0.5), torch.zeros(3, 20, dtype=torch.long), [UNIFORM]))
+        found = si2(kappas_of(steered_masks(3, 20, 0.5), torch.zeros(3, 20, dtype=torch.long), [UNIFORM]))
         for part in (found.within, found.between, found.between_apart, found.excess):
             assert part.mean.value is None
             assert part.mean.low is None
@@ -276,7 +293,7 @@ class TestSI2:
 class TestSemanticsRatio:
     @staticmethod
     def pairs(pull: float, seed: int) -> tuple[InertiaPairs, ...]:
-        return inertia_pairs(steered_masks(8, 40, pull, seed), fresh_tokens(8, 40), [UNIFORM])
+        return kappas_of(steered_masks(8, 40, pull, seed), fresh_tokens(8, 40), [UNIFORM])
 
     def test_equal_excess_has_ratio_one(self):
         found = semantics_ratio(self.pairs(1.0, 0), self.pairs(1.0, 10))

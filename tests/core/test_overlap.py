@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actsparse.core.inertia import inertia_pairs
+from actsparse.core.inertia_pairs import inertia_pairs
 from actsparse.core.overlap import (
     Chance,
     Overlaps,
@@ -14,6 +15,7 @@ from actsparse.core.overlap import (
     paired_overlaps,
     pairwise_overlaps,
     popularity_rate,
+    squared_sizes,
     topk_masks,
     uniform_rate,
 )
@@ -25,6 +27,10 @@ def seeded(seed: int) -> torch.Generator:
 
 def random_masks(rows: int, neurons: int, density: float, seed: int) -> torch.Tensor:
     return torch.rand(rows, neurons, generator=seeded(seed)) < density
+
+
+def popularity_of(masks: torch.Tensor) -> torch.Tensor:
+    return popularity_rate(firing_counts(masks), squared_sizes(masks)[0])
 
 
 def kappa_by_hand(first: list[bool], second: list[bool], rate: float) -> float:
@@ -86,8 +92,7 @@ def test_pairwise_overlaps_agree_with_loops(seed, density, rate):
 @given(seed=st.integers(0, 10_000), density=st.sampled_from([0.1, 0.5, 0.8]))
 def test_identical_masks_have_kappa_one_at_any_chance_level(seed, density):
     masks = topk_masks(torch.rand(3, 40, generator=seeded(seed)), density)
-    popularity = firing_counts(masks)
-    for rate in (0.0, uniform_rate(40), float(popularity_rate(popularity))):
+    for rate in (0.0, uniform_rate(40), float(popularity_of(masks))):
         kappas = paired_overlaps(masks, masks).kappa(rate)
         assert torch.all(kappas.isnan() | ((kappas - 1).abs() < 1e-5))
     assert not paired_overlaps(masks, masks).kappa(uniform_rate(40)).isnan().any()
@@ -105,10 +110,9 @@ def test_independent_random_masks_have_kappa_zero(seed, density):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000))
 def test_permuting_neurons_changes_nothing(seed):
-    masks, popularity = random_masks(6, 30, 0.4, seed), torch.rand(30, generator=seeded(seed + 1))
-    order = torch.randperm(30, generator=seeded(seed + 2))
-    before = pairwise_overlaps(masks, masks).kappa(popularity_rate(popularity))
-    after = pairwise_overlaps(masks[:, order], masks[:, order]).kappa(popularity_rate(popularity[order]))
+    masks, order = random_masks(6, 30, 0.4, seed), torch.randperm(30, generator=seeded(seed + 2))
+    before = pairwise_overlaps(masks, masks).kappa(popularity_of(masks))
+    after = pairwise_overlaps(masks[:, order], masks[:, order]).kappa(popularity_of(masks[:, order]))
     torch.testing.assert_close(before, after, equal_nan=True)
 
 
@@ -118,7 +122,7 @@ def test_a_static_hot_set_shows_in_kappa_u_and_not_in_kappa_p():
     masks = topk_masks(scores, 0.15)
     overlaps = pairwise_overlaps(masks[:200], masks[200:])
     assert float(overlaps.kappa(uniform_rate(300)).mean()) > 0.5
-    assert abs(float(overlaps.kappa(popularity_rate(firing_counts(masks))).mean())) < 0.01
+    assert abs(float(overlaps.kappa(popularity_of(masks)).mean())) < 0.01
 
 
 def test_masks_that_follow_more_than_the_hot_set_show_in_kappa_p():
@@ -127,19 +131,63 @@ def test_masks_that_follow_more_than_the_hot_set_show_in_kappa_p():
     scores[:200, 30:60] += 3
     scores[200:, 60:90] += 3
     masks = topk_masks(scores, 0.15)
-    rate = popularity_rate(firing_counts(masks))
+    rate = popularity_of(masks)
     assert float(pairwise_overlaps(masks[:100], masks[100:200]).kappa(rate).mean()) > 0.2
     assert float(pairwise_overlaps(masks[:200], masks[200:]).kappa(rate).mean()) < -0.1
 
 
-def test_equal_popularity_gives_the_uniform_rate_whatever_its_scale():
-    rates = popularity_rate(torch.stack([torch.full((50,), 0.3), torch.full((50,), 7.0)]))
-    torch.testing.assert_close(rates, torch.full((2,), uniform_rate(50), dtype=torch.float64))
+def popularity_by_hand(masks: torch.Tensor) -> float:
+    """The mean overlap of two different masks over the mean product of their sizes."""
+    pairs = list(itertools.combinations([set(mask.nonzero().flatten().tolist()) for mask in masks], 2))
+    return sum(len(a & b) for a, b in pairs) / sum(len(a) * len(b) for a, b in pairs)
 
 
-def test_popularity_rate_of_one_hot_neuron_is_one_and_of_silence_undefined():
-    assert float(popularity_rate(torch.tensor([0, 5, 0]))) == 1.0
-    assert math.isnan(float(popularity_rate(torch.zeros(4))))
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), tokens=st.sampled_from([2, 3, 9]))
+def test_the_popularity_rate_is_the_overlap_of_different_tokens(seed, tokens):
+    masks = random_masks(tokens, 25, 0.4, seed)
+    assert float(popularity_of(masks)) == pytest.approx(popularity_by_hand(masks))
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 10, 200])
+def test_the_popularity_rate_has_no_bias_however_few_the_tokens(tokens):
+    """Tokens drawn from twelve masks of one size: what neurons are how popular is known."""
+    scores = torch.rand(12, 80, generator=seeded(1))
+    scores[:, :10] += 0.5
+    kinds = topk_masks(scores, 0.2)
+    shares = kinds.double().mean(dim=0)
+    truth = float(shares.square().sum() / shares.sum().square())
+    draws = torch.randint(12, (4000 if tokens < 200 else 400, tokens), generator=seeded(tokens))
+    counts = torch.stack([firing_counts(kinds[drawn]) for drawn in draws])
+    rates = popularity_rate(counts, torch.full((len(draws),), tokens * 16**2))
+    error = float(rates.mean()) - truth
+    assert abs(error) < 4 * float(rates.std()) / math.sqrt(len(draws))
+    plug_in = counts.double().square().sum(dim=1) / counts.sum(dim=1).double().square()
+    # p^2 from the same counts, (c / n)^2, is too large by what one token shares with itself
+    assert float(plug_in.mean()) - truth == pytest.approx((1 / 16 - truth) / tokens, rel=0.2)
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_masks_of_several_sizes_have_hardly_any_bias(tokens):
+    likely = torch.linspace(0.02, 0.5, 60)
+    truth = float(likely.square().sum() / likely.sum().square())
+    masks = torch.rand(3000, tokens, 60, generator=seeded(2)) < likely
+    rates = torch.stack([popularity_of(drawn) for drawn in masks])
+    assert abs(float(rates.mean()) - truth) < 4 * float(rates.std()) / math.sqrt(len(masks)) + 0.002 * truth
+    plug_in = torch.stack([(c := firing_counts(drawn).double()).square().sum() / c.sum() ** 2 for drawn in masks])
+    assert float(plug_in.mean()) - truth > 0.3 * (1 / float(likely.sum()) - truth) / tokens
+
+
+def test_equal_popularity_gives_the_uniform_rate():
+    masks = torch.eye(50, dtype=torch.bool).roll(1, 0).repeat(40, 1)
+    assert float(popularity_of(masks)) == pytest.approx(uniform_rate(50), rel=0.03)
+    assert float(popularity_of(torch.ones(3, 50, dtype=torch.bool))) == pytest.approx(uniform_rate(50))
+
+
+def test_popularity_rate_of_one_hot_neuron_is_one_and_of_fewer_than_two_tokens_undefined():
+    assert float(popularity_rate(torch.tensor([0, 5, 0]), torch.tensor(5))) == 1.0
+    assert math.isnan(float(popularity_of(torch.zeros(4, 9, dtype=torch.bool))))
+    assert math.isnan(float(popularity_of(random_masks(1, 9, 0.5, 0))))
 
 
 def test_full_masks_leave_nothing_above_chance():
@@ -169,6 +217,10 @@ def test_firing_counts_add_up():
 WIDTHS = (30, 20, 40, 30)
 
 
+def chance_of(masks: torch.Tensor, widths: tuple[int, ...]) -> Chance:
+    return Chance.by_popularity(firing_counts(masks), squared_sizes(masks, widths), widths)
+
+
 def routed_masks(rows: int, seed: int, experts: int = 2) -> torch.Tensor:
     """Masks that keep half of the units of some random experts each, [rows, units]."""
     generator = seeded(seed)
@@ -182,10 +234,9 @@ class TestChanceOfExperts:
         masks = random_masks(9, 20, 0.4, 0)
         plain = pairwise_overlaps(masks, masks)
         grouped = pairwise_overlaps(masks, masks, (20,))
-        counts = firing_counts(masks)
         for rate, chance in (
             (uniform_rate(20), Chance.uniform((20,))),
-            (float(popularity_rate(counts)), Chance.by_popularity(counts, (20,))),
+            (float(popularity_of(masks)), chance_of(masks, (20,))),
         ):
             torch.testing.assert_close(plain.kappa(rate), grouped.kappa(chance), equal_nan=True)
             assert mean_chance(masks, chance) == pytest.approx(mean_chance(masks, rate))
@@ -224,14 +275,14 @@ class TestChanceOfExperts:
     @given(seed=st.integers(0, 1000))
     def test_neither_the_order_of_neurons_nor_of_experts_matters(self, seed):
         masks = routed_masks(12, seed)
-        found = pairwise_overlaps(masks, masks, WIDTHS).kappa(Chance.by_popularity(firing_counts(masks), WIDTHS))
+        found = pairwise_overlaps(masks, masks, WIDTHS).kappa(chance_of(masks, WIDTHS))
         experts = torch.randperm(len(WIDTHS), generator=seeded(seed)).tolist()
         parts = masks.split(WIDTHS, dim=1)
         moved = torch.cat(
             [parts[place][:, torch.randperm(WIDTHS[place], generator=seeded(place))] for place in experts], dim=1
         )
         widths = tuple(WIDTHS[place] for place in experts)
-        again = pairwise_overlaps(moved, moved, widths).kappa(Chance.by_popularity(firing_counts(moved), widths))
+        again = pairwise_overlaps(moved, moved, widths).kappa(chance_of(moved, widths))
         torch.testing.assert_close(found, again, equal_nan=True)
 
     def test_a_hot_set_of_each_expert_is_what_popularity_explains(self):
@@ -243,19 +294,19 @@ class TestChanceOfExperts:
         masks = torch.cat(parts, dim=1)
         pairs = pairwise_overlaps(masks[:200], masks[200:], WIDTHS)
         assert float(pairs.kappa(Chance.uniform(WIDTHS)).mean()) > 0.05
-        by_popularity = Chance.by_popularity(firing_counts(masks), WIDTHS)
+        by_popularity = chance_of(masks, WIDTHS)
         assert float(pairs.kappa(by_popularity).mean()) == pytest.approx(0, abs=0.005)
 
     def test_an_expert_that_never_served_has_uniform_chance(self):
-        counts = torch.ones(sum(WIDTHS))
-        counts[30:50] = 0
-        assert Chance.by_popularity(counts, WIDTHS).rates.tolist() == pytest.approx([1 / width for width in WIDTHS])
+        masks = torch.ones(3, sum(WIDTHS), dtype=torch.bool)
+        masks[:, 30:50] = False
+        assert chance_of(masks, WIDTHS).rates.tolist() == pytest.approx([1 / width for width in WIDTHS])
 
     def test_pairs_of_texts_use_the_same_chance(self):
         masks = routed_masks(2 * 20, 7).view(2, 20, -1)
-        chance = Chance.by_popularity(firing_counts(masks), WIDTHS)
+        chance = chance_of(masks, WIDTHS)
         tokens = torch.arange(40).view(2, 20)
         (found,) = inertia_pairs(masks, tokens, [chance])
         kappas = pairwise_overlaps(masks[0], masks[1], WIDTHS).kappa(chance)
-        equal = float(found.equal_sum[0, 1] / found.equal_count[0, 1])
+        equal = float(found.kappas.equal_sum[0, 1] / found.kappas.equal_count[0, 1])
         assert equal == pytest.approx(float(kappas.diagonal().mean()), abs=1e-6)

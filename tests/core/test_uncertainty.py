@@ -16,7 +16,14 @@ from actsparse.core.hu1 import (
 )
 from actsparse.core.hu2 import CodeLengths, code_length, count_types, hu2, type_labels
 from actsparse.core.hu4 import hu4, theta_uncertainty, token_diversity
-from actsparse.core.overlap import firing_counts, paired_overlaps, popularity_rate, topk_masks, uniform_rate
+from actsparse.core.overlap import (
+    firing_counts,
+    paired_overlaps,
+    popularity_rate,
+    squared_sizes,
+    topk_masks,
+    uniform_rate,
+)
 from actsparse.core.root_cause import root_cause, signed_gradient_sum
 from actsparse.errors import DataError
 
@@ -147,7 +154,8 @@ class TestHU1:
         scores = torch.randn(20, 64, NEURONS, generator=seeded(0))
         scores[..., :30] += 3
         masks = topk_masks(scores, 0.2)
-        rates = popularity_rate(torch.stack([firing_counts(layer) for layer in masks]))
+        squares = torch.cat([squared_sizes(layer) for layer in masks])
+        rates = popularity_rate(torch.stack([firing_counts(layer) for layer in masks]), squares)
         plain, corrected = hu1(masks, self.types, UNIFORM), hu1(masks, self.types, rates)
         assert plain.mean.value is not None
         assert plain.mean.value < 0.55

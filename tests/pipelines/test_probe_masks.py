@@ -88,8 +88,8 @@ def test_kappas_have_the_chance_level_of_each_pair(
     masks = masks_of(probed, loaded, ids, 1, RULES[where])
     assert len({len(one) for row in masks for one in row[SINK:]}) > 5
     popular = [mask for row in masks_of(probed, loaded, texts.calibration, 1, RULES[where]) for mask in row[SINK:]]
-    counts = [sum(neuron in mask for mask in popular) for neuron in range(FFN)]
-    rates = {"": 1 / FFN, "pop=nat,": sum(count**2 for count in counts) / sum(counts) ** 2}
+    tokens = list(itertools.combinations(popular, 2))
+    rates = {"": 1 / FFN, "pop=nat,": sum(len(a & b) for a, b in tokens) / sum(len(a) * len(b) for a, b in tokens)}
     places = range(SINK, PROMPT)
     within = [
         (masks[row][i], masks[row][j])
@@ -104,6 +104,9 @@ def test_kappas_have_the_chance_level_of_each_pair(
         for name, pairs in {"within": within, "between": between}.items():
             found = kappas[1, f"{where},pairs={name},{pop}rung=natural"]
             assert found == pytest.approx(mean_kappa(pairs, rate), abs=1e-4)
+            chances = [rate * max(len(a), len(b)) for a, b in pairs if a and b]
+            level = rows_of(probed, "e_pop" if pop else "e_uniform")[1, f"{where},pairs={name},{pop}rung=natural"]
+            assert level == pytest.approx(sum(chances) / len(chances), abs=1e-5)
 
 
 @pytest.mark.parametrize("where", RULES)

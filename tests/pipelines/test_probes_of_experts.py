@@ -117,13 +117,13 @@ UNIFORM = dict.fromkeys(range(EXPERTS), 1 / FFN)
 
 
 def popular(loaded: LoadedModel, blocks: torch.Tensor, layer: int) -> dict[int, float]:
-    counts = {expert: [0] * FFN for expert in range(EXPERTS)}
-    for row in masks_of(loaded, blocks, layer):
-        for mask in row[SINK:]:
-            for expert, neurons in mask.items():
-                for neuron in neurons:
-                    counts[expert][neuron] += 1
-    return {expert: sum(n * n for n in of) / sum(of) ** 2 for expert, of in counts.items()}
+    """The mean share of its neurons that two tokens of an expert have in common, over how many those are."""
+    tokens = [mask for row in masks_of(loaded, blocks, layer) for mask in row[SINK:]]
+    return {
+        expert: mean([len(a & b) for a, b in itertools.combinations([of[expert] for of in tokens if expert in of], 2)])
+        / KEPT**2
+        for expert in range(EXPERTS)
+    }
 
 
 def mean(values: list[float]) -> float:
@@ -157,6 +157,51 @@ def test_within_and_between_are_those_of_sets_of_experts_and_neurons(probed, loa
         every = [mask for row in masks for mask in row[SINK:]]
         expected = mean([chance(one, other, UNIFORM) for one, other in itertools.combinations(every, 2)])
         assert rows_of(probed, "e_uniform")[layer, where] == pytest.approx(expected, abs=1e-5)
+
+
+def test_each_kind_of_pair_has_the_chance_level_of_its_own_pairs(probed, loaded, texts) -> None:
+    """The mean over the very pairs whose overlap is shown, one by one."""
+    ids, layer = texts.spread()[:, :PROMPT], 1
+    masks, positions = masks_of(loaded, ids, layer), range(SINK, PROMPT)
+    rows = range(len(ids))
+    pairs = {
+        "within": [(a, i, a, j) for a in rows for i, j in itertools.combinations(positions, 2) if j - i >= 8],
+        "between": [(a, i, b, i) for a, b in itertools.combinations(rows, 2) for i in positions],
+        "neighbour": [(a, i, a, i + 1) for a in rows for i in positions if i + 1 < PROMPT],
+    }
+    levels = {
+        ("e_uniform", ""): UNIFORM,
+        ("e_pop", "pop=nat,"): popular(loaded, texts.calibration, layer),
+        ("e_pop", "pop=own,"): popular(loaded, ids, layer),
+    }
+    shown = {}
+    for (metric, pop), rates in levels.items():
+        for kind, of_kind in pairs.items():
+            expected = mean([
+                chance(masks[a][i], masks[b][j], rates) for a, i, b, j in of_kind if ids[a, i] != ids[b, j]
+            ])  # fmt: skip
+            found = rows_of(probed, metric)[layer, f"pairs={kind},{pop}r=0.2,rung=natural"]
+            assert found == pytest.approx(expected, abs=1e-5), (metric, pop, kind)
+            shown[metric, pop, kind] = found
+    assert shown["e_uniform", "", "neighbour"] != pytest.approx(shown["e_uniform", "", "between"], rel=0.01)
+
+
+@pytest.mark.parametrize("distance", [1, 16])
+def test_each_distance_has_the_chance_level_of_its_own_pairs(probed, loaded, texts, distance: int) -> None:
+    ids, levels = texts.spread(), {"e_uniform": [], "e_pop": []}
+    for layer in range(LAYERS):
+        masks = masks_of(loaded, ids, layer)
+        pairs = [
+            (row[at], row[at + distance])
+            for row, sequence in zip(masks, ids.tolist(), strict=True)
+            for at in range(SINK, BLOCK - distance)
+            if sequence[at] != sequence[at + distance]
+        ]
+        for metric, rates in (("e_uniform", UNIFORM), ("e_pop", popular(loaded, texts.calibration, layer))):
+            levels[metric].append(mean([chance(one, other, rates) for one, other in pairs]))
+    where = f"d={distance},pairs=distance,"
+    assert rows_of(probed, "e_uniform")[None, f"{where}r=0.2"] == pytest.approx(mean(levels["e_uniform"]), abs=1e-5)
+    assert rows_of(probed, "e_pop")[None, f"{where}pop=nat,r=0.2"] == pytest.approx(mean(levels["e_pop"]), abs=1e-5)
 
 
 def test_hu1_compares_the_last_tokens_of_contexts(probed, loaded, texts) -> None:

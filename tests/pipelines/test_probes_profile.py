@@ -108,6 +108,7 @@ def on_layers(params: set[str], *, mean: bool = True) -> set[tuple[int | None, s
 
 
 UNIFORM_AND_NATURAL = (None, "nat")
+PAIRS = ("within", "between", "between-apart", "neighbour")
 # of 60 positions after the sink tokens
 DISTANCES = ("1", "2", "4", "8", "16", "32")
 INTERVALS = {
@@ -120,13 +121,13 @@ INTERVALS = {
     "si2_j": on_layers(expected_params(r=DENSITIES, rung=RUNGS, pop=(None, "nat", "own"))),
     "sir": {(None, param) for param in expected_params(r=DENSITIES, pop=(None, "nat", "own"))},
     "kappa_u": on_layers(
-        expected_params(r=DENSITIES, rung=RUNGS, pairs=("within", "between", "between-apart", "neighbour"))
+        expected_params(r=DENSITIES, rung=RUNGS, pairs=PAIRS)
         | expected_params(r=DENSITIES, pairs=("same-history", "same-token", "unrelated"))
     )
     | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES)},
     "kappa_p": on_layers(
         expected_params(
-            r=DENSITIES, rung=RUNGS, pairs=("within", "between", "between-apart", "neighbour"), pop=("nat", "own")
+            r=DENSITIES, rung=RUNGS, pairs=PAIRS, pop=("nat", "own")
         )
         | expected_params(r=DENSITIES, pairs=("same-history", "same-token", "unrelated"), pop=("nat",))
     )
@@ -151,8 +152,10 @@ INTERVALS = {
 }  # fmt: skip
 SIZES = ("1", "2", "4", "8", "16", "32", "64")
 PLAIN = {
-    "e_pop": on_layers(expected_params(r=DENSITIES, rung=RUNGS, pop=("nat", "own"))),
-    "e_uniform": on_layers(expected_params(r=DENSITIES, rung=RUNGS)),
+    "e_pop": on_layers(expected_params(r=DENSITIES, rung=RUNGS, pop=("nat", "own"), pairs=(None, *PAIRS)))
+    | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES, pop=("nat",))},
+    "e_uniform": on_layers(expected_params(r=DENSITIES, rung=RUNGS, pairs=(None, *PAIRS)))
+    | {(None, param) for param in expected_params(r=DENSITIES, pairs=("distance",), d=DISTANCES)},
     "si1_p90": on_layers(expected_params(r=DENSITIES, pop=UNIFORM_AND_NATURAL)),
 }
 
@@ -245,9 +248,17 @@ def top_sets(loaded: LoadedModel, ids: Tensor, layer: int, density: float) -> li
 
 def popularity_chance(loaded: LoadedModel, blocks: Tensor, layer: int, density: float) -> float:
     sets = top_sets(loaded, blocks, layer, density)
-    counts = [sum(i in one for sequence in sets for one in sequence[SINK:]) for i in range(FFN)]
-    k = math.floor(density * FFN + 0.5)
-    return k * sum(c * c for c in counts) / sum(counts) ** 2
+    tokens = [one for sequence in sets for one in sequence[SINK:]]
+    shared = [len(one & other) for one, other in itertools.combinations(tokens, 2)]
+    return sum(shared) / len(shared) / math.floor(density * FFN + 0.5)
+
+
+def test_masks_of_one_size_have_one_chance_level_whatever_the_pair(probed: ProfileRun) -> None:
+    for metric, pop in (("e_uniform", ""), ("e_pop", "pop=nat,"), ("e_pop", "pop=own,")):
+        found = rows_of(probed, metric)
+        for layer, kind in itertools.product((*range(LAYERS), None), PAIRS):
+            where = f"{pop}r=0.2,rung=natural"
+            assert found[layer, f"pairs={kind},{where}"] == pytest.approx(found[layer, where], rel=1e-5)
 
 
 def test_popularity_is_that_of_the_calibration_blocks(probed: ProfileRun, loaded: LoadedModel, texts) -> None:

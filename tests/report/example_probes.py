@@ -8,6 +8,7 @@ from actsparse.results import Measure, ModelRecord, param
 
 RUNGS = ("natural", "sentence-shuffled", "token-shuffled", "unigram-random", "uniform-random", "repeat")
 CONTROLS = {"identical": 0.0, None: 0.78, "shuffled": 0.71, "random": 0.83, "none": 0.86, "other-token": 0.95}
+PAIRS = ("within", "between", "between-apart", "neighbour")
 DENSITIES = (0.2, 0.5)
 ARMS = {
     ("real", "parallel"): 0.12,
@@ -82,9 +83,10 @@ def _ladder(rows: Rows, density: float) -> None:
         for metric, above in (("overlap_neighbour", 0.14), ("overlap_w", 0.08), ("overlap_b", 0.06)):
             value = None if empty else density + above * (1 - density)
             rows.add_interval(metric, value, 0.01, r=density, rung=rung)
-        rows.add("e_uniform", density, r=density, rung=rung)
-        for pop in ("nat", "own"):
-            rows.add("e_pop", density + 0.06 * (1 - density), r=density, rung=rung, pop=pop)
+        for pairs in (None, *PAIRS):
+            rows.add("e_uniform", density, r=density, rung=rung, pairs=pairs)
+            for pop in ("nat", "own"):
+                rows.add("e_pop", density + 0.06 * (1 - density), r=density, rung=rung, pop=pop, pairs=pairs)
         for pop in (None, "nat", "own"):
             rows.add_interval("si2_j", None if empty else 0.02 - 0.003 * place, 0.004, r=density, rung=rung, pop=pop)
     for pop in (None, "nat", "own"):

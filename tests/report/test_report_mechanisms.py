@@ -79,6 +79,49 @@ def test_the_hot_set_is_told_from_inertia(panel: ProfilePanel) -> None:
     assert "explains 75 % of the excess" in text
 
 
+def test_chance_is_drawn_for_each_kind_of_pair_where_they_part(panel: ProfilePanel) -> None:
+    """As in a mixture of experts, where tokens of one text share more experts than others."""
+    one_level = BY_ID["ladder"].draw(BY_ID["ladder"].data(panel), {})
+    assert [trace.name for trace in one_level.data[3:]] == [
+        "uniform chance", "popularity, natural", "popularity, own",
+    ]  # fmt: skip
+    levels = {"neighbour": 0.18, "within": 0.14, "between": 0.1}
+
+    def change(measures: pl.DataFrame) -> pl.DataFrame:
+        rows = example_probes.Rows(1)
+        for rung in ("natural", "uniform-random"):
+            for pairs, level in levels.items():
+                rows.add("e_uniform", level, r=0.2, rung=rung, pairs=pairs)
+                rows.add("e_pop", level + 0.01, r=0.2, rung=rung, pairs=pairs, pop="own")
+        kept = measures.filter(~pl.col("param").str.contains("pairs=.*rung="))
+        return pl.concat([kept, pl.DataFrame(rows.found, schema=kept.schema)])
+
+    mixture = with_measures(panel, change)
+    figure = BY_ID["ladder"].draw(BY_ID["ladder"].data(mixture), {})
+    uniform = [trace for trace in figure.data if trace.name == "uniform chance"]
+    assert [float(trace.y[0]) for trace in uniform] == pytest.approx(list(levels.values()))
+    assert [trace.line.color for trace in uniform] == [trace.line.color for trace in figure.data[:3]]
+    assert [trace.showlegend for trace in uniform] == [True, False, False]
+    assert "chance gives 0.140, a static hot set 0.150" in said(BY_ID["ladder"], mixture)
+
+
+def test_chance_follows_the_distance_where_it_was_measured(panel: ProfilePanel) -> None:
+    def change(measures: pl.DataFrame) -> pl.DataFrame:
+        rows = example_probes.Rows(1)
+        for power in range(9):
+            rows.add("e_uniform", 0.2 - 0.01 * power, r=0.2, d=2**power, pairs="distance")
+        return pl.concat([measures, pl.DataFrame(rows.found, schema=measures.schema)])
+
+    flat = BY_ID["overlap-distance"].data(panel).filter(pl.col("r") == 0.2)["uniform"]
+    assert flat.to_list() == [0.2] * 9
+    own = with_measures(panel, change)
+    frame = BY_ID["overlap-distance"].data(own).filter(pl.col("r") == 0.2)
+    assert frame["uniform"].to_list() == pytest.approx([0.2 - 0.01 * power for power in range(9)])
+    text = said(BY_ID["overlap-distance"], own)
+    assert "(uniform chance 0.20, popularity 0.25), 256 apart " in text
+    assert "(uniform chance 0.12, popularity 0.25)" in text
+
+
 @pytest.mark.parametrize(
     ("sir", "j", "expected"),
     [

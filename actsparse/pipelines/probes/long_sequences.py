@@ -1,10 +1,12 @@
 """SI1 and SI3 on whole blocks: one pass, each layer reduced at once (methods.md section 6)."""
 
+from collections import defaultdict
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from actsparse.core.bootstrap import layered_ratio
+from actsparse.core.bootstrap import SumAndCount, layered_ratio, mean_of, sum_and_count
 from actsparse.core.mask_rules import MaskRule
 from actsparse.core.overlap import Rate, Widths, paired_overlaps
 from actsparse.core.prefixes import MAX_DELTA, PREFIXES, PrefixCurve, prefix_overlaps, si1
@@ -64,48 +66,47 @@ def _add_shares(found: Found, shares: list[VarianceShares]) -> None:
 
 
 class _Distances:
-    """Overlaps of two tokens of a sequence that stand `d` positions apart and have different ids, by d."""
+    """Overlaps of two tokens of a sequence that stand `d` positions apart and have different ids, by d.
 
-    def __init__(self, layers: int, sequences: int, chance: dict[MaskRule, dict[str | None, list[Rate]]]) -> None:
-        names = [(rule, pop) for rule, rates in chance.items() for pop in (RAW, *rates)]
-        shape = (len(DELTAS), layers, sequences)
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
-        self.counts = {name: torch.zeros(shape, dtype=torch.float64) for name in names}
+    `kappas` and `expected` are sums and numbers, layer after layer, by rule, chance level and distance.
+    """
+
+    def __init__(self) -> None:
+        self.kappas: dict[tuple[MaskRule, str | None, int], list[SumAndCount]] = defaultdict(list)
+        self.expected: dict[tuple[MaskRule, str | None, int], list[SumAndCount]] = defaultdict(list)
 
     def add(
         self,
-        place: int,
         rule: MaskRule,
         masks: Bool[Tensor, "sequences positions units"],
         ids: Int[Tensor, "sequences positions"],
-        rates: dict[str | None, list[Rate]],
+        rates: dict[str | None, Rate],
         widths: Widths,
     ) -> None:
-        """Add the sequences of one layer."""
-        for step, distance in enumerate(DELTAS):
+        """Add the sequences of the next layer."""
+        for distance in DELTAS:
             if distance >= ids.shape[1]:
                 continue
             different = (ids[:, distance:] != ids[:, :-distance]).to(masks.device)
             pairs = paired_overlaps(masks[:, distance:], masks[:, :-distance], widths).only(different)
-            levels: dict[str | None, Rate] = {RAW: 0.0, **{pop: of[place] for pop, of in rates.items()}}
-            for pop, rate in levels.items():
-                kappas = pairs.kappa(rate)
-                self.sums[rule, pop][step, place] = kappas.nansum(dim=1, dtype=torch.float64).cpu()
-                self.counts[rule, pop][step, place] = kappas.isnan().logical_not().sum(dim=1).double().cpu()
+            self.kappas[rule, RAW, distance].append(sum_and_count(pairs.overlap))
+            for pop, rate in rates.items():
+                self.kappas[rule, pop, distance].append(sum_and_count(pairs.kappa(rate)))
+                self.expected[rule, pop, distance].append(sum_and_count(pairs.expected(rate)))
 
     def add_rows(self, found: Found) -> None:
         """The mean over layers at every distance."""
-        for (rule, pop), sums in self.sums.items():
-            for step, distance in enumerate(DELTAS):
-                counts = self.counts[rule, pop][step]
-                if not counts.any():
-                    continue
-                mean = layered_ratio(sums[step], counts).mean
-                if pop == RAW:
-                    found.add_interval("overlap_distance", mean, layer=None, **rule.where, d=distance)
-                    continue
-                metric = "kappa_u" if pop is UNIFORM else "kappa_p"
-                found.add_interval(metric, mean, layer=None, **rule.where, pop=pop, pairs="distance", d=distance)
+        for (rule, pop, distance), layers in self.kappas.items():
+            if not any(counts.any() for _, counts in layers):
+                continue
+            mean = mean_of(layers).mean
+            if pop == RAW:
+                found.add_interval("overlap_distance", mean, layer=None, **rule.where, d=distance)
+                continue
+            where = {**rule.where, "pop": pop, "pairs": "distance", "d": distance}
+            found.add_interval("kappa_u" if pop is UNIFORM else "kappa_p", mean, layer=None, **where)
+            chance = mean_of(self.expected[rule, pop, distance]).mean
+            found.add("e_uniform" if pop is UNIFORM else "e_pop", chance.value, chance.n, layer=None, **where)
 
 
 def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distances]:
@@ -117,17 +118,18 @@ def _read(setting: Setting) -> tuple[PrefixKappas, list[VarianceShares], _Distan
     shape = (len(reader.layers), len(ids), len(PREFIXES), MAX_DELTA)
     kappas = {(rule, pop): torch.zeros(shape) for rule in setting.rules for pop in chance[rule]}
     shares: list[VarianceShares] = []
-    distances = _Distances(len(reader.layers), len(ids), chance)
+    distances = _Distances()
 
     def on_layer(place: int, a: Tensor) -> None:
         counted = a[:, sink:]
         for rule, rates in chance.items():
             masks = reader.masks(place, counted, rule)
-            distances.add(place, rule, masks, ids[:, sink:], rates, reader.widths[place])
+            of_layer = {pop: rate[place] for pop, rate in rates.items()}
+            distances.add(rule, masks, ids[:, sink:], of_layer, reader.widths[place])
             for row, sequence in enumerate(counted):
                 overlaps = prefix_overlaps(sequence, masks[row], rule.density, widths=reader.widths[place])
-                for pop, rate in rates.items():
-                    kappas[rule, pop][place, row] = overlaps.kappa(rate[place]).cpu()
+                for pop, rate in of_layer.items():
+                    kappas[rule, pop][place, row] = overlaps.kappa(rate).cpu()
         rows = [levels.rows(row * length, (row + 1) * length) for row in range(len(ids))]
         ffns = counted[..., : sum(reader.widths[place])].split(reader.widths[place], dim=-1)
         sums = ([variance_sums(*pair) for pair in zip(ffn, rows, strict=True)] for ffn in ffns)

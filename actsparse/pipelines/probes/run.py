@@ -71,7 +71,7 @@ def _mask_warnings(reader: NeuronReader) -> list[str]:
 
 
 def _popularity(reader: NeuronReader, texts: ProbeTexts, writer: RunWriter, progress: Progress) -> Popularity:
-    shard = writer.shard("probes-popularity.safetensors")
+    shard = writer.shard("probes-firing.safetensors")
     if shard.exists():
         return Popularity.of_tensors(tensors.read(shard), reader.rules)
     measure = partial(measure_popularity, reader, texts.calibration, texts.sink_tokens, progress)

@@ -67,6 +67,11 @@ class Found:
         for layer, interval in zip((*self.layers, None), (*found.layers, found.mean), strict=True):
             self.add_interval(metric, interval, layer=layer, **where)
 
+    def add_values(self, metric: str, found: LayerIntervals, **where: object) -> None:
+        """As `add_layers`, without intervals."""
+        for layer, interval in zip((*self.layers, None), (*found.layers, found.mean), strict=True):
+            self.add(metric, interval.value, interval.n, layer=layer, **where)
+
 
 def _param(where: Mapping[str, object]) -> str:
     return param(**{key: value for key, value in where.items() if value is not None})

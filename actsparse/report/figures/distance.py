@@ -10,23 +10,25 @@ from actsparse.report.looks import DEPTH, INK, MUTED, Looks
 from actsparse.report.panels import ProfilePanel
 from actsparse.report.wording import number, percent, span
 
+LEVELS = {"uniform": ("e_uniform", None), "popular": ("e_pop", "nat")}
+
 
 def overlaps(panel: ProfilePanel) -> pl.DataFrame:
-    """`r, d, value, low, high, n, uniform, popular`: raw overlap of natural text by distance; what chance gives."""
+    """`r, d, value, low, high, n, uniform, popular`: raw overlap of natural text by distance; what chance gives.
+
+    Runs that did not measure chance by distance have that of all pairs of natural text.
+    """
     frame = measured(panel.measures, "overlap_distance", numbers=("r", "d")).filter(pl.col("layer").is_null())
-    chance = {
-        name: measured(panel.measures, metric, numbers=("r",), texts=("rung", "pop"))
-        .filter(pl.col("layer").is_null() & (pl.col("rung").fill_null("natural") == "natural") & wanted)
-        .select("r", pl.col("value").alias(name))
-        .unique("r", keep="first")
-        for name, metric, wanted in (
-            ("uniform", "e_uniform", pl.lit(True)),
-            ("popular", "e_pop", pl.col("pop") == "nat"),
-        )
-    }
     frame = frame.drop("layer").drop_nulls(["r", "d"])
-    for part in chance.values():
-        frame = frame.join(part, on="r", how="left", maintain_order="left")
+    for name, (metric, pop) in LEVELS.items():
+        chance = measured(panel.measures, metric, numbers=("r", "d"), texts=("rung", "pop", "pairs"))
+        chance = chance.filter(pl.col("layer").is_null() & pl.col("pop").eq_missing(pl.lit(pop)))
+        of_distance = chance.filter(pl.col("pairs") == "distance").select("r", "d", pl.col("value").alias(name))
+        natural = pl.col("pairs").is_null() & (pl.col("rung").fill_null("natural") == "natural")
+        of_all = chance.filter(natural).select("r", all="value").unique("r", keep="first")
+        frame = frame.join(of_distance, on=["r", "d"], how="left", maintain_order="left")
+        frame = frame.join(of_all, on="r", how="left", maintain_order="left")
+        frame = frame.with_columns(pl.col(name).fill_null(pl.col("all"))).drop("all")
     return frame.sort("r", "d")
 
 
@@ -44,12 +46,10 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             hover="%{x} tokens apart: %{y:.3f}",
         )  # fmt: skip
         for column, dash, what in (("uniform", "dot", "uniform chance"), ("popular", "dash", "popularity chance")):
-            level = first_known(rows[column])
-            if level is not None:
-                flat = rows.select("d", value=pl.lit(level))
+            if first_known(rows[column]) is not None:
                 add_line(
-                    figure, flat, x="d", y="value", name=f"{density:.0%}: {what}", colour=MUTED, dash=dash, width=1.2,
-                    markers=False, hover=f"{what}: %{{y:.3f}}",
+                    figure, rows.select("d", column), x="d", y=column, name=f"{density:.0%}: {what}", colour=MUTED,
+                    dash=dash, width=1.2, markers=False, hover=f"{what}: %{{y:.3f}}",
                 )  # fmt: skip
     add_reference(figure, y=0.0)
     return figure
@@ -65,10 +65,13 @@ def caption(frame: pl.DataFrame) -> str:
         return number(row["value"]) + (f" ({interval})" if interval else "")
 
     text = f"With {percent(as_float(frame['r'].min()), 0)} kept, tokens {near['d']:.0f} apart share {shown(near)}"
-    text += f", {far['d']:.0f} apart {shown(far)}"
-    levels = [
-        f"{name} {number(near[column], 2)}"
-        for column, name in (("uniform", "uniform chance"), ("popular", "popularity"))
-        if near[column] is not None
-    ]
-    return f"{text}{'; ' if levels else ''}{', '.join(levels)}.{counted(frame, 'sequences')}"
+    at_near, at_far = _levels(near), _levels(far)
+    own = f" ({at_near})" if at_near != at_far else ""
+    text += f"{own}, {far['d']:.0f} apart {shown(far)}"
+    text += f" ({at_far})" if own else f"; {at_near}" if at_near else ""
+    return f"{text}.{counted(frame, 'sequences')}"
+
+
+def _levels(row: dict[str, float]) -> str:
+    named = (("uniform", "uniform chance"), ("popular", "popularity"))
+    return ", ".join(f"{name} {number(row[column], 2)}" for column, name in named if row[column] is not None)

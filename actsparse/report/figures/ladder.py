@@ -1,5 +1,6 @@
 """The input ladder: overlaps of masks on natural to random input, beside what chance gives, and SI2's excess J."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -18,6 +19,11 @@ SERIES = {
     "overlap_w": ("same sequence, 8 or more apart", INK, "square"),
     "overlap_b": ("other sequence", DEPTH[4], "diamond"),
 }
+# The kinds of pairs by their overlap; "" is the mean of all pairs of a rung's tokens.
+PAIRS = {"overlap_neighbour": "neighbour", "overlap_w": "within", "overlap_b": "between"}
+ALL_PAIRS = ""
+# Kinds of pairs have chance levels of their own (experts, masks of several sizes) that are drawn where they part.
+PARTED = 0.02
 CHANCE = {
     "e_uniform": ("uniform chance", "dot"),
     "nat": ("popularity, natural", "dash"),
@@ -27,11 +33,15 @@ POPS = {"": "above uniform chance", "nat": "above popularity (natural)", "own": 
 
 
 def overlaps(panel: ProfilePanel) -> pl.DataFrame:
-    """`metric, r, rung, value, low, high, n`: raw overlaps and chance levels, mean of layers, by rung of the ladder."""
+    """`metric, pairs, r, rung, value, low, high, n`: raw overlaps and chance levels, mean of layers, by rung.
+
+    `pairs` names the pairs of a chance level: `neighbour`, `within`, `between`, or "" for all of the rung's tokens.
+    """
     parts = [_of(panel, metric).with_columns(metric=pl.lit(metric)) for metric in (*SERIES, "e_uniform")]
     chance = _of(panel, "e_pop").with_columns(metric=pl.col("pop"))
-    frame = pl.concat([*parts, chance]).drop_nulls("metric")
-    found = frame.select("metric", "r", "rung", "value", "low", "high", "n")
+    frame = pl.concat([*parts, chance]).drop_nulls("metric").with_columns(pl.col("pairs").fill_null(ALL_PAIRS))
+    frame = frame.filter(pl.col("pairs").is_in([ALL_PAIRS, *PAIRS.values()]))
+    found = frame.select("metric", "pairs", "r", "rung", "value", "low", "high", "n")
     return found if set(SERIES) & set(found["metric"]) else found.clear()
 
 
@@ -44,44 +54,77 @@ def excess(panel: ProfilePanel) -> pl.DataFrame:
 
 
 def _of(panel: ProfilePanel, metric: str) -> pl.DataFrame:
-    frame = measured(panel.measures, metric, numbers=("r",), texts=("pop", "rung"))
+    frame = measured(panel.measures, metric, numbers=("r",), texts=("pop", "rung", "pairs"))
     order = pl.col("rung").replace_strict({rung: place for place, rung in enumerate(RUNGS)}, default=len(RUNGS))
     return frame.filter(pl.col("layer").is_null()).drop("layer").drop_nulls(["r", "rung"]).sort("r", order)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of the ladder; chance levels have no symbol."""
+
+    metric: str
+    pairs: str
+    name: str
+    colour: str
+    symbol: str = ""
+    dash: str = "solid"
+    legend: bool = True
+
+
+def _lines(frame: pl.DataFrame) -> list[_Line]:
+    """The overlaps, and the chance levels: in grey, or where they part those of each kind of pair in its colour."""
+    lines = [_Line(metric, ALL_PAIRS, *look) for metric, look in SERIES.items()]
+    if not _parted(frame):
+        return lines + [_Line(metric, ALL_PAIRS, name, MUTED, dash=dash) for metric, (name, dash) in CHANCE.items()]
+    for metric, (name, dash) in CHANCE.items():
+        for place, (overlap, pairs) in enumerate(PAIRS.items()):
+            lines.append(_Line(metric, pairs, name, SERIES[overlap][1], dash=dash, legend=place == 0))
+    return lines
+
+
+def _parted(frame: pl.DataFrame) -> bool:
+    """Whether kinds of pairs differ in their chance level."""
+    levels = frame.filter(pl.col("metric").is_in(list(CHANCE)) & (pl.col("pairs") != ALL_PAIRS))
+    spread = levels.group_by("metric", "r", "rung").agg(
+        share=(pl.col("value").max() - pl.col("value").min()) / pl.col("value").max()
+    )
+    return bool((spread["share"] > PARTED).any())
 
 
 def draw_overlaps(frame: pl.DataFrame, looks: Looks) -> go.Figure:
     """One line a kind of pair over the rungs that have pairs; dotted and dashed lines are the chance levels."""
     paired = set(frame.filter(pl.col("metric").is_in(list(SERIES)))["rung"])
     rungs = [rung for rung in RUNGS if rung in paired]
+    title = "overlap of two masks (share of the kept neurons)"
     figure = canvas(
         x="input, from natural text to one repeated token",
-        y="overlap of two masks (share of the kept neurons)",
+        y=title,
         height=400,
         x_axis=_rung_axis(rungs),
         y_axis={"rangemode": "tozero", "tickformat": ".2f"},
     )
     densities = frame["r"].unique().sort().to_list()
-    lines = [(metric, *look, "solid") for metric, look in SERIES.items()]
-    lines += [(metric, name, MUTED, "", dash) for metric, (name, dash) in CHANCE.items()]
     values: dict[float, list[list[float | None]]] = {density: [] for density in densities}
     bars: dict[float, list[dict[str, Any] | None]] = {density: [] for density in densities}
-    for metric, name, colour, symbol, dash in lines:
+    for line in _lines(frame):
         for density in densities:
-            middle, low, high = (_by_rung(frame, metric, density, end, rungs) for end in ("value", "low", "high"))
+            middle, low, high = (_by_rung(frame, line, density, end, rungs) for end in ("value", "low", "high"))
             values[density].append(middle)
-            bars[density].append(ends(middle, low, high, colour))
+            bars[density].append(ends(middle, low, high, line.colour))
         first = densities[0]
         figure.add_scatter(
             x=rungs,
             y=floats(values[first][-1]),
             error_y=bars[first][-1],
-            mode="lines+markers" if symbol else "lines",
-            name=name,
-            line={"color": colour, "width": 2 if symbol else 1.2, "dash": dash},
-            marker={"size": 8, "color": colour, "symbol": symbol or "circle"},
-            hovertemplate=f"%{{x}}: %{{y:.3f}}<extra>{name}</extra>",
+            mode="lines+markers" if line.symbol else "lines",
+            name=line.name,
+            legendgroup=line.metric,
+            showlegend=line.legend,
+            line={"color": line.colour, "width": 2 if line.symbol else 1.2, "dash": line.dash},
+            marker={"size": 8, "color": line.colour, "symbol": line.symbol or "circle"},
+            hovertemplate=f"%{{x}}: %{{y:.3f}}<extra>{line.name}{', ' * bool(line.pairs)}{line.pairs}</extra>",
         )
-    title = "overlap of two masks (share of the kept neurons)"
     if len(densities) > 1:
         choices = [
             {
@@ -111,9 +154,9 @@ def _rung_axis(rungs: list[str]) -> dict[str, Any]:
     }
 
 
-def _by_rung(frame: pl.DataFrame, metric: str, density: float, column: str, rungs: list[str]) -> list[float | None]:
-    rows = frame.filter((pl.col("metric") == metric) & (pl.col("r") == density))
-    found = dict(rows.select("rung", column).iter_rows())
+def _by_rung(frame: pl.DataFrame, line: _Line, density: float, column: str, rungs: list[str]) -> list[float | None]:
+    wanted = (pl.col("metric") == line.metric) & (pl.col("pairs") == line.pairs) & (pl.col("r") == density)
+    found = dict(frame.filter(wanted).select("rung", column).iter_rows())
     return [found.get(rung) for rung in rungs]
 
 
@@ -147,7 +190,9 @@ def caption_overlaps(frame: pl.DataFrame) -> str:
     """What of the overlap within natural text chance and a static hot set explain."""
     density = frame["r"].min()
     natural = frame.filter((pl.col("rung") == "natural") & (pl.col("r") == density))
-    value = dict(natural.select("metric", "value").iter_rows())
+    # the chance level of the pairs within a sequence, where it was measured, stands after that of all pairs
+    of_pairs = natural.filter(pl.col("pairs").is_in([ALL_PAIRS, "within"])).sort("pairs")
+    value = dict(of_pairs.select("metric", "value").iter_rows())
     within, between_, uniform = value.get("overlap_w"), value.get("overlap_b"), value.get("e_uniform")
     own = value.get("own", value.get("nat"))
     if within is None or uniform is None:
