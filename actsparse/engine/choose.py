@@ -59,8 +59,13 @@ class Run(Protocol):
         """Run prompts dense, watching what gates need; the logits of their last position."""
         ...
 
-    def select(self) -> None:
-        """Decide the masks of the prompts prefilled last."""
+    def select(self, tokens: int | None = None) -> None:
+        """Decide the masks of the prompts prefilled last, which `tokens` decoded ones follow (None: nobody knows)."""
+        ...
+
+    @property
+    def break_even(self) -> float | None:
+        """Decoded tokens after which copies of what a plan keeps are repaid; None where there was nothing to choose."""
         ...
 
     def use(self, *, sparse: bool) -> None:

@@ -74,11 +74,16 @@ class ForwardRun:
         self._cache = None
         return self._logits
 
-    def select(self) -> None:
+    def select(self, tokens: int | None = None) -> None:
         """Decide the masks of the prompt prefilled last, and gather what they keep."""
         if self._decoder is not None:
             self._decoder.select()
             self.use(sparse=self._sparse)
+
+    @property
+    def break_even(self) -> None:
+        """Nothing was to choose: these steps read copies."""
+        return None
 
     def use(self, *, sparse: bool) -> None:
         """Decode under the plan, or dense, from now on."""

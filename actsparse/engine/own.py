@@ -1,9 +1,9 @@
 """Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,20 +12,23 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from actsparse.engine.cpu.counting import Counting
 from actsparse.engine.cpu.engine import CpuEngine
 from actsparse.engine.cpu.ops import MAX_BATCH
 from actsparse.engine.cuda.availability import native_refusal
 from actsparse.engine.decode import prefill
-from actsparse.engine.gating import GateState, PlanState
+from actsparse.engine.gating import PlanState
+from actsparse.engine.kept import KeptNeurons
+from actsparse.engine.refresh import Refresh
+from actsparse.engine.step.copies import lists_alone
 from actsparse.engine.step.decoder import Decoder, Engine
 from actsparse.engine.step.packing import share_storage, weights_from_model
 from actsparse.engine.step.plans import DensePlan, SlicedPlan
 from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
-from actsparse.engine.step.translate import Translator, choose_all
-from actsparse.engine.step.unions import PAYS, gather_union, lists_alone, union_density
+from actsparse.engine.step.translate import Translator
 from actsparse.engine.step.weights import Weights
-from actsparse.engine.step.work import GatePlan, LayerWork, Listed
-from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate
+from actsparse.engine.step.work import GatePlan
+from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind, Unit
@@ -91,27 +94,32 @@ class OwnRun:
         self._plan = steps.translator.plan(gates, batch) if gates else None
         self._dense = DensePlan()
         self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
+        self._refresh = Refresh(self._plan, steps.weights, batch) if self._plan and self._refreshes else None
+        counts = self._engine.counters if isinstance(self._engine, CpuEngine) else None
+        self._counting = None if counts is None or self._plan is None else Counting(counts, self._plan, self._refresh)
+        self._kept = self._plan and KeptNeurons(
+            self._plan, steps.translator, self._decoder, chooses_again=self._refreshes
+        )
         self._prompt: PlanState | None = None
         self._state: PlanState | None = None
         self._start: tuple[Tensor, int] | None = None
         self._sparse = False
         self._moved = False  # whether the state has counted tokens since it was selected
         self._counted = 0
-        self._dense_steps: Counter[int] = Counter()
         self._logits = torch.zeros(0)
-        self._recorders: dict[frozenset[int], GatePlan] = {}
-        self._union: SlicedPlan | None = None
+        self._followed = 0  # single steps since the last selection
         self._padded = False
 
     @property
     def path(self) -> str:
         """How the step at work runs."""
-        return f"own step on {self._steps.weights.device.type}, {self._decoder.path}"
+        told = self._kept and self._kept.told
+        return f"own step on {self._steps.weights.device.type}, {self._decoder.path}{f'; {told}' if told else ''}"
 
     @property
     def announced(self) -> list[str]:
         """Which better path could not be taken, and why."""
-        return [*self.warnings, *self._decoder.warnings]
+        return [*self.warnings, *(self._kept.warnings if self._kept else ()), *self._decoder.warnings]
 
     @property
     def watches(self) -> bool:
@@ -162,7 +170,12 @@ class OwnRun:
 
     def step(self, tokens: Int[Tensor, " batch"], position: int) -> Float[Tensor, "batch vocab"]:
         """Process one token a sequence at `position`; the logits of the next, valid until the next step."""
-        self._decoder.start(tokens, position)
+        start = partial(self._decoder.start, tokens, position)
+        if self._sparse and self._kept is not None:
+            self._followed += 1
+            if self._kept.copy_if_repaid(self._followed, start):
+                self._set(self._kept.work)
+        start()
         self._advance(1)
         return self._decoder.state.logits
 
@@ -171,34 +184,48 @@ class OwnRun:
         state, at = self._decoder.state, slice(position, position + 1)
         return state.keys[layer, :, :, at], state.values[layer, :, :, at]
 
-    def select(self) -> None:
-        """Decide the masks of the prompts prefilled last, and list what they keep."""
-        if self._prompt is not None and self._plan is not None:
-            self._choose(deepcopy(self._prompt) if self._refreshes else self._prompt, self._plan)
+    def select(self, tokens: int | None = None) -> None:
+        """Decide the masks of the prompts prefilled last, and list what they keep; copy it where the `tokens` that
+        follow repay that (None: once so many have followed)."""
+        if self._prompt is not None:
+            self._choose(deepcopy(self._prompt) if self._refreshes else self._prompt, tokens)
 
     def resume(self) -> None:
         """The same by the gates' state that was adopted, which goes on from where it stands: it counts each token, and
         what gates that choose again see stays in it."""
-        if self._prompt is not None and self._plan is not None:
-            self._choose(self._prompt, self._plan)
+        if self._prompt is not None:
+            self._choose(self._prompt, None)
 
-    def _choose(self, state: PlanState, plan: GatePlan) -> None:
+    def _choose(self, state: PlanState, tokens: int | None) -> None:
+        if self._kept is None:
+            return
         self._state = state
         self._moved = False
-        self._fill()
-        if self._sparse:
-            self._set(plan)
+        self._followed = 0
+        self._kept.choose(state.neurons)
+        if tokens is not None:
+            self._decoder.sample(None)
+            self._kept.copy_if_repaid(tokens, self._restart)
+        self.use(sparse=self._sparse)
+
+    @property
+    def break_even(self) -> float | None:
+        """Decoded tokens after which copies of what is kept are repaid; None where there was nothing to choose."""
+        return self._kept.repaid_after if self._kept else None
 
     def use(self, *, sparse: bool) -> None:
         """Decode under the plan, or dense, from now on."""
-        self._sparse = sparse and self._plan is not None
-        self._set(self._plan if self._sparse and self._plan else self._dense)
+        self._sparse = sparse and self._kept is not None
+        self._set(self._kept.work if self._sparse and self._kept else self._dense)
 
     def rewind(self) -> None:
         """Back to the end of the prompts."""
+        self._restart()
+        self._forget_tokens()
+
+    def _restart(self) -> None:
         assert self._start is not None, "prefill comes first"
         self._decoder.start(*self._start)
-        self._forget_tokens()
 
     def feed(self, tokens: Int[Tensor, "batch count"]) -> None:
         """Process given tokens one by one, the first being the one after the prompt."""
@@ -257,7 +284,10 @@ class OwnRun:
         self._decoder.force(None)
         self._decoder.sample(sampling)
         found = [self._first(sampling)[:, None]]
-        self._decoder.start(found[0][:, 0], self._start[1])
+        start = partial(self._decoder.start, found[0][:, 0], self._start[1])
+        if self._sparse and self._kept is not None and self._kept.copy_if_repaid(count, start):
+            self._set(self._kept.work)
+        start()
         self._forget_tokens()
         made = 1
         while made < count and not _ended(found, stop):
@@ -269,43 +299,25 @@ class OwnRun:
 
     def kept(self) -> dict[tuple[str, int], float]:
         """The share of each unit of each layer that the plan's steps have read since `forget`; empty if not counted."""
-        if self._plan is None:
+        if self._kept is not None and self._reads_lists:
+            return {(Unit.NEURON.value, layer): share for layer, share in enumerate(self._kept.shares())}
+        if self._counting is None:
             return {}
-        if not isinstance(self._engine, CpuEngine):
-            return self._listed() if self._reads_lists else {}
-        steps = max(1, self._counted)
-        known = self._engine.counters
-        read: dict[tuple[str, int], int] = {}
-        totals: dict[tuple[str, int], int] = {}
-        for one in known.get(id(self._plan), []):
-            read[one.unit, one.layer] = int(one.read) + one.total * self._dense_steps[one.layer]
-            totals[one.unit, one.layer] = one.total
-        for recorder in self._recorders.values():
-            for one in known.get(id(recorder), []):
-                read[one.unit, one.layer] += int(one.read)
-        return {place: found / (steps * totals[place]) for place, found in read.items()}
+        return self._counting.shares(self._counted)
 
     def forget(self) -> None:
         """Count what is read from here on."""
         self._counted = 0
-        self._dense_steps.clear()
-        if isinstance(self._engine, CpuEngine):
-            for plan in (self._plan, *self._recorders.values()):
-                for one in self._engine.counters.get(id(plan), []):
-                    one.read.zero_()
+        if self._refresh is not None:
+            self._refresh.dense_steps.clear()
+        if self._counting is not None:
+            self._counting.forget()
 
     @property
     def _reads_lists(self) -> bool:
-        """Whether a step on CUDA reads what the lists of its plan name and nothing else, as the compiled kernels do."""
-        alone = self.batch <= self._steps.most_sequences and not self._padded
-        return alone and self._plan is not None and lists_alone(self._plan) and not self._refreshes
-
-    def _listed(self) -> dict[tuple[str, int], float]:
-        """The share of each layer's neurons that the plan's lists name."""
-        assert self._plan is not None
-        assert self._plan.selection is not None
-        shares = self._plan.selection.count.double() / self._plan.selection.index.shape[1]
-        return {(Unit.NEURON.value, layer): share for layer, share in enumerate(shares.tolist())}
+        """Whether a step reads what the lists of its plan name, or copies of it, and nothing else."""
+        native = isinstance(self._engine, CpuEngine) or (self.batch <= self._steps.most_sequences and not self._padded)
+        return native and self._plan is not None and lists_alone(self._plan) and not self._refreshes
 
     @property
     def _refreshes(self) -> bool:
@@ -324,8 +336,8 @@ class OwnRun:
         state = self._decoder.state
         return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
 
-    def _set(self, plan: GatePlan | DensePlan) -> None:
-        self._decoder.set_plan(cast(Any, self._union if plan is self._plan and self._union is not None else plan))
+    def _set(self, plan: GatePlan | SlicedPlan | DensePlan) -> None:
+        self._decoder.set_plan(cast(Any, plan))
 
     def _advance(self, count: int) -> Tensor:
         """Decode `count` steps; the tokens [batch, count] that follow."""
@@ -338,70 +350,18 @@ class OwnRun:
     def _refreshing(self) -> Tensor:
         """One step under gates that choose again: every so many tokens a dense one, whose activations they see."""
         assert self._state is not None, "select comes first"
+        assert self._kept is not None
+        assert self._refresh is not None
         self._moved = True
-        dense = [layer for layer, state in enumerate(self._state.neurons) if state is not None and state.due()]
+        dense = self._refresh.due(self._state)
         if dense:
-            self._set(self._recorder(frozenset(dense)))
+            self._set(self._refresh.recorder(dense))
         following = self._decoder.decode(1)
         if dense:
-            assert self._plan is not None
-            self._dense_steps.update(dense)
-            self._see(dense)
-            self._fill()
-            self._set(self._plan)
+            self._refresh.see(self._state, dense)
+            self._kept.choose(self._state.neurons)
+            self._set(self._kept.work)
         return following
-
-    def _recorder(self, dense: frozenset[int]) -> GatePlan:
-        """The plan with these layers dense, which leave their neurons' activations."""
-        if dense not in self._recorders:
-            assert self._plan is not None
-            shape = self._steps.weights.shape
-            layers = tuple(LayerWork() if i in dense else work for i, work in enumerate(self._plan.layers))
-            seen = torch.zeros(shape.layers, self.batch, shape.neurons, device=self._steps.weights.device)
-            self._recorders[dense] = GatePlan(layers=layers, neurons=seen)
-        return self._recorders[dense]
-
-    def _see(self, dense: list[int]) -> None:
-        """Let the gates of layers that ran dense see the token's activations."""
-        assert self._state is not None
-        seen = self._recorder(frozenset(dense)).neurons
-        assert seen is not None
-        for layer in dense:
-            state = self._state.neurons[layer]
-            assert state is not None
-            state.join(seen[layer])
-
-    def _fill(self) -> None:
-        """List the neurons that the gates' masks keep; no decision waits for the device."""
-        assert self._plan is not None
-        assert self._state is not None
-        neurons = self._steps.weights.shape.neurons
-        masks = {
-            layer: masks_of(state, self.batch, neurons)
-            for layer, (work, state) in enumerate(zip(self._plan.layers, self._state.neurons, strict=True))
-            if isinstance(work.mlp, Listed) and state is not None
-        }
-        choose_all(self._plan, masks)
-        if self.batch > 1 and self._steps.weights.device.type == "cuda" and lists_alone(self._plan):
-            self._unite(self._plan)
-
-    def _unite(self, plan: GatePlan) -> None:
-        """Gather what any sequence keeps, where that is little enough to pay."""
-        before, density = self._union, union_density(plan)
-        self._union = gather_union(plan, self._steps.translator, before) if density <= PAYS else None
-        if before is not None and before is not self._union:
-            self._decoder.forget_plan(before)
-        if self._union is None:
-            warning = f"the batch keeps {density:.0%} of the neurons in all: this plan is no faster than dense"
-            if warning not in self.warnings:
-                self.warnings.append(warning)
-
-
-def masks_of(state: GateState, batch: int, neurons: int) -> Bool[Tensor, "batch neurons"]:
-    """The masks of a gate that has seen the prompts; a prompt that showed nothing to choose from keeps everything."""
-    if isinstance(state.gate, FixedGate):
-        return state.gate.mask.expand(batch, -1)
-    return state.chosen() if state.ready else torch.ones(batch, neurons, dtype=torch.bool)
 
 
 def _ended(found: list[Tensor], stop: frozenset[int]) -> bool:

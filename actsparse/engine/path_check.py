@@ -36,12 +36,15 @@ class PathCheck:
 @torch.no_grad()
 def path_check(
     run: Run, sites: ModelSites, gates: Sequence[LayerGates], block: Int[Tensor, " seq"], prompt: int, *,
-    sink_tokens: int,
+    sink_tokens: int, followed_by: int | None = None,
 ) -> PathCheck:  # fmt: skip
-    """Engine against masked path over the tokens of `block` behind its first `prompt` ones, all but the last."""
+    """Engine against masked path over the tokens of `block` behind its first `prompt` ones, all but the last.
+
+    The engine reads what it would read if `followed_by` tokens were decoded (None: lists of what is kept).
+    """
     tokens, targets = block[None, prompt:-1], block[prompt + 1 :]
     run.prefill(block[None, :prompt], watch=True)
-    run.select()
+    run.select(followed_by)
     run.use(sparse=True)
     chosen = run.chosen(tokens) if any(layer.decides_by_token for layer in gates) else None
     found = run.forced(tokens)[0] if chosen is None else chosen[0][0]

@@ -1,6 +1,5 @@
-"""The only place that measures time: sparse against dense, in turns, in one process, over the same tokens."""
+"""Sparse against dense decode: timed in turns, in one process, over the same tokens."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actsparse.core.stats import median_interval
+from actsparse.engine import clock
 from actsparse.engine.choose import Run
 from actsparse.engine.cpu import build
 from actsparse.results import FEWEST_PAIRS, Verdict
@@ -93,7 +93,7 @@ def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens
     Prefill and selection are timed in the first repetitions; every decode lap starts from the end of the prompts.
     """
     run.prefill(ids, watch=True)
-    run.select()
+    run.select(tokens)
     run.use(sparse=False)
     stream = dense_stream(run, tokens, ids.device)
     for sparse in (False, True):
@@ -102,11 +102,11 @@ def measure(run: Run, model: PreTrainedModel, ids: Tensor, *, pairs: int, tokens
     laps: list[Lap] = []
     for repetition in range(pairs):
         if repetition < PREFILL_REPETITIONS:
-            laps += _prefill_laps(run, model, ids, repetition)
+            laps += _prefill_laps(run, model, ids, repetition, tokens)
         for arm, sparse in (("dense", False), ("sparse", True)):
             run.use(sparse=sparse)
             run.rewind()
-            seconds = _seconds(model, lambda: run.feed(stream))
+            seconds = elapsed(model, lambda: run.feed(stream))
             laps.append(Lap(arm=arm, phase="decode", repetition=repetition, tokens=tokens, seconds=seconds))
     run.use(sparse=False)
     return laps
@@ -173,7 +173,7 @@ def probe_of(
     for repetition in range(PROBE_PAIRS + 1):
         for arm, seconds in laps.items():
             ready(arm)
-            found = _seconds(model, lambda s=arm: decode(s)) / tokens
+            found = elapsed(model, lambda s=arm: decode(s)) / tokens
             if repetition:
                 seconds.append(found)
     dense, sparse = laps[False], laps[True]
@@ -195,20 +195,20 @@ def token_laps(run: Run, model: PreTrainedModel, stream: Tensor) -> list[float]:
     """Seconds of every single token of teacher-forced decode, the first being the one after the prompts."""
     run.rewind()
     run.begin(stream)
-    return [_seconds(model, run.advance) for _ in range(stream.shape[1])]
+    return [elapsed(model, run.advance) for _ in range(stream.shape[1])]
 
 
 def elapsed(model: PreTrainedModel, work: Callable[[], object]) -> float:
     """Seconds that `work` takes, the model's device waited for."""
-    return _seconds(model, work)
+    return clock.seconds(model.device, work)
 
 
 def measure_generate(model: PreTrainedModel, ids: Tensor, *, tokens: int, repetitions: int = 2) -> list[Lap]:
     """The model's own `generate` over a fixed number of tokens: seconds of the decode part, prefill taken off."""
     laps = []
     for repetition in range(repetitions + 1):
-        short = _seconds(model, lambda: _generate(model, ids, 1))
-        whole = _seconds(model, lambda: _generate(model, ids, tokens + 1))
+        short = elapsed(model, lambda: _generate(model, ids, 1))
+        whole = elapsed(model, lambda: _generate(model, ids, tokens + 1))
         if repetition:
             seconds = max(0.0, whole - short)
             laps.append(Lap(arm="generate", phase="decode", repetition=repetition, tokens=tokens, seconds=seconds))
@@ -226,14 +226,14 @@ def _generate(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
     )
 
 
-def _prefill_laps(run: Run, model: PreTrainedModel, ids: Tensor, repetition: int) -> list[Lap]:
+def _prefill_laps(run: Run, model: PreTrainedModel, ids: Tensor, repetition: int, tokens: int) -> list[Lap]:
     def lap(arm: str, phase: str, work: Callable[[], object]) -> Lap:
-        return Lap(arm=arm, phase=phase, repetition=repetition, tokens=ids.shape[1], seconds=_seconds(model, work))
+        return Lap(arm=arm, phase=phase, repetition=repetition, tokens=ids.shape[1], seconds=elapsed(model, work))
 
     run.use(sparse=False)
     dense = lap("dense", "prefill", lambda: run.prefill(ids, watch=False))
     watched = lap("sparse", "prefill", lambda: run.prefill(ids, watch=True))
-    return [dense, watched, lap("sparse", "select", run.select)]
+    return [dense, watched, lap("sparse", "select", lambda: run.select(tokens))]
 
 
 def _decode(run: Run, stream: Tensor, sparse: bool) -> None:
@@ -253,9 +253,7 @@ def read_bandwidth(device: torch.device, megabytes: int = 256) -> float:
     seconds = []
     for repetition in range(READINGS):
         buffer = buffers[repetition % 2]
-        began = time.perf_counter()
-        reader(buffer)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(clock.seconds(device, lambda b=buffer: reader(b)))
     return (megabytes << 20) / float(torch.tensor(seconds[2:], dtype=torch.float64).quantile(0.5))
 
 
@@ -265,19 +263,6 @@ def _reader(device: torch.device) -> Callable[[Tensor], object]:
         handle = build.library()
         return lambda buffer: handle.actsparse_read(buffer.data_ptr(), buffer.numel())
     return lambda buffer: buffer.sum().item()
-
-
-def _seconds(model: PreTrainedModel, run: Callable[[], object]) -> float:
-    _synchronize(model)
-    began = time.perf_counter()
-    run()
-    _synchronize(model)
-    return time.perf_counter() - began
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
 
 
 def _of(laps: Sequence[Lap], arm: str, phase: str) -> list[Lap]:

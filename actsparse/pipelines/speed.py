@@ -15,7 +15,7 @@ from actsparse.engine.forward import forward_run
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.engine.path_check import PathCheck, path_check
 from actsparse.engine.step.sampling import Sampling
-from actsparse.errors import DataError, ModelError, PlanError
+from actsparse.errors import DataError, ModelError, PlanError, is_out_of_memory
 from actsparse.methods.gates import LayerGates
 from actsparse.methods.plan import Plan
 from actsparse.methods.short import DENSE
@@ -29,6 +29,7 @@ from actsparse.store.files import write_bytes
 FLIPS_TOLERANCE = 1e-2
 SHORTEST_TIMED_PROMPT = 32
 NGRAM = 4
+NO_MEMORY = "out of memory: its decode does not fit beside the model; give shorter prompts or fewer tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,14 @@ def measure_all(session: Session, groups: Sequence[PlanGroup]) -> Speeds:
         advance(1)
         plans = {}
         for index, group in enumerate(groups):
-            plans[group.name] = runner.kept(f"plan-{index:03d}", lambda g=group: runner.plan(g, dense))
+            try:
+                plans[group.name] = runner.kept(f"plan-{index:03d}", lambda g=group: runner.plan(g, dense))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # not kept: a run that is resumed tries again
+                plans[group.name] = PlanSpeed(plan=group.name, reason=NO_MEMORY)
+                session.warn(f"{group.name} was not timed: {NO_MEMORY}")
             advance(1)
     tolerance = path_tolerance(str(session.loaded.model.dtype))
     for one in plans.values():
@@ -214,7 +222,7 @@ class _Runner:
         block = texts.quality.ids[0][: texts.prompt_length + 1 + count].to(self.session.loaded.model.device)
         return path_check(
             run, self.session.loaded.sites, group.plan.gates(), block, texts.prompt_length,
-            sink_tokens=texts.quality.record.sink_tokens,
+            sink_tokens=texts.quality.record.sink_tokens, followed_by=self.session.spec.timing_tokens,
         )  # fmt: skip
 
     def sparse_text(self, run: Run, prompt: int, ids: Tensor) -> list[int]:

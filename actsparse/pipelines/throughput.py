@@ -76,46 +76,63 @@ def _one(
     session: Session, engines: Engines, group: PlanGroup | None, ids: Tensor, read_bandwidth: float
 ) -> list[ThroughputRow]:
     """The rows of dense and of one plan (None: dense alone) on prompts ids [batch, prompt]."""
-    spec, model = session.spec, session.loaded.model
+    spec = session.spec
     batch, prompt = ids.shape
     longest = max(spec.gen_lengths)
     gates = [] if group is None else group.plan.gates()
     sink = session.texts.quality.record.sink_tokens
-    arms = {DENSE: _Arm()} if group is None else {DENSE: _Arm(), group.name: _Arm()}
+    rows: list[ThroughputRow] = []
     with engines.open(gates, sink_tokens=sink, max_length=prompt + longest + 2, batch=batch) as run:
         run.use(sparse=False)
         run.prefill(ids, watch=bool(gates))
         stream = timing.dense_stream(run, longest, ids.device)
-        run.select()
-        for name in arms:  # warm up
-            run.use(sparse=name != DENSE)
-            run.rewind()
-            run.feed(stream[:, :4])
-        run.forget()
-        for _ in range(ROUNDS):
-            for name, arm in arms.items():
-                sparse = name != DENSE
-                reset_peak(model.device)
-                run.use(sparse=False)
-                arm.prefill.append(timing.elapsed(model, lambda w=sparse: run.prefill(ids, watch=w)))
-                arm.select.append(timing.elapsed(model, run.select) if sparse else 0.0)
-                run.use(sparse=sparse)
-                arm.tokens.append(timing.token_laps(run, model, stream))
-                arm.memory = max(arm.memory, peak_bytes(model.device))
-        unread = _unread(session, group, run)
+        run.select(longest)
+        for gens in _alike(spec.gen_lengths, run.break_even):
+            arms = _timed(session, group, run, ids, stream[:, : max(gens)])
+            unread = _unread(session, group, run)
+            for gen, (name, arm) in product(gens, arms.items()):
+                share = 0.0 if name == DENSE else unread
+                step_bytes = None
+                if share is not None:
+                    step_bytes = session.cost.total * (1 - share) + _cache_bytes(session, batch, prompt + gen / 2)
+                rows += _rows(name, arm, arms[DENSE], batch, prompt, gen, step_bytes, read_bandwidth)
+            if group is not None:
+                _say_whether_it_pays(session, group.name, arms, batch, prompt, max(gens))
         announced = run.announced
     for text in announced:
         session.warn(f"throughput at batch {batch}: {text}")
-    rows = []
-    for gen, (name, arm) in product(spec.gen_lengths, arms.items()):
-        share = 0.0 if name == DENSE else unread
-        step_bytes = None
-        if share is not None:
-            step_bytes = session.cost.total * (1 - share) + _cache_bytes(session, batch, prompt + gen / 2)
-        rows += _rows(name, arm, arms[DENSE], batch, prompt, gen, step_bytes, read_bandwidth)
-    if group is not None:
-        _say_whether_it_pays(session, group.name, arms, batch, prompt, longest)
     return rows
+
+
+def _alike(gen_lengths: Sequence[int], break_even: float | None) -> list[list[int]]:
+    """Lengths at which what is kept is read alike: those that do not repay copies of it, and those that do."""
+    short = [gen for gen in gen_lengths if break_even is not None and gen <= break_even]
+    return [some for some in (short, [gen for gen in gen_lengths if gen not in short]) if some]
+
+
+def _timed(
+    session: Session, group: PlanGroup | None, run: Run, ids: Tensor, stream: Tensor
+) -> dict[str, _Arm]:  # fmt: skip
+    """Rounds of dense and of one plan, in turns, over the tokens stream [batch, count]."""
+    model, count = session.loaded.model, stream.shape[1]
+    arms = {DENSE: _Arm()} if group is None else {DENSE: _Arm(), group.name: _Arm()}
+    run.select(count)
+    for name in arms:  # warm up
+        run.use(sparse=name != DENSE)
+        run.rewind()
+        run.feed(stream[:, :4])
+    run.forget()
+    for _ in range(ROUNDS):
+        for name, arm in arms.items():
+            sparse = name != DENSE
+            reset_peak(model.device)
+            run.use(sparse=False)
+            arm.prefill.append(timing.elapsed(model, lambda w=sparse: run.prefill(ids, watch=w)))
+            arm.select.append(timing.elapsed(model, lambda: run.select(count)) if sparse else 0.0)
+            run.use(sparse=sparse)
+            arm.tokens.append(timing.token_laps(run, model, stream))
+            arm.memory = max(arm.memory, peak_bytes(model.device))
+    return arms
 
 
 def _rows(

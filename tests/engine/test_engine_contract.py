@@ -206,6 +206,7 @@ def test_compiled_kernels_read_what_lists_name_and_other_steps_on_a_device_do_no
             run.feed(ids[:, :4])
             if most is not None:
                 monkeypatch.setattr(run, "_engine", object())
+                monkeypatch.setattr(run, "_counting", None)
                 monkeypatch.setattr(OwnSteps, "most_sequences", most)
             return run.kept()
 

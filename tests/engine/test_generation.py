@@ -187,7 +187,7 @@ def test_token_gates_under_generate_are_the_masked_path(
     taken = steps_taken(monkeypatch)
     ours = text()
     assert bool(taken) is ("output_hidden_states" not in options)
-    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
+    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda *_, **__: None)
     assert torch.equal(ours, text())
 
 
@@ -329,7 +329,7 @@ def test_gates_that_choose_again_go_on_over_a_new_run_and_a_cut_cache(
 
     ours = logits()
     assert len(made) > 1, "the room was never used up"
-    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda sites, gates: None)
+    monkeypatch.setattr("actsparse.engine.generation.own_steps", lambda *_, **__: None)
     torch.testing.assert_close(ours, logits(), atol=1e-5, rtol=1e-4)
 
 
@@ -400,7 +400,7 @@ def no_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-@pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan", "Decoder", "OwnRun._fill"])
+@pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan", "Decoder", "KeptNeurons.choose"])
 def test_without_memory_for_its_step_a_model_that_others_drive_goes_on(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,7 +146,7 @@ def test_a_lap_of_the_probe_is_decode_alone_and_leaves_no_trace(own: bool, monke
     gate = PrefillGate(PromptStatistic, lambda s: s >= s.median(), refresh_every=every)
     gates = [LayerGates(neurons=gate)] * len(resolve(model).layers)
     done: list[str] = []
-    timed = timing._seconds
+    timed = timing.elapsed
 
     def lap(model: PreTrainedModel, work: Callable[[], object]) -> float:
         done.append("start")
@@ -164,7 +164,7 @@ def test_a_lap_of_the_probe_is_decode_alone_and_leaves_no_trace(own: bool, monke
         run.use(sparse=True)
         expected = run.generate(NEW)
         run.rewind()
-        monkeypatch.setattr(timing, "_seconds", lap)
+        monkeypatch.setattr(timing, "elapsed", lap)
         for name in ("rewind", "select"):
             noted(type(run), name)
         timing.probe(run, model)

@@ -1,13 +1,15 @@
 """Throughput tables: null where an engine does not know, the memory of each arm, and what the manifest says."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 
-from actsparse.engine import memory
+from actsparse.engine import kept, memory
 from actsparse.engine.own import OwnRun
 from actsparse.pipelines import throughput
 from actsparse.pipelines.evaluate import evaluate
@@ -98,3 +100,38 @@ def test_a_half_batch_is_said_in_the_manifest(asked: EvalSpec, monkeypatch: pyte
     run = evaluate(asked)
     assert run.throughput["batch_size"].unique().to_list() == [1]
     assert "out of memory in batches of 2 sequences: going on with batches of 1" in run.warnings
+
+
+def test_lengths_that_do_not_repay_copies_are_timed_with_lists(
+    asked: EvalSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laps = cycle([20.0, 1.0, 0.5])  # copies are repaid after 40 tokens
+    monkeypatch.setattr(kept, "seconds", lambda _device, work: (work(), next(laps))[1])
+    chosen: list[tuple[int | None, bool]] = []
+    select = OwnRun.select
+
+    def noted(self: OwnRun, tokens: int | None = None) -> None:
+        select(self, tokens)
+        chosen.append((tokens, "copied" in self.path))
+
+    monkeypatch.setattr(OwnRun, "select", noted)
+    run = evaluate(replace(asked, batch_sizes=(1,), gen_lengths=(44, 4, 33), timing_pairs=0))
+    assert {one for one in chosen if one[0] not in (None, asked.timing_tokens)} == {(44, True), (33, False)}
+    made = run.throughput.filter(metric="ms_p50")
+    assert sorted(made["gen_length"].to_list()) == [4, 4, 33, 33, 44, 44]
+
+
+def test_a_plan_without_memory_is_left_out(asked: EvalSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(asked, throughput=False, plans=("griffin@0.5", "cats@0.5"))
+    select = OwnRun.select
+
+    def failing(self: OwnRun, tokens: int | None = None) -> None:
+        if self.watches:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        select(self, tokens)
+
+    monkeypatch.setattr(OwnRun, "select", failing)
+    run = evaluate(asked)
+    timed = run.results.filter(metric="speedup")["plan"].to_list()
+    assert timed == ["cats@0.5"]
+    assert any("griffin@0.5 was not timed: out of memory" in text for text in run.warnings)

@@ -166,7 +166,8 @@ class Emitter:
                 inputs=inputs,
                 outputs=outputs,
                 stride=weight.stride(0),
-                chunks=chunks_of(inputs),
+                # a copy of some neurons is summed in as many pieces as all of them, to the same bits
+                chunks=chunks_of(self.shape.neurons if unit == "neuron" else inputs),
                 keep=keep,
                 top=top,
                 out_stride=out.stride(0),

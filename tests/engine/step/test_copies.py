@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import make_model, token_ids
 
+from actsparse.engine.step.copies import gather, lists_alone, union_density
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.translate import Translator, choose_all
-from actsparse.engine.step.unions import gather_union, lists_alone, union_density
 from actsparse.methods.gates import FixedGate, LayerGates
 
 
@@ -30,7 +30,7 @@ def test_the_union_of_a_batch_is_each_sequences_own_mask(model_type):
         choose_all(plan, masks)
         wanted = torch.stack([mask.any(0).double().mean() for mask in masks.values()]).mean()
         assert union_density(plan) == pytest.approx(float(wanted))
-        before, united = united, gather_union(plan, translator, united)
+        before, united = united, gather(plan, translator, united)
         if before is not None and before.down.shape == united.down.shape:
             assert united is before, "buffers of the right size were not filled again"
         assert united.down.shape[1] < neurons

@@ -1,4 +1,4 @@
-"""A batch whose sequences keep different neurons, on a device where copies pay: the union gathered once per prompt."""
+"""Copies of the neurons that lists name, gathered after a prompt: of one sequence, or of all that a batch keeps."""
 
 import math
 from dataclasses import replace
@@ -29,21 +29,27 @@ def union_density(plan: GatePlan) -> float:
     return float(plan.selection.count.double().mean()) / plan.selection.index.shape[1]
 
 
-def gather_union(plan: GatePlan, translator: Translator, known: SlicedPlan | None) -> SlicedPlan:
-    """The union's weights and every sequence's mask over them: in the buffers of `known` where they have its size."""
+def gather(plan: GatePlan, translator: Translator, known: SlicedPlan | None) -> SlicedPlan:
+    """The listed neurons' weights, with every sequence's mask over them where there are several.
+
+    In the buffers of `known` where they have its size.
+    """
     assert plan.selection is not None
     neurons = plan.selection.index.shape[1]
     grain = max(1, neurons // STEPS)
-    capacity = min(neurons, math.ceil(int(plan.selection.count.max()) / grain) * grain)
-    masks = torch.stack([work.mlp.mask for work in plan.layers if isinstance(work.mlp, Listed)])  # pyright: ignore
+    capacity = min(neurons, math.ceil(max(1, int(plan.selection.count.max())) / grain) * grain)
+    masks = [work.mlp.mask for work in plan.layers if isinstance(work.mlp, Listed) and work.mlp.mask is not None]
     if known is None or known.down.shape[1] != capacity:
         known = empty_plan(translator.weights, capacity)
-        known = replace(known, mask=torch.zeros(*masks.shape[:2], capacity, device=masks.device))
-    assert known.mask is not None
+        if masks:
+            mask = torch.zeros(len(masks), len(masks[0]), capacity, device=translator.weights.device)
+            known = replace(known, mask=mask)
     known.selection.index.copy_(plan.selection.index[:, :capacity])
     known.selection.count.copy_(plan.selection.count)
     fill(known, translator.weights, translator.stacked(Unit.DOWN))
-    places = known.selection.index.long()[:, None].expand(-1, masks.shape[1], -1)
-    live = torch.arange(capacity, device=masks.device) < known.selection.count[:, None]
-    known.mask.copy_(masks.gather(2, places) * live[:, None])
+    if known.mask is not None:
+        own = torch.stack(masks)
+        places = known.selection.index.long()[:, None].expand(-1, own.shape[1], -1)
+        live = torch.arange(capacity, device=own.device) < known.selection.count[:, None]
+        known.mask.copy_(own.gather(2, places) * live[:, None])
     return known
