@@ -22,6 +22,7 @@ from actsparse.errors import ActsparseError, DataError
 from actsparse.models.load import LoadedModel, load
 from actsparse.models.taps import tapped
 from actsparse.pipelines.probes.names import BY_DEFAULT, CHEAP_PARAMETERS, PROBES, chosen, left_out, probe_names
+from actsparse.pipelines.probes.reading import NeuronReader, OnLayer
 from actsparse.pipelines.probes.text import probe_texts
 from actsparse.pipelines.profile import profile
 from actsparse.results import SiteKind
@@ -214,6 +215,26 @@ def test_the_identical_context_is_exactly_zero(probed: ProfileRun) -> None:
     ]
     assert len(rows) == 3 * 2 * 2 * (LAYERS + 1)
     assert set(rows) == {0.0}
+
+
+def test_the_identical_context_is_zero_where_batches_round_otherwise(
+    folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 16-bit kernels may: what they make of a sequence depends on how many are beside it."""
+    read = NeuronReader.read
+
+    def rounded(self: NeuronReader, ids: Tensor, on_layer: OnLayer, layers: tuple[int, ...] | None = None) -> None:
+        def otherwise(place: int, a: Tensor) -> None:
+            noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(len(ids)))
+            on_layer(place, a * (1 + noise / 4))
+
+        read(self, ids, otherwise, layers)
+
+    monkeypatch.setattr(NeuronReader, "read", rounded)
+    run = profile(spec_of(folder, data_of(corpus), tmp_path / "run", probes=("uncertainty",), layers=(0,)))
+    found = rows_of(run, "hu1")
+    assert {value for (_, param), value in found.items() if "control=identical" in param} == {0.0}
+    assert found[0, "control=shuffled,r=0.2"] > 0.1
 
 
 def test_values_lie_in_their_ranges(probed: ProfileRun) -> None:

@@ -12,7 +12,8 @@ from actsparse.pipelines.progress import Advance
 
 # Masks of the last token of every context, by rule.
 LastMasks = dict[MaskRule, Bool[Tensor, "layers contexts units"]]
-PAIRED_CONTROLS = ("identical", "shuffled", "random", "none")
+# What each control is compared with, context by context: `once` and `identical` are the same contexts, fed twice.
+PAIRED_CONTROLS = {"identical": "once", "shuffled": "natural", "random": "natural", "none": "natural"}
 
 
 def add_hu1(setting: Setting, found: Found) -> None:
@@ -24,9 +25,9 @@ def add_hu1(setting: Setting, found: Found) -> None:
         for pop, rates in setting.rates(rule).items():
             where = {**rule.where, "pop": pop}
             found.add_layers("hu1", hu1(natural, contexts.types, rates), **where)
-            for name in PAIRED_CONTROLS:
+            for name, other in PAIRED_CONTROLS.items():
                 rows = _first_of_each(contexts.types) if name == "identical" else slice(None)
-                control = hu1_control(natural[:, rows], masks[name][rule], contexts.types[rows], rates)
+                control = hu1_control(masks[other][rule], masks[name][rule], contexts.types[rows], rates)
                 found.add_layers("hu1", control, **where, control=name)
             share = history_share(natural, contexts, other_token[rule], rates)
             found.add_layers("hu1", _one_minus(share.history), **where, control="other-token")
@@ -42,19 +43,21 @@ def _collect(setting: Setting, contexts: HistoryContexts) -> tuple[dict[str, Las
     """Masks of the contexts and of every control; of other tokens as [layers, types, histories, neurons]."""
     controls = control_contexts(contexts, setting.texts.stream, seed=setting.texts.seed)
     types, histories, fed = controls.other_token.shape
+    # one context of each type is fed twice, not copied, both times in the same batch: in another one (that of all
+    # contexts) the model itself may round otherwise in 16 bits
+    first = contexts.tokens[_first_of_each(contexts.types)]
     texts = {
         "natural": contexts.tokens,
+        "once": first,
+        "identical": first,
         "shuffled": controls.shuffled,
         "random": controls.random,
         "none": controls.none,
     }
     after = controls.other_token.reshape(types * histories, fed)
-    # one identical context of each type is fed once more, not copied: it must give 0
-    first = _first_of_each(contexts.types)
-    total = after.numel() + contexts.tokens[first].numel() + sum(ids.numel() for ids in texts.values())
+    total = after.numel() + sum(ids.numel() for ids in texts.values())
     with setting.progress.task("uncertainty: same tokens, other histories (HU1)", total, "tokens") as advance:
         masks = {name: _last_masks(setting, ids, advance) for name, ids in texts.items()}
-        masks["identical"] = _last_masks(setting, contexts.tokens[first], advance)
         other = _last_masks(setting, after, advance)
     return masks, {rule: rows.unflatten(1, (types, histories)) for rule, rows in other.items()}
 

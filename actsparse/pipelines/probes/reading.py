@@ -5,7 +5,7 @@ expert does not serve a token, its units are 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -17,6 +17,7 @@ from actsparse.core.overlap import Widths, topk_masks
 from actsparse.models.load import LoadedModel
 from actsparse.models.taps import tapped
 from actsparse.pipelines.batches import BATCH_TOKENS
+from actsparse.pipelines.halving import fitting
 from actsparse.results import Site, SiteKind
 
 # What a pass does with one layer: (its place among the recorded layers, activations [batch, seq, units]).
@@ -110,7 +111,10 @@ class NeuronReader:
 
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "batch seq"], on_layer: OnLayer, layers: tuple[int, ...] | None = None) -> None:
-        """One forward pass over sequences of equal length; `layers`: of the recorded layers these alone."""
+        """One forward pass over sequences of equal length; `layers`: of the recorded layers these alone.
+
+        Raises ModelError where memory does not suffice for a single sequence, which no smaller batch would mend.
+        """
         open_layer: dict[int, Tensor] = {}
 
         def close() -> None:
@@ -123,9 +127,10 @@ class NeuronReader:
                 close()
             self._put(open_layer, place, site.expert, a.detach().float())
 
-        with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, layers or self.layers):
-            self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
-        close()
+        with fitting() if len(ids) == 1 else nullcontext():
+            with tapped(self.loaded.sites, {SiteKind.NEURON: on_value}, layers or self.layers):
+                self.loaded.model.base_model(input_ids=ids.to(self.loaded.device), use_cache=False)
+            close()
 
     def _put(self, wide: dict[int, Tensor], place: int, expert: int | None, a: Float[Tensor, "*batch neurons"]) -> None:
         """Add the activations of an FFN to those of its layer."""
