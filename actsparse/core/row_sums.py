@@ -175,6 +175,13 @@ def summed_norms(o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units p
     return output_norms(o, grams).sum(dim=0, dtype=torch.float64)
 
 
+def summed_product_norms(o: Float[Tensor, "tokens width"], weight: Float[Tensor, "hidden width"]) -> Float[Tensor, "1"]:
+    """||W o|| summed over tokens (float64), from the matrix itself."""
+    on_gpu = len(o) and row_sums_cuda.serves(o)
+    product = row_sums_cuda.products(o, weight) if on_gpu else o.float() @ weight.float().T
+    return torch.linalg.vector_norm(product, dim=1).sum(dtype=torch.float64)[None]
+
+
 def output_norms(
     o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units part part"]
 ) -> Float[Tensor, "tokens units"]:

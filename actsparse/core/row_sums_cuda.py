@@ -109,6 +109,13 @@ def summed_norms(o: Float[Tensor, "tokens width"], grams: Float[Tensor, "units p
     return parts.sum(dim=1)
 
 
+def products(o: Float[Tensor, "tokens width"], weight: Float[Tensor, "hidden width"]) -> Float[Tensor, "tokens hidden"]:
+    """W o in float32; o as `numbers` gives it."""
+    if o.dtype == weight.dtype == torch.bfloat16:
+        return torch.bmm(o[None], weight.T[None], out_dtype=torch.float32)[0]
+    return o.float() @ weight.float().T
+
+
 Argument = Tensor | ctypes._SimpleCData | None
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from actsparse.core.head_norms import HeadNorms
 from actsparse.core.masks import kept_count
 from actsparse.core.quantiles import FIRST_BIN, LogHistogram
 from actsparse.core.row_sums import (
@@ -20,7 +21,6 @@ from actsparse.core.row_sums import (
     add_positions,
     add_squares,
     numbers,
-    summed_norms,
 )
 from actsparse.core.rows import ColumnSums, EntrySums, PositionSums, Rows
 
@@ -187,13 +187,12 @@ class HeadSums:
     def tokens(self) -> int:
         return int(self.seen[0])
 
-    def add(self, o: Rows, grams: "HeadGrams") -> None:
+    def add(self, o: Rows, norms: HeadNorms) -> None:
         """Add the concatenated head outputs of some tokens."""
-        values = numbers(o)
         self.seen += len(o)
-        heads = summed_norms(values, grams.heads)
+        heads, groups = norms.summed(numbers(o))
         self.heads += heads
-        self.groups += heads if grams.groups is grams.heads else summed_norms(values, grams.groups)
+        self.groups += groups
 
     def merge(self, other: "HeadSums") -> None:
         """Add what another accumulator saw."""
@@ -209,33 +208,3 @@ class HeadSums:
     def of_tensors(cls, state: dict[str, Tensor]) -> "HeadSums":
         """The accumulator whose `tensors()` these are."""
         return cls(**state)
-
-
-@dataclass(frozen=True)
-class HeadGrams:
-    """W_h^T W_h of the output projection's slice of each head, and of each KV group, so that norms need no product
-    with the hidden size: ||W_h o||^2 = o^T (W_h^T W_h) o.
-
-    heads: [heads, head_dim, head_dim]; groups: [kv_heads, heads/kv_heads * head_dim, the same].
-    """
-
-    heads: Float[Tensor, "heads head_dim head_dim"]
-    groups: Float[Tensor, "kv_heads group_width group_width"]
-
-    @classmethod
-    def of(cls, weight: Float[Tensor, "hidden width"], heads: int, kv_heads: int) -> "HeadGrams":
-        """The Gram matrices of an output projection [hidden, heads * head_dim]."""
-        of_heads = _grams(weight, heads)
-        return cls(of_heads, of_heads if kv_heads == heads else _grams(weight, kv_heads))
-
-    def on(self, device: torch.device) -> "HeadGrams":
-        """The same on a device."""
-        if self.heads.device == device:
-            return self
-        heads = self.heads.to(device)
-        return HeadGrams(heads, heads if self.groups is self.heads else self.groups.to(device))
-
-
-def _grams(weight: Tensor, units: int) -> Tensor:
-    slices = weight.float().view(weight.shape[0], units, -1)
-    return torch.einsum("dhi,dhj->hij", slices, slices)

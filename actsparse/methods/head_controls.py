@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from actsparse.core.head_norms import unit_grams
 from actsparse.core.masks import top_mask
-from actsparse.core.streaming import HeadGrams
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit
 from actsparse.methods.gates import Fixed, HeadGate, LayerGates
 from actsparse.methods.heads_oracle import LargestGroups, Policy, check_dense_layers, group_plans
@@ -83,8 +84,10 @@ class HeadsStatic(FixedHeads):
 
     def masks(self, calibration: Calibration, layers: list[LayerPlan]) -> Masks:
         shape = calibration.attention
-        matrices = [calibration.output_matrix(one.layer) for one in layers]
-        grams = [HeadGrams.of(matrix, shape.heads, shape.kv_heads).groups for matrix in matrices]
+        if all(one.kept == one.width for one in layers):
+            # as in multi-query attention, whose one group is kept: nothing to rank
+            return [torch.ones(one.width, dtype=torch.bool) for one in layers]
+        grams = [unit_grams(calibration.output_matrix(one.layer), shape.kv_heads) for one in layers]
         means = calibration.pooled_attention([MeanNorms(LargestGroups(one, shape.kv_heads)) for one in grams])
         return [top_mask(mean, one.kept or one.width) for one, mean in zip(layers, means, strict=True)]
 

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from actsparse.core.head_norms import unit_grams
 from actsparse.core.masks import kept_count
 from actsparse.core.overlap import topk_masks
-from actsparse.core.streaming import HeadGrams
 from actsparse.errors import PlanError
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, Method, counted_fit, drops_by_layer
 from actsparse.methods.gates import HeadGate, LayerGates
@@ -71,9 +71,7 @@ class HeadsOracle(Method):
         layers = group_plans(calibration, budget, self.dense_layers, self.name)
         shape = calibration.attention
         tensors = {
-            f"layers.{one.layer}.grams": HeadGrams.of(
-                calibration.output_matrix(one.layer), shape.heads, shape.kv_heads
-            ).groups.contiguous()
+            f"layers.{one.layer}.grams": unit_grams(calibration.output_matrix(one.layer), shape.kv_heads).contiguous()
             for one in layers
             if one.kept != one.width
         }

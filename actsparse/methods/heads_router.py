@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from actsparse.core.head_norms import unit_grams
 from actsparse.core.router_training import Examples
-from actsparse.core.streaming import HeadGrams
 from actsparse.methods.base import Budget, Calibration, Decides, Fit, counted_fit
 from actsparse.methods.gates import HeadGate, LayerGates
 from actsparse.methods.heads_oracle import LargestGroups, Policy, check_dense_layers, group_plans
@@ -61,7 +61,7 @@ class HeadsRouter(LogitMethod):
 
         def examples(plan: LayerPlan, pairs: LayerPairs) -> Examples:
             assert plan.kept is not None
-            grams = HeadGrams.of(calibration.output_matrix(plan.layer), shape.heads, shape.kv_heads).groups
+            grams = unit_grams(calibration.output_matrix(plan.layer), shape.kv_heads)
             oracle = LargestGroups(grams, plan.kept)
             used, held = oracle.keep(pairs.a), oracle.keep(pairs.held_a)
             return Examples(pairs.x.float(), used, pairs.held_x.float(), held, plan.kept)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from actsparse.core.head_norms import unit_grams
 from actsparse.core.row_sums import output_norms
-from actsparse.core.streaming import HeadGrams
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel
@@ -158,9 +158,7 @@ class _Reader:
         self.dump, self.loaded = dump, loaded
         shape = loaded.record
         self._grams = {
-            layer: HeadGrams.of(
-                loaded.sites.layers[layer].output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads
-            ).heads
+            layer: unit_grams(loaded.sites.layers[layer].output_matrix(shape.heads * shape.head_dim), shape.heads)
             for layer in (dump.layers if HEAD_NORM in dump.spec.kinds else ())
         }
 

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from actsparse.core.head_norms import HeadNorms
 from actsparse.core.reservoir import position_keys
 from actsparse.core.rows import Rows
-from actsparse.core.streaming import HeadGrams, moved
+from actsparse.core.streaming import moved
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError, RunError
 from actsparse.models.load import LoadedModel
@@ -47,8 +48,8 @@ class Recorder:
         shape = loaded.record
         sites = {layer.index: layer for layer in loaded.sites.layers if layer.index in state.layers}
         self._down_norms = {place: loaded.sites.ffns[place].down_norms() for place in state.neurons}
-        self._grams = {
-            i: HeadGrams.of(layer.output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads)
+        self._head_norms = {
+            i: HeadNorms.of(layer.output_matrix(shape.heads * shape.head_dim), shape.heads, shape.kv_heads)
             for i, layer in sites.items()
             if Site(layer=i, kind=SiteKind.ATTN_OUT) in state.moments
         }
@@ -60,9 +61,15 @@ class Recorder:
 
     @property
     def constant_bytes(self) -> int:
-        """What is kept of the weights: norms of down columns and Gram matrices of head outputs."""
-        kept = {id(t): t.nbytes for gram in self._grams.values() for t in (gram.heads, gram.groups)}
-        return sum(kept.values()) + sum(norms.nbytes for norms in self._down_norms.values())
+        """What is kept of the weights beside the model's own: norms of down columns, matrices for norms of heads."""
+        model = {weight.untyped_storage().data_ptr() for weight in self.loaded.model.parameters()}
+        kept = {
+            matrix.untyped_storage().data_ptr(): matrix.nbytes
+            for norms in self._head_norms.values()
+            for matrix in (norms.heads, norms.groups)
+        }
+        own = sum(size for storage, size in kept.items() if storage not in model)
+        return own + sum(norms.nbytes for norms in self._down_norms.values())
 
     @torch.no_grad()
     def record(self, batch: Batch) -> None:
@@ -134,8 +141,8 @@ class Recorder:
             state.neurons[place].add_up(rows)
         elif site.kind is SiteKind.ATTN_OUT:
             state.heads[layer] = moved(state.heads[layer], x.device)
-            self._grams[layer] = self._grams[layer].on(x.device)
-            state.heads[layer].add(rows, self._grams[layer])
+            self._head_norms[layer] = self._head_norms[layer].on(x.device)
+            state.heads[layer].add(rows, self._head_norms[layer])
 
     def _sample_expert(self, place: int, flat: Float[Tensor, "all width"]) -> None:
         """Offer the tokens that an expert serves to its sample."""

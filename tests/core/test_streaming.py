@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actsparse.core.head_norms import HeadNorms, unit_grams
 from actsparse.core.row_sums import output_norms
 from actsparse.core.rows import Rows
-from actsparse.core.streaming import POSITION_EDGES, HeadGrams, HeadSums, Moments, NeuronSums
+from actsparse.core.streaming import POSITION_EDGES, HeadSums, Moments, NeuronSums
 
 NEURONS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 15, 4, 2, 3, 10
 NORMS = torch.linspace(0.5, 2.0, NEURONS)
@@ -274,14 +275,14 @@ def naive_norms(o: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tens
 def test_output_norms_are_the_norms_of_the_products(units):
     o, weight = normal(20, HEADS * HEAD_DIM, seed=6), output_projection()
     o[3] = 0.0
-    grams = HeadGrams.of(weight, heads=units, kv_heads=units)
-    assert torch.allclose(output_norms(o, grams.heads).double(), naive_norms(o, weight, units), rtol=1e-5, atol=1e-6)
+    grams = unit_grams(weight, units)
+    assert torch.allclose(output_norms(o, grams).double(), naive_norms(o, weight, units), rtol=1e-5, atol=1e-6)
 
 
 def test_a_groups_norm_is_that_of_the_sum_of_its_heads_not_the_sum_of_their_norms():
     weight, o = output_projection(), normal(10, HEADS * HEAD_DIM, seed=7)
     sums = HeadSums.zeros(HEADS, KV_HEADS)
-    sums.add(Rows.of(o), HeadGrams.of(weight, HEADS, KV_HEADS))
+    sums.add(Rows.of(o), HeadNorms.of(weight, HEADS, KV_HEADS))
     outputs = torch.stack([o[:, 3 * h : 3 * h + 3] @ weight[:, 3 * h : 3 * h + 3].T for h in range(HEADS)])
     of_groups = outputs.view(KV_HEADS, 2, 10, HIDDEN).sum(dim=1)
     assert torch.allclose(sums.heads.float(), outputs.norm(dim=2).sum(dim=1), rtol=1e-4)
@@ -289,10 +290,20 @@ def test_a_groups_norm_is_that_of_the_sum_of_its_heads_not_the_sum_of_their_norm
     assert (sums.groups < sums.heads.view(KV_HEADS, 2).sum(dim=1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_group_of_all_heads_is_read_from_the_projection_itself(dtype):
+    weight, o = output_projection().to(dtype), normal(10, HEADS * HEAD_DIM, seed=7).to(dtype)
+    norms, sums = HeadNorms.of(weight, HEADS, 1), HeadSums.zeros(HEADS, 1)
+    assert norms.groups is weight
+    sums.add(Rows.of(o), norms)
+    assert torch.allclose(sums.groups, naive_norms(o, weight, 1).sum(dim=0), rtol=1e-5)
+    assert torch.allclose(sums.heads, naive_norms(o, weight, HEADS).sum(dim=0), rtol=1e-5)
+
+
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(order=st.permutations(range(4)), cut=st.integers(0, 4))
 def test_head_sums_merge_to_what_one_pass_sees_and_survive_a_shard(order, cut):
-    grams = HeadGrams.of(output_projection(), HEADS, KV_HEADS)
+    grams = HeadNorms.of(output_projection(), HEADS, KV_HEADS)
     sequences = [normal(2 + 3 * i, HEADS * HEAD_DIM, seed=i) for i in range(4)]
     at_once, first, second = (HeadSums.zeros(HEADS, KV_HEADS) for _ in range(3))
     for o in sequences:

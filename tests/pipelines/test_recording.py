@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 from listening import Listener
-from tiny import FFN, HEADS, LAYERS, make_model, make_tokenizer, token_ids
+from tiny import FFN, HEADS, LAYERS, make_model, make_tokenizer, save_tiny, token_ids
 from torch import Tensor
 
 from actsparse.data.sequences import Sequences
 from actsparse.errors import ModelError
-from actsparse.models.load import LoadedModel
+from actsparse.models.load import LoadedModel, load
 from actsparse.models.taps import tapped
 from actsparse.pipelines import recording as recording_module
 from actsparse.pipelines.batches import PaddingSide
 from actsparse.pipelines.profile import profile
 from actsparse.pipelines.profile_state import MOMENT_KINDS, ProfileState
 from actsparse.pipelines.progress import Silent
-from actsparse.pipelines.recording import Shards, record_sequences
+from actsparse.pipelines.recording import Recorder, Shards, record_sequences
 from actsparse.results import Site, SiteKind, TextRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec
 
@@ -267,3 +267,23 @@ def test_strict_stops_at_infinite_activations(broken: Path, prompts_file: Path, 
     with pytest.raises(ModelError, match=r"layer 1, \w+: \d+ activations are NaN or infinite"):
         profile(spec_of(broken, prompts_file, tmp_path / "p", strict=True))
     assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {"num_key_value_heads": 1}), ("falcon", {"multi_query": True})]
+)
+def test_multi_query_attention_holds_no_matrix_of_all_heads(family: str, changes: dict, tmp_path: Path) -> None:
+    """Its one KV group's output is that of the projection, whose weights the model holds anyway."""
+    loaded = load(ModelSpec(name=str(save_tiny(family, tmp_path / "m", **changes)), device="cpu"))
+    assert loaded.record.kv_heads == 1
+    state = recorded(loaded, batch_size=4)
+    width = loaded.record.head_dim
+    per_layer = 4 * HEADS * width**2 + 4 * FFN
+    assert Recorder(loaded, state, seed=0).constant_bytes == LAYERS * per_layer
+    assert LAYERS * per_layer < LAYERS * 4 * (HEADS * width) ** 2
+    rows = naive_rows(loaded)
+    for layer in range(LAYERS):
+        outputs = rows[Site(layer=layer, kind=SiteKind.ATTN_OUT)].double()
+        weight = loaded.sites.layers[layer].output_matrix(HEADS * width).double()
+        norms = (outputs @ weight.T).norm(dim=1).sum()
+        assert float(state.heads[layer].groups) == pytest.approx(float(norms), rel=1e-5)
