@@ -108,6 +108,8 @@ class KeptNeurons:
             if not is_out_of_memory(error):
                 raise
             self._may_copy, self._copies, self._copied = False, None, False
+            self._decoder.set_plan(cast(Any, self.plan))
+            start()
             self._say(NO_COPIES)
         return self._copied
 

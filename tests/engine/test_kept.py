@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import cycle
 from math import inf
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import make_model, token_ids
 from actsparse.engine import kept
 from actsparse.engine.choose import Engines
 from actsparse.engine.own import OwnRun
+from actsparse.engine.step.plans import SlicedPlan
 from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.sites import resolve
@@ -140,10 +142,18 @@ def test_without_memory_for_copies_lists_stay(run: OwnRun, monkeypatch: pytest.M
     run.use(sparse=True)
     expected = run.generate(20)
 
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("no room")
+    whole, made = kept.gather, []
 
-    monkeypatch.setattr(kept, "gather", full)
+    def full_the_third_time(*how: Any) -> SlicedPlan:
+        made.append(how)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*how)
+
+    monkeypatch.setattr(kept, "gather", full_the_third_time)
+    for place, token in enumerate(expected[0][:-1]):
+        run.step(torch.tensor([token]), 20 + place)
     run.select(100)
     assert run.generate(100)[0][:20] == expected[0]
     assert run.announced == [kept.NO_COPIES]
+    assert "copie" not in run.path
