@@ -43,7 +43,7 @@ def command(
         force=run.force,
         resume=run.resume,
     )
-    from actsparse.cli.shown import show_profile
+    from actsparse.cli.shown_profile import show_profile
     from actsparse.pipelines.profile import profile
 
     found = profile(spec, output)

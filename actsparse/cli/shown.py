@@ -1,62 +1,22 @@
 """What each command shows when it has finished: the answer, three headline numbers, the next command."""
 
 import shlex
-from math import log
 from typing import Any
 
 import polars as pl
 
 from actsparse.cli.output import Output
+from actsparse.cli.wording import MISSING, milliseconds, number, percent
 from actsparse.errors import QualityGateMissed
-from actsparse.results import SiteKind
 from actsparse.specs import EvalSpec, ReportSpec
 from actsparse.store.codec import pretty
-from actsparse.store.runs import EvalRun, PlanRun, ProfileRun, StudyRun
+from actsparse.store.runs import EvalRun, PlanRun, StudyRun
 
-MISSING = "-"
-
-
-def show_profile(run: ProfileRun, output: Output) -> None:
-    """A profile: CETT sparsity by layer and in the mean, and where the tables are."""
-    if output.json:
-        output.document((run.path / "summary.json").read_text())
-        return
-    rows = run.measures.filter(pl.col("metric") == "cett_sparsity")
-    targets = list(dict.fromkeys(rows["param"].to_list()))
-    table = []
-    for layer in [*rows["layer"].drop_nulls().unique(maintain_order=True).to_list(), None]:
-        mine = rows.filter(pl.col("layer").is_null() if layer is None else pl.col("layer") == layer)
-        values = dict(zip(mine["param"], mine["value"], strict=True))
-        table.append(["mean" if layer is None else f"layer {layer}", *(_percent(values.get(t)) for t in targets)])
-    columns = ["", *(f"CETT {target.partition('=')[2]}" for target in targets)]
-    if targets:
-        output.table("Neurons that can be dropped at a given error (share of neurons)", columns, table)
-    _show_routers(run, output)
-    zeros = _mean(run, "zero_frac", SiteKind.NEURON)
-    gini = _mean(run, "neuron_gini", SiteKind.NEURON)
-    tokens = run.measures.filter(pl.col("metric") == "tokens")["value"][0]
-    output.line(f"{tokens:,.0f} tokens; exact zeros {_percent(zeros)} of neuron activations; firing Gini {gini:.2f}")
-    output.line(f"written to {run.path}")
-    model = run.manifest.model
-    mixed = model is not None and model.experts is not None
-    asked = "--method static --sparsity 0.5" if mixed else "--method tda --target-error 0.2"
-    output.note(f"next: actsparse threshold {shlex.quote(str(run.path))} {asked}")
-
-
-def _show_routers(run: ProfileRun, output: Output) -> None:
-    """Of a mixture of experts: how spread its routers are, layer by layer."""
-    model = run.manifest.model
-    entropy = run.measures.filter(pl.col("metric") == "router_entropy")
-    if model is None or model.experts is None or entropy.is_empty():
-        return
-    shares = run.measures.filter(pl.col("metric") == "expert_frac")
-    rows = []
-    for layer, nats in entropy.select("layer", "value").iter_rows():
-        found = shares.filter(pl.col("layer") == layer)["value"].to_list()
-        rows.append([f"layer {layer}", f"{nats:.2f}", _percent(max(found)), _percent(min(found))])
-    count, top_k = model.experts.count, model.experts.top_k
-    title = f"Routers: {top_k} of {count} experts a token; entropy at most {log(count):.2f} nats"
-    output.table(title, ("", "entropy, nats", "most used expert", "least used expert"), rows)
+RULER = "a ruler saves nothing: its masks need what they would save"
+TIMES = (
+    "ms/token: medians over laps, dense ones in turns with the plan's; speed-up: median of the ratios of neighbouring"
+    " laps, which may differ from the ratio of the two medians"
+)
 
 
 THROUGHPUT = {
@@ -78,18 +38,17 @@ def show_plan(run: PlanRun, output: Output) -> None:
         return
     plan = run.plan
     kinds = [("predicted", plan.predicted), ("on the calibration text", plan.realised)]
+    kinds += [(f"on {one.text.source}", one.realised) for one in plan.measured if one.text.role == "transfer"]
     rows = [
-        [name, _percent(one.neuron_frac), _percent(one.mlp_bytes_frac), _percent(one.model_bytes_frac)]
+        [name, percent(one.neuron_frac), _saved(one.mlp_bytes_frac, ideal=plan.ideal),
+         _saved(one.model_bytes_frac, ideal=plan.ideal)]
         for name, one in kinds
         if one is not None
-    ]
-    rows += [
-        [f"on {one.text.source}", _percent(one.realised.neuron_frac), _percent(one.realised.mlp_bytes_frac),
-         _percent(one.realised.model_bytes_frac)]
-        for one in plan.measured
-        if one.text.role == "transfer"
     ]  # fmt: skip
     output.table(f"{plan.short}: dropped", ["", "neurons", "MLP bytes", "model bytes"], rows)
+    if plan.ideal:
+        known = (plan.realised or plan.predicted).model_bytes_frac
+        output.line(f"{plan.method}: {RULER}; known beforehand they would leave {percent(known)} of model bytes unread")
     for one in plan.measured:
         output.line(f"mean local error on {one.text.role} text ({one.text.source}): {one.rel_err:.3f}")
     recalls = [one.recall for one in plan.layers if one.recall is not None]
@@ -112,10 +71,18 @@ def show_eval(run: EvalRun, output: Output) -> None:
     document = run.summary
     dense = document["dense"]
     ms = _value(dense["speed"], "ms_per_token")
-    rows = [["dense", "0.0 %", _number(_value(dense["quality"], "ppl")), "0.000", "100.0 %", _ms(ms), MISSING, MISSING]]
+    ppl = number(_value(dense["quality"], "ppl"))
+    rows = [["dense", "0.0 %", ppl, "0.000", "100.0 %", milliseconds(ms), MISSING, MISSING, MISSING]]
     rows += [_plan_row(plan) for plan in document["plans"]]
-    columns = ["plan", "model bytes", "perplexity", "KL", "top-1", "ms/token", "speed-up (95 %)", "ceiling"]
+    columns = ["plan", "model bytes", "perplexity", "KL", "top-1", "dense ms/token", "ms/token", "speed-up (95 %)",
+               "ceiling"]  # fmt: skip
     output.table("Quality in the decode regime, and speed of real sparse decode", columns, rows)
+    if any(plan["speed"] for plan in document["plans"]):
+        output.line(TIMES)
+    rulers = [plan for plan in document["plans"] if plan.get("ideal")]
+    if rulers:
+        known = ", ".join(f"{percent(one['sparsity']['model_bytes_frac'])} ({one['plan']})" for one in rulers)
+        output.line(f"{RULER}; known beforehand they would leave unread {known}")
     for plan in document["plans"]:
         if plan["speed_reason"] and not plan["control"]:
             output.note(f"{plan['plan']}: not timed: {plan['speed_reason']}")
@@ -135,7 +102,7 @@ def _show_throughput(rows: pl.DataFrame, output: Output) -> None:
     if not found:
         return
     lines = [
-        [str(batch), str(prompt), str(gen), plan, *(_number(one.get(metric)) for metric in THROUGHPUT.values())]
+        [str(batch), str(prompt), str(gen), plan, *(number(one.get(metric)) for metric in THROUGHPUT.values())]
         for (batch, prompt, gen, plan), one in found.items()
     ]
     output.table("Throughput", ["batch", "prompt", "new", "plan", *THROUGHPUT], lines)
@@ -209,11 +176,12 @@ def _plan_row(plan: dict[str, Any]) -> list[str]:
         speedup = f"{_value(speed, 'speedup'):.2f}x ({low:.2f}-{high:.2f})"
     return [
         plan["plan"],
-        _percent(plan["sparsity"]["model_bytes_frac"]),
-        _number(_value(quality, "ppl")),
-        _number(_value(quality, "kl")),
-        _percent(_value(quality, "top1")),
-        _ms(_value(speed, "ms_per_token")),
+        _saved(plan["sparsity"]["model_bytes_frac"], ideal=plan.get("ideal", False)),
+        number(_value(quality, "ppl")),
+        number(_value(quality, "kl")),
+        percent(_value(quality, "top1")),
+        milliseconds(_value(speed, "dense_ms_per_token")),
+        milliseconds(_value(speed, "ms_per_token")),
         speedup,
         f"{_value(speed, 'ceiling'):.2f}x" if speed else MISSING,
     ]
@@ -223,18 +191,6 @@ def _value(group: dict[str, Any] | None, name: str) -> float | None:
     return None if not group or name not in group else group[name]["value"]
 
 
-def _mean(run: ProfileRun, metric: str, kind: str) -> float:
-    values = run.measures.filter((pl.col("metric") == metric) & (pl.col("kind") == kind))["value"]
-    return float(sum(values.to_list()) / max(1, len(values)))
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1%}".replace("%", " %")
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else (f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}")
-
-
-def _ms(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
+def _saved(share: float | None, *, ideal: bool) -> str:
+    """Bytes that a plan does not read; a ruler reads them all."""
+    return "0.0 % (ruler)" if ideal else percent(share)

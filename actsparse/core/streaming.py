@@ -58,6 +58,11 @@ class Moments:
         return int(self.seen[1])
 
     @property
+    def finite(self) -> int:
+        """The entries that are numbers: all others stand in no statistic."""
+        return self.count - self.not_finite
+
+    @property
     def total(self) -> float:
         return float(self.sums[0])
 
@@ -74,9 +79,12 @@ class Moments:
         return float(self.sums[3])
 
     def add(self, rows: Rows) -> None:
-        """Add the activations of some tokens; entries that are NaN or infinite are counted apart, as zeros."""
+        """Add the activations of some tokens; entries that are NaN or infinite are counted apart from the rest."""
+        before = self.seen[1].clone()
         into = EntrySums(self.histogram.counts, self.histogram.apart, self.sums, self.seen)
         add_entries(rows, into, FIRST_BIN)
+        # the kernels read them as zeros
+        self.histogram.apart[0] -= self.seen[1] - before
 
     def merge(self, other: "Moments") -> None:
         """Add what another accumulator saw."""

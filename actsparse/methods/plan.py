@@ -32,6 +32,13 @@ class Plan:
     add_ons: AddOns = NO_ADD_ONS
     ffns: tuple[FfnPlace, ...] = ()
 
+    @property
+    def ideal(self) -> bool:
+        """Whether it is a ruler: its masks need what they would save, so it saves nothing, and its bytes are those of
+        masks known beforehand."""
+        gates = (one.neurons for one in self.layer_gates())
+        return self.method.ideal or any(isinstance(gate, TokenGate) and gate.ideal for gate in gates)
+
     def gates(self) -> list[LayerGates]:
         """The gates of every layer; of a plan over neurons in a model with experts, of every FFN."""
         return gates_of(self.method, self.fit, self.add_ons)
@@ -103,6 +110,7 @@ def to_record(plan: Plan, model: ModelRecord, calibration: TextRecord | None) ->
         target=plan.target,
         model=model,
         calibration=calibration,
+        ideal=plan.ideal,
         predicted=plan.predicted,
         realised=plan.realised,
         layers=tuple(

@@ -41,7 +41,8 @@ def result_rows(
             rows += _difference_rows(group.name, reference, tokens, seed)
         rows += _sparsity_rows(group.name, group.plan.predicted, "predicted")
         rows += _sparsity_rows(group.name, realised, "realised")
-        rows += _byte_rows(group.name, cost, realised) + _layer_rows(group.name, kept)
+        rows += _byte_rows(group.name, cost, nothing_saved() if group.plan.ideal else realised)
+        rows += _layer_rows(group.name, kept)
         found = speeds.plans[group.name]
         useful = _useful(group, found, cost)
         if useful is not None:
@@ -94,8 +95,9 @@ FREE = ("exact_match_tokens", "diverged_frac", "dense_text_kl", "repetition")
 QUALITY = ("ppl", "ppl_low", "ppl_high", "nll", "kl", "kl_low", "kl_high", "top1", "top1_low", "top1_high",
            "delta_nll", "delta_nll_low", "delta_nll_high")  # fmt: skip
 DENSE_SPEED = ("ms_per_token", "generate_ms_per_token", "prefill_ms", "gb_per_s", "ceiling_share")
-SPEED = ("ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms", "select_ms", "ttft_ms",
-         "break_even_tokens", "path_check", "path_lost", "path_flips", "gb_per_s", "ceiling_share")  # fmt: skip
+SPEED = ("ms_per_token", "dense_ms_per_token", "speedup", "speedup_low", "speedup_high", "ceiling", "prefill_ms",
+         "select_ms", "ttft_ms", "break_even_tokens", "path_check", "path_lost", "path_flips", "gb_per_s",
+         "ceiling_share")  # fmt: skip
 
 
 def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> d
         "amount": group.plan.amount,
         "target": group.plan.target,
         "control": group.plan.method.is_control,
-        "ideal": group.plan.method.ideal,
+        "ideal": group.plan.ideal,
         "replicas": len(group.replicas),
         "sparsity": {
             basis: {row.metric: row.value for row in rows if row.plan == group.name and row.param == param(basis=basis)}
@@ -201,7 +203,7 @@ def realised_of(group: PlanGroup, layers: pl.DataFrame, cost: StepBytes) -> Spar
 
 def _useful(group: PlanGroup, found: PlanSpeed, cost: StepBytes) -> Sparsity | None:
     """What the engine did not read; nothing for an oracle, whose masks are known too late; None without an engine."""
-    if group.plan.method.ideal:
+    if group.plan.ideal:
         return nothing_saved()
     kept = {(one.unit.value, one.layer): one.share for one in found.useful_kept}
     return unread_by_engine(group.plan.layer_gates(), kept, cost)
@@ -299,6 +301,7 @@ def _speed_rows(found: PlanSpeed, not_read: Sparsity) -> list[EvalRow]:
         return rows
     values = {
         "ms_per_token": (speed.sparse_ms, "ms"),
+        "dense_ms_per_token": (speed.dense_ms, "ms"),
         "speedup": (speed.speedup, "1"),
         "speedup_low": (speed.low, "1"),
         "speedup_high": (speed.high, "1"),

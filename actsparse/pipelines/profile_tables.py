@@ -56,7 +56,11 @@ def head_rows(state: ProfileState) -> list[HeadRow]:
 
 
 def _moment_rows(site: Site, moments: Moments) -> list[Measure]:
-    n = moments.count
+    """Of the entries that are numbers; those that are not are counted."""
+    n, lost = moments.finite, float(moments.not_finite)
+    broken = [_row(site, "not_finite", lost, moments.count, unit="entries")] if lost else []
+    if lost and not n:
+        return broken
     mean, mean_square = moments.total / max(1, n), moments.total_square / max(1, n)
     values = {
         "abs_mean": moments.total_abs / max(1, n),
@@ -67,11 +71,14 @@ def _moment_rows(site: Site, moments: Moments) -> list[Measure]:
     }
     rows = [_row(site, metric, value, n) for metric, value in values.items()]
     rows.append(_row(site, "zero_frac", moments.histogram.zeros / max(1, n), n, unit="share"))
-    if moments.not_finite:
-        rows.append(_row(site, "not_finite", float(moments.not_finite), n, unit="entries"))
-    return rows + [
-        _row(site, "abs_quantile", moments.histogram.quantile(share), n, param=param(s=share)) for share in QUANTILES
-    ]
+    return (
+        rows
+        + broken
+        + [
+            _row(site, "abs_quantile", moments.histogram.quantile(share), n, param=param(s=share))
+            for share in QUANTILES
+        ]
+    )
 
 
 def _ffn_measures(layer: int, state: ProfileState) -> list[Measure]:
@@ -79,7 +86,9 @@ def _ffn_measures(layer: int, state: ProfileState) -> list[Measure]:
     rows: list[Measure] = []
     for place, (owner, expert) in state.ffns.items():
         if owner == layer and (expert is None or expert == SHARED_EXPERT):
-            rows += _neuron_measures(Site(layer=layer, kind=SiteKind.NEURON, expert=expert), state.neurons[place])
+            site = Site(layer=layer, kind=SiteKind.NEURON, expert=expert)
+            whole = site not in state.moments or not state.moments[site].not_finite
+            rows += _neuron_measures(site, state.neurons[place], whole=whole)
         elif owner == layer and expert is not None:
             rows += _expert_measures(layer, expert, state.neurons[place], state.routers[layer])
     if layer in state.routers:
@@ -105,7 +114,8 @@ def _expert_measures(layer: int, expert: int, sums: NeuronSums, router: RouterSu
     return rows
 
 
-def _neuron_measures(site: Site, sums: NeuronSums) -> list[Measure]:
+def _neuron_measures(site: Site, sums: NeuronSums, *, whole: bool) -> list[Measure]:
+    """`whole`: every entry was a number; else zeros by position are not told, which hold the others too."""
     active = sums.active.double() / max(1, sums.tokens)
     n = len(active)
     rows = [
@@ -122,7 +132,8 @@ def _neuron_measures(site: Site, sums: NeuronSums) -> list[Measure]:
             rms = sqrt(float(sums.position_square[i]) / entries)
             zeros = float(sums.position_zeros[i]) / entries
             rows.append(_row(site, "position_rms", rms, entries, param=where))
-            rows.append(_row(site, "position_zero_frac", zeros, entries, param=where, unit="share"))
+            if whole:
+                rows.append(_row(site, "position_zero_frac", zeros, entries, param=where, unit="share"))
     return rows
 
 

@@ -151,7 +151,7 @@ def _write(record: ThresholdPlan, plan: Plan, profiled: TextRecord, writer: RunW
     document: dict[str, Any] = builtins(record)
     document["calibration"] = {k: v for k, v in document["calibration"].items() if k != "window_hashes"}
     summary = {
-        "plan": {key: document[key] for key in ("method", "short", "options", "amount", "target", "layers")},
+        "plan": {key: document[key] for key in ("method", "short", "options", "amount", "target", "ideal", "layers")},
         "model": document["model"],
         "predicted": document["predicted"],
         "realised": document["realised"],

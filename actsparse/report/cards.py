@@ -115,7 +115,7 @@ def _agreement(outcome: Outcome) -> Card | None:
 
 def _bytes(outcome: Outcome) -> Card | None:
     share = outcome.realised.get("model_bytes_frac", outcome.predicted.get("model_bytes_frac"))
-    if share is None:
+    if share is None or outcome.name.role is Role.ORACLE:
         return None
     neurons = outcome.realised.get("neuron_frac")
     predicted = outcome.predicted.get("model_bytes_frac")

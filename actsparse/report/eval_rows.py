@@ -46,7 +46,8 @@ ROWS: tuple[Row, ...] = (
         how_to_read=(
             "Each line is a method, each point a plan; all start at dense. Lower is better. Grey lines are what a "
             "method must beat: the same share dropped at random, or by one static mask. Bars are bootstrap "
-            "intervals over blocks. The menu changes what sparsity is counted in, which can change the order."
+            "intervals over blocks. The menu changes what sparsity is counted in, which can change the order. "
+            "Oracles stand where their masks would be if they were known before: they save nothing."
         ),
     ),
     Row(
@@ -136,8 +137,8 @@ ROWS: tuple[Row, ...] = (
         wide=False,
         how_to_read=(
             "Hollow: what the fit promised. Filled: what was counted on the scored text. Bar: what the kernel "
-            "that ran really skipped. A gap between the first two means that the threshold does not transfer to "
-            "this text."
+            "that ran really skipped, nothing for an oracle. A gap between the first two means that the threshold "
+            "does not transfer to this text."
         ),
     ),
     Row(

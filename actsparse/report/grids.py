@@ -60,7 +60,8 @@ def plan_grid(panel: EvalPanel, place: int) -> Grid:
         id=f"plans-{place}",
         title="Every plan" + (f", {panel.label}" if panel.label else ""),
         note="Intervals are bootstraps over blocks (perplexity) and over timing pairs (speed-up). Neurons and bytes "
-        "(of the model, a decode step) are realised shares, counted on the scored text. "
+        "(of the model, a decode step) are realised shares, counted on the scored text; a ruler needs what its masks "
+        "would save, and saves nothing. "
         "A plan's dense time is that of the laps it was timed against in turns; the row of dense pools all laps. "
         "Time to first token includes selection and slicing, repaid after so many decoded tokens.",
         columns=columns,
@@ -81,12 +82,20 @@ def _plan_row(outcome: Outcome) -> tuple[Cell, ...]:
         _cell(outcome.kl.value, number(outcome.kl.value), span(outcome.kl.low, outcome.kl.high)),
         _cell(outcome.top1.value, percent(outcome.top1.value), shares_between(outcome.top1.low, outcome.top1.high)),
         _cell(share, percent(share), "channels" if neurons is None and channels is not None else ""),
-        _cell(outcome.realised.get("model_bytes_frac"), percent(outcome.realised.get("model_bytes_frac"))),
+        _unread(outcome),
         _cell(outcome.speedup.value, times(outcome.speedup.value), _speed_detail(outcome)),
         _cell(None if dense else outcome.reach, times(None if dense else outcome.reach)),
         _cell(outcome.ms_per_token.value, number(outcome.ms_per_token.value), _dense_detail(outcome)),
         _cell(_ttft(outcome), number(_ttft(outcome)), _repaid(outcome)),
     )
+
+
+def _unread(outcome: Outcome) -> Cell:
+    """The bytes that a plan does not read: of a ruler none, and what they would be if its masks were known before."""
+    share = outcome.realised.get("model_bytes_frac")
+    if outcome.name.role is not Role.ORACLE:
+        return _cell(share, percent(share))
+    return _cell(0.0, percent(0.0), f"ruler; known before: {percent(share)}")
 
 
 def _speed_detail(outcome: Outcome) -> str:

@@ -73,7 +73,9 @@ class Outcome:
 
     @property
     def reach(self) -> float | None:
-        """The ceiling: as recorded, or from the bytes that the plan leaves unread."""
+        """The ceiling: as recorded, or from the bytes that the plan leaves unread; a ruler leaves none and has none."""
+        if self.name.role is Role.ORACLE:
+            return None
         share = self.realised.get("model_bytes_frac", self.predicted.get("model_bytes_frac"))
         if self.ceiling is not None or share is None or not 0 <= share < 1:
             return self.ceiling

@@ -139,7 +139,7 @@ def parse_plan(plan: str, method: str | None = None, short: str | None = None) -
         options=options,
         amount=amount,
         series=series,
-        role=role_of(found["method"]),
+        role=role_of(found["method"], options),
     )
 
 
@@ -157,9 +157,9 @@ def method_of(plan: str) -> str:
     return f"{found['method']}:{found['options']}" if found["options"] else found["method"]
 
 
-def role_of(method: str) -> Role:
+def role_of(method: str, options: str = "") -> Role:
     """The role of a method in a comparison: what it is measured against, or what is measured."""
-    if method.startswith("oracle") or method == "heads-oracle":
+    if method.startswith("oracle") or method == "heads-oracle" or ("router", "oracle") in _options(options):
         return Role.ORACLE
     return ROLES.get(method, Role.METHOD)
 

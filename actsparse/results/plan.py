@@ -72,7 +72,8 @@ class ThresholdPlan:
 
     `short` is the form as typed, or what a target was solved to. `predicted` sparsity follows from the fit, `realised`
     was counted on the calibration text (None where a method decides at run time and was not replayed). `measured`:
-    what it did to calibration blocks, and to the transfer text, where these were run.
+    what it did to calibration blocks, and to the transfer text, where these were run. `ideal`: a ruler, whose masks
+    need what they would save: it saves nothing, and its bytes are those of masks known beforehand.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -87,3 +88,4 @@ class ThresholdPlan:
     realised: Sparsity | None
     layers: tuple[LayerPlan, ...]
     measured: tuple[MeasuredPlan, ...] = ()
+    ideal: bool = False

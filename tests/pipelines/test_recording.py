@@ -251,7 +251,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_infinite_activations_are_named_counted_and_read_as_zeros(
+def test_infinite_activations_are_named_and_counted_and_stand_in_no_share(
     broken: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     run = profile(spec_of(broken, prompts_file, tmp_path / "p"))
@@ -261,6 +261,8 @@ def test_infinite_activations_are_named_counted_and_read_as_zeros(
     assert said == [f"layer 1, up: {int(counted[0])} activations are NaN or infinite"]
     assert run.measures.filter(metric="not_finite", layer=0).height == 0
     assert run.measures.filter(metric="rms", layer=1, kind="up")["value"].is_finite().all()
+    assert run.measures.filter(metric="zero_frac")["value"].max() == 0.0
+    assert set(run.measures.filter(metric="position_zero_frac")["layer"]) == {0}
 
 
 def test_strict_stops_at_infinite_activations(broken: Path, prompts_file: Path, tmp_path: Path) -> None:
