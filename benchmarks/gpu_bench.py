@@ -40,15 +40,15 @@ class Bench:
         return input_rows(self.decoder.weights, self.down_rows)
 
 
-def ready_decoder(weights: Weights, tuning: Tuning | None = None) -> Decoder:
+def ready_decoder(weights: Weights, tuning: Tuning | None = None, *, batch: int = 1) -> Decoder:
     """A decoder with a random cache and forced random tokens, at `POSITION`."""
-    decoder = decoder_of(weights, max_length=LENGTH, tuning=tuning)
+    decoder = decoder_of(weights, max_length=LENGTH, batch=batch, tuning=tuning)
     for warning in decoder.warnings:
         print("  WARNING", warning)
     decoder.state.keys.normal_()
     decoder.state.values.normal_()
     decoder.start(1, POSITION)
-    decoder.force(torch.randint(0, weights.shape.vocab, (STEPS + 8,), device="cuda"))
+    decoder.force(torch.randint(0, weights.shape.vocab, (batch, STEPS + 8), device="cuda"))
     return decoder
 
 

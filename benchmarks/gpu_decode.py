@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from gpu_batches import part_batch_profile, part_batch_tuning, part_batches, part_fallback_batches
 from gpu_bench import LENGTH, POSITION, Bench, add_pair, compare, limit_ms, ready_decoder, release, step_ms
 from gpu_calibrate import fit_inputs, fit_neurons, operators_of, realised_inputs, realised_neurons
 from gpu_gemv import part_gemv
@@ -242,6 +243,10 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "profile": part_profile,
     "compiled": part_compiled,
     "tune": part_tune,
+    "batches": part_batches,
+    "batch-tuning": part_batch_tuning,
+    "batch-profile": part_batch_profile,
+    "batch-fallback": part_fallback_batches,
 }
 DEFAULT_PARTS = "check,generate,dense,sliced,cats,teal,gemv,shapes,profile"
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from actsparse.engine.cpu.counting import Counting
+from actsparse.engine.counting import Counting
 from actsparse.engine.cpu.engine import CpuEngine
 from actsparse.engine.cpu.ops import MAX_BATCH
-from actsparse.engine.cuda.availability import native_refusal
+from actsparse.engine.cuda.availability import most_sequences, native_refusal
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import PlanState
 from actsparse.engine.kept import KeptNeurons
@@ -59,13 +59,8 @@ class OwnSteps:
     def most_sequences(self) -> int:
         """How many sequences a step takes at once without torch.compile."""
         if self.weights.device.type == "cuda":
-            return int(native_refusal(self.weights) is None)
+            return 0 if native_refusal(self.weights) else most_sequences(self.weights)
         return MAX_BATCH
-
-    @property
-    def takes_padding(self) -> bool:
-        """Whether such steps leave out padding in front of a prompt."""
-        return self.weights.device.type == "cpu"
 
     def engine(self, batch: int) -> Engine:
         """A new engine of the weights' device."""
@@ -95,8 +90,7 @@ class OwnRun:
         self._dense = DensePlan()
         self._decoder = Decoder(steps.weights, max_length=max_length, batch=batch, engine=self._engine)
         self._refresh = Refresh(self._plan, steps.weights, batch) if self._plan and self._refreshes else None
-        counts = self._engine.counters if isinstance(self._engine, CpuEngine) else None
-        self._counting = None if counts is None or self._plan is None else Counting(counts, self._plan, self._refresh)
+        self._counting = self._plan and Counting(self._engine.counters, self._plan, self._refresh)
         self._kept = self._plan and KeptNeurons(
             self._plan, steps.translator, self._decoder, chooses_again=self._refreshes
         )
@@ -108,7 +102,6 @@ class OwnRun:
         self._counted = 0
         self._logits = torch.zeros(0)
         self._followed = 0  # single steps since the last selection
-        self._padded = False
 
     @property
     def path(self) -> str:
@@ -154,7 +147,6 @@ class OwnRun:
         self._logits = logits
         following = logits.argmax(dim=-1)
         self._decoder.load_prefill(cache, following, padding)
-        self._padded = padding is not None
         self._start = (following, length)
         self._moved = False
         return logits
@@ -164,7 +156,6 @@ class OwnRun:
         self._prompt = prompt
         following = torch.zeros(self.batch, dtype=torch.long)
         self._decoder.load_prefill(cache, following, padding)
-        self._padded = padding is not None
         self._start = (following, int(cache.get_seq_length()))
         self._moved = False
 
@@ -316,8 +307,11 @@ class OwnRun:
     @property
     def _reads_lists(self) -> bool:
         """Whether a step reads what the lists of its plan name, or copies of it, and nothing else."""
-        native = isinstance(self._engine, CpuEngine) or (self.batch <= self._steps.most_sequences and not self._padded)
-        return native and self._plan is not None and lists_alone(self._plan) and not self._refreshes
+        if self._plan is None or self._kept is None or self._refreshes or not lists_alone(self._plan):
+            return False
+        if isinstance(self._engine, CpuEngine):
+            return True
+        return self.batch <= self._steps.most_sequences and (self.batch == 1 or self._kept.work is not self._plan)
 
     @property
     def _refreshes(self) -> bool:

@@ -141,8 +141,6 @@ class _Forward:
             return f"its own step knows no {', '.join(sorted(asked))}"
         if not _left_padded(mask):
             return "its own step takes masks that leave out padding in front, and no others"
-        if _any_padding(mask) and not steps.takes_padding:
-            return "its own step would take padding for tokens"
         if not _at_the_end(int(cache.get_seq_length()), kwargs, "position_ids" in self.__signature__.parameters):
             return "the tokens do not stand where its own step puts them: at the cache's end, padding not counted"
         if not _plain(steps.sites.model.config, kwargs):

@@ -379,13 +379,6 @@ def test_each_reason_for_masks_instead_of_the_step_is_said_once(how: dict[str, o
     assert said_of(said, "masks are applied") == 3
 
 
-def test_padding_that_a_step_would_take_for_tokens_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = make_model("llama"), token_ids(1, 20)
-    monkeypatch.setattr(stepping.OwnSteps, "takes_padding", False)
-    with sparsify(model, "griffin@0.5"), pytest.warns(UserWarning, match="would take padding for tokens"):
-        generated(model, ids, (torch.arange(20) >= 6).long()[None])
-
-
 def test_what_a_run_announces_is_passed_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     monkeypatch.setattr(OwnRun, "announced", ["the operators could not be built"])

@@ -40,7 +40,7 @@ def check(operators, draw, poisoned, assert_near, *, dtype, heads, kv_heads, hea
         qkv[None].double(), want_keys.double().nan_to_num(), want_values.double(), at, *tables, exact
     )
     out = poisoned(heads * head_dim)
-    operators.attend(out, qkv, keys, values, position=at, angles=angles, how=how)
+    operators.attend(out, qkv, keys[None], values[None], position=at, angles=angles, how=how)
     assert_near(out, want[0], limit=3e-3)  # the new key and value round once more
     assert_near(keys[:, position], want_keys[0, :, position], limit=5e-3)  # another order of rounding, on few elements
     assert torch.equal(values[:, position], want_values[0, :, position])
@@ -94,9 +94,31 @@ def test_masked_groups_return_zeros_and_read_no_cache(operators, draw, poisoned,
     groups = torch.tensor([1, 0, 0, 1], dtype=torch.int32, device="cuda")
     keys[1:3, :position], values[1:3, :position] = torch.nan, torch.nan
     out = poisoned(heads * head_dim)
-    operators.attend(out, qkv, keys, values, position=at, angles=angles_of(head_dim), how=how, groups=groups)
+    angles = angles_of(head_dim)
+    operators.attend(out, qkv, keys[None], values[None], position=at, angles=angles, how=how, groups=groups)
     kept = groups.bool().repeat_interleave(heads // kv_heads)
     out, want = out.view(heads, head_dim), want.view(heads, head_dim)
     assert (out[~kept] == 0).all()
     assert_near(out[kept], want[kept])
     assert_near(keys[:, position], whole_keys[0, :, position], limit=5e-3)
+
+
+@pytest.mark.parametrize("position", [60, 700])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("window", [None, 100])
+def test_sequences_of_a_batch_see_their_own_cache_without_its_padding(
+    operators, draw, poisoned, assert_near, position, batch, window
+):
+    heads, kv_heads, head_dim = 14, 2, 64
+    how, at = Attention(scale=0.125, window=window), torch.tensor([position], dtype=torch.int32, device="cuda")
+    qkv, padding = draw(batch, (heads + 2 * kv_heads) * head_dim), torch.randint(0, 60, (batch,), device="cuda")
+    keys, values = (draw(batch, kv_heads, POSITIONS, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    whole_keys, whole_values = keys.clone(), values.clone()
+    want = reference.attend(qkv, whole_keys, whole_values, at, *angles_of(head_dim), how, padding)
+    for sequence, pad in enumerate(padding.tolist()):
+        keys[sequence, :, :pad] = values[sequence, :, :pad] = torch.nan
+    out = poisoned(batch, heads * head_dim)
+    operators.attend(out, qkv, keys, values, position=at, angles=angles_of(head_dim), how=how, padding=padding)
+    assert_near(out, want, limit=3e-3)
+    assert_near(keys[:, :, position], whole_keys[:, :, position], limit=5e-3)
+    assert torch.equal(values[:, :, position], whole_values[:, :, position])

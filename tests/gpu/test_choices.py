@@ -76,6 +76,26 @@ def test_equals_at_the_edge_are_all_kept(operators, draw, poisoned):
     assert found == 0
 
 
+@pytest.mark.parametrize("count", [1, 40, 900])
+def test_what_is_no_number_takes_a_place_among_the_largest_and_is_not_lost(operators, draw, poisoned, count):
+    x, rows, found = draw(1000), draw(1000, 264, dtype=torch.bfloat16), poisoned(1)
+    lost = torch.randperm(1000, device="cuda")[:count]
+    x[lost] = torch.nan
+    operators.top(found, x, (100,))
+    out = poisoned(264)
+    operators.columns(out, x, rows, threshold=found, keeps_nan=True)
+    assert out.isnan().all()
+    rows[lost], x[lost] = 0.0, 1e9  # as large, but counting nothing
+    if count < 100:
+        want = torch.where(x.abs() >= reference.top_threshold(x.abs(), 100), x, 0.0).double() @ rows.double()
+        operators.columns(out, x, rows, threshold=found, keeps_nan=True)
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+    x[lost] = torch.nan
+    dropped = poisoned(264)
+    operators.columns(dropped, x, rows, threshold=torch.ones(1, device="cuda"))
+    assert dropped.isfinite().all(), "under a threshold what is no number is dropped"
+
+
 @pytest.mark.parametrize(("rows", "width"), [(11008, 128), (1, 7), (1001, 577), (256, 4096)])
 def test_scores_of_a_router(operators, draw, poisoned, assert_near, rows, width):
     weight, x, norm, out = draw(rows, width), draw(width), Norm(1 + draw(width, scale=0.1), 1e-5), poisoned(rows)

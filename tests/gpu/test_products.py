@@ -165,7 +165,7 @@ def test_columns_read_only_the_live_rows(operators, draw, poisoned, assert_near,
 def test_the_best_row_is_the_first_of_the_largest(operators, draw, poisoned):
     weight, x = draw(32001, 512, dtype=torch.bfloat16), draw(512)
     norm = norm_for(512, draw)
-    best = Best(poisoned(operators.blocks), torch.zeros(operators.blocks, dtype=torch.int32, device="cuda"))
+    best = Best(poisoned(1, operators.blocks), torch.zeros(1, operators.blocks, dtype=torch.int32, device="cuda"))
     logits = poisoned(32001)
     operators.head(logits, best, x, weight, norm=norm)
     winner = best.row[best.value == best.value.max()].min()
@@ -177,7 +177,7 @@ def test_the_best_row_is_the_first_of_the_largest(operators, draw, poisoned):
 
 def test_logits_are_scaled_and_capped(operators, draw, poisoned, assert_near):
     weight, x, norm = draw(1003, 512, dtype=torch.bfloat16), draw(512), norm_for(512, draw)
-    best = Best(poisoned(operators.blocks), torch.zeros(operators.blocks, dtype=torch.int32, device="cuda"))
+    best = Best(poisoned(1, operators.blocks), torch.zeros(1, operators.blocks, dtype=torch.int32, device="cuda"))
     logits = poisoned(1003)
     operators.head(logits, best, x, weight, norm=norm, caps=Caps(scale=0.25, cap=3.0))
     want = reference.soft_cap((weight.double() @ normed(x, norm)) * 0.25, 3.0)
@@ -207,7 +207,7 @@ def test_any_tuning_gives_the_same_product(device, draw, poisoned, assert_near, 
             weight[x.abs() < threshold] = torch.nan
         tuned.columns(out, x, weight, threshold=threshold)
         assert_near(out, want)
-        sums = new_sums(outputs, device)
+        sums = new_sums(outputs, device=device)
         tuned.columns(sums, x, weight, threshold=threshold)
         assert_near(to_values(sums), want)
 
@@ -224,7 +224,7 @@ def test_reading_ahead_in_two_steps_changes_nothing(device, draw, assert_near, s
         want = reference.input_sparse(weight.double(), exact[None], threshold)[0]
         found = []
         for _ in range(2):
-            found.append(new_sums(outputs, device))
+            found.append(new_sums(outputs, device=device))
             tuned.columns(found[-1], x, weight, threshold=threshold, norm=norm)
         assert_near(to_values(found[0]), want)
         assert torch.equal(*found), "two runs differ"
@@ -268,7 +268,7 @@ def test_sums_in_fixed_point(operators, device, draw, assert_near, dtype, inputs
     again = to_sums(before)
     operators.columns(again, held, weight, **how)
     assert torch.equal(sums, again), "two runs differ"
-    sums = new_sums(outputs, device)
+    sums = new_sums(outputs, device=device)
     operators.columns(sums, held, weight, up=other, activation="silu", skip_zeros=True)
     assert_near(to_values(sums), (reference.activate(x.double(), "silu") * up) @ weight.double())
 
@@ -288,7 +288,7 @@ def test_rows_read_and_add_to_sums(operators, device, draw, poisoned, assert_nea
         sums = to_sums(before)
         operators.add(sums, x, weight, bias=bias, scale=0.3)
         assert_near(to_values(sums), before.double() + 0.3 * (weight.double() @ x.double() + bias))
-        fixed = new_sums(width, device).fill_(7)
+        fixed = new_sums(width, device=device).fill_(7)
         operators.fix(fixed, x)
         assert torch.equal(fixed, to_sums(x))
 
@@ -299,13 +299,13 @@ def test_what_is_no_number_is_none_in_the_sum(operators, device, draw, bad):
     for at in (5, 4000):
         broken = x.clone()
         broken[at] = bad
-        sums = new_sums(256, device)
+        sums = new_sums(256, device=device)
         for _ in range(9):  # further parts do not bring it back
             operators.columns(sums, broken, weight, skip_zeros=True)
         values = to_values(sums)
         assert values.isnan().sum() >= (256 if not abs(bad) < torch.inf else 200)
         operators.columns(sums, x, weight, skip_zeros=True)
         assert torch.equal(to_values(sums).isnan(), values.isnan())
-    sums = new_sums(8, device)
+    sums = new_sums(8, device=device)
     operators.fix(sums, torch.tensor([1.0, bad, -2.5, 0.0, 2.0**-31, 1e6, -1e6, 0.1], device=device))
     assert to_values(sums).isnan().tolist() == [False, True] + [False] * 6

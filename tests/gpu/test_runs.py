@@ -29,6 +29,7 @@ pytestmark = pytest.mark.gpu
 PROMPT, NEW, SINK, ROOM = 24, 12, 2, 64
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 TIER_2 = ("phi", "olmo2", "gpt_neox")
+PROJECTIONS = (Unit.Q, Unit.K, Unit.V, Unit.O, Unit.GATE, Unit.UP, Unit.DOWN)
 
 
 class Sizes:
@@ -77,6 +78,8 @@ def gates_of(kind, neurons, layers):
             gates = LayerGates(neurons=TokenGate(SiteKind.GATE, Threshold(0.3)))
         case "top":
             gates = LayerGates(neurons=TokenGate(SiteKind.NEURON, TopK(neurons // 2)))
+        case "all channels":
+            gates = LayerGates(channels=ChannelGate({unit: ChannelRule(Threshold(0.3)) for unit in PROJECTIONS}))
         case "channels":
             units = (Unit.Q, Unit.V, Unit.O, Unit.GATE, Unit.UP, Unit.DOWN)
             gates = LayerGates(channels=ChannelGate({unit: ChannelRule(Threshold(0.3)) for unit in units}))
@@ -187,12 +190,14 @@ def test_a_model_that_others_drive_decodes_by_its_own_step(kind, assert_near, mo
         with sparse_generation(resolve(model), gates, sink_tokens=SINK):
             found = [stepped(model, prompt, tokens) for prompt in prompts]
             two = stepped(model, ids.expand(2, -1), tokens.expand(2, -1))
+            nine = stepped(model, ids.expand(9, -1), tokens.expand(9, -1))
             model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert len(made) == 1, "a second prompt of the same size made its steps again"
-    assert any("at batch 2" in str(one.message) for one in said)
+    assert [one.batch for one in made] == [1, 2], "a second prompt of the same size made its steps again"
+    assert any("at batch 9: its own step takes 8" in str(one.message) for one in said)
     for prompt, logits in zip(prompts, found, strict=True):
         assert_near(logits, in_the_masked_path(exact, gates, prompt, tokens), limit=0.05)
     assert_near(two[:1], found[0], limit=0.05)
+    assert_near(nine[:1], found[0], limit=0.05)
 
 
 @pytest.mark.parametrize("family", TIER_2)
@@ -236,3 +241,36 @@ def test_a_batch_is_run_each_for_itself_and_says_what_it_costs():
         found, _ = run_of(run, ids, tokens)
         torch.testing.assert_close(found, torch.cat(alone), atol=2e-4, rtol=2e-4)
         assert run.announced
+
+
+@pytest.mark.parametrize("kind", ["clear", "gate", "channels", "all channels"])
+@pytest.mark.parametrize("padding", [None, (0, 5, 9)])
+def test_in_bfloat16_a_batch_is_read_once_and_each_sequence_is_that_of_batch_1(kind, padding, assert_near):
+    model = make_model("llama", **WIDE).cuda().bfloat16()
+    ids, tokens = token_ids(3, PROMPT, seed=5).cuda(), token_ids(3, NEW, seed=6).cuda()
+    gates = gates_of(kind, 512, model.config.num_hidden_layers)
+    left = None if padding is None else torch.tensor(padding, device="cuda")
+    with opened(model, gates, batch=3) as run:
+        run.prefill(ids, watch=True, padding=left)
+        run.select()
+        run.use(sparse=True)
+        run.forget()
+        found = run.forced(tokens)
+        assert run.path == "own step on cuda, graph"
+        shares = run.kept()
+        run.use(sparse=False)
+        run.rewind()
+        dense = run.forced(tokens)
+        assert not any("torch.compile" in line for line in run.announced)
+    if shares:
+        assert all(0 < share <= 1 for share in shares.values())
+    assert shares or kind in ("clear", "channels"), "what a union reads is counted"
+    for at in range(3):
+        begin = 0 if padding is None else padding[at]
+        with opened(model, gates) as one:
+            one.prefill(ids[at : at + 1, begin:], watch=True)
+            one.select()
+            for sparse, of_batch in ((True, found), (False, dense)):
+                one.use(sparse=sparse)
+                one.rewind()
+                assert_near(of_batch[at], one.forced(tokens[at : at + 1])[0], limit=0.06)

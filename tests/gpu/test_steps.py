@@ -334,5 +334,5 @@ def test_padding_in_front_of_one_prompt_is_not_seen(assert_near):
         decoder.force(torch.arange(5, device="cuda"))
         decoder.decode(5)
         found.append(decoder.state.logits.clone())
-        assert any("padding" in warning for warning in decoder.warnings) == (ahead > 0)
+        assert decoder.warnings == []
     assert_near(found[1], found[0], limit=2e-2)

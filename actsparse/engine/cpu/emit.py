@@ -7,19 +7,10 @@ from torch import Tensor
 
 from actsparse.engine.cpu.ops import ACTIVATIONS, Columns, Gated, Norm, Op, Rows, bfloat, chunks_of
 from actsparse.engine.step import sliced
+from actsparse.engine.step.counter import Counter
 from actsparse.engine.step.shape import Shape
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.weights import LayerWeights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Counter:
-    """How many units of a layer were read (read [1] int64, over all steps), of `total` a step."""
-
-    layer: int
-    unit: str
-    read: Tensor
-    total: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

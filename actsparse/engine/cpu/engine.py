@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.cpu import build
-from actsparse.engine.cpu.emit import Choice, Counter
+from actsparse.engine.cpu.emit import Choice
 from actsparse.engine.cpu.ops import MAX_BATCH
 from actsparse.engine.cpu.program import Program
 from actsparse.engine.cpu.step import StepBuilder
+from actsparse.engine.step.counter import Counter
 from actsparse.engine.step.decoder import Runner
 from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan, SlicedPlan
 from actsparse.engine.step.state import DecodeState, embed, set_hidden

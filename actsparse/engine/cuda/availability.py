@@ -9,6 +9,8 @@ from actsparse.engine.cuda import native
 from actsparse.engine.step.weights import Weights
 
 MAX_INPUTS = 40960  # as float32 beside the rings, in the 227 KiB of a block
+MAX_BATCH = 8  # columns of the matrix instruction that a batch's row products are made of
+MAX_BATCH_INPUTS = 46_000  # of all sequences together, beside the shortest rings
 
 
 def has_triton() -> bool:
@@ -43,3 +45,14 @@ def native_refusal(weights: Weights) -> str | None:
     if max(shape.width, shape.neurons, shape.query_width) > MAX_INPUTS:
         return f"the compiled kernels hold up to {MAX_INPUTS} inputs of a product in shared memory"
     return native_failure()
+
+
+def most_sequences(weights: Weights) -> int:
+    """How many sequences of these weights the compiled kernels decode at once."""
+    return max(1, min(MAX_BATCH, MAX_BATCH_INPUTS // weights.shape.width))
+
+
+def batch_refusal(weights: Weights, batch: int) -> str | None:
+    """Why the compiled kernels cannot decode `batch` sequences of these weights at once, or None if they can."""
+    most = most_sequences(weights)
+    return None if batch <= most else f"the compiled kernels decode up to {most} sequences at once here, not {batch}"

@@ -65,20 +65,24 @@ class ColumnProducts(Launcher):
         count: Tensor | None = None,
         fresh: bool = False,
         invert: bool = False,
+        keeps_nan: bool = False,
         scale: float = 1.0,
         zero: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> None:
         """out [outputs] = scale * sum of x_i * weight_rows[i] over the inputs kept; weight_rows [inputs, outputs].
 
         Without `threshold` and `skip_zeros` every input is read. `threshold` [segments] applies per segment of outputs
         (`segments` are their lengths), to |x_i| times `score` [segments, inputs] where given. `up`: x_i stands for
         act(x_i) * up_i. `index` [inputs]: the row of x_i; `count` [1]: live inputs; `fresh` where this step made them.
-        fill [inputs] is taken off the values that are kept; `invert` keeps what is below the threshold.
+        fill [inputs] is taken off the values that are kept; `invert` keeps what is below the threshold. A value that
+        is no number is dropped, or kept with `keeps_nan`, as where the threshold is that of the largest.
         ATOMIC_ADD adds in no fixed order. What is read before it is known to be kept is passed over later.
         `squares` [any]: parts of the sum of x_i * x_i, which spare the norm from reading all of x in every block.
 
         x and `up` may both be sums in fixed point, and so may `out`, which then gains the product: blocks add to it as
         they finish, to the same bits in any order. `zero`: such sums, of a later product, to be set to zero.
+        `read` [segments] int64 gains how many rows were read, those that turned out to be dropped among them.
         """
         lengths = (weight_rows.shape[1],) if segments is None else segments
         cut = self._cut(lengths, x.numel(), meets=out.dtype != torch.int64 and epilogue != Epilogue.ATOMIC_ADD)
@@ -98,6 +102,7 @@ class ColumnProducts(Launcher):
             partial=native.address(self._partial),
             arrived=native.address(self._arrived),
             zero=native.address(zero),
+            read=native.address(read),
             stride=weight_rows.stride(0),
             epsilon=norm.epsilon if norm else 0.0,
             inputs=x.numel(),
@@ -112,9 +117,10 @@ class ColumnProducts(Launcher):
             later=0 if fresh else self._tuning.later,
             fresh=int(fresh),
             invert=int(invert),
+            keeps_nan=int(keeps_nan),
             fixed=int(x.dtype == torch.int64),
             zeros=0 if zero is None else zero.numel(),
-            segment=_segments(lengths, cut.groups),
+            segment=segments_of(lengths, cut.groups),
         )
         selects = threshold is not None or skip_zeros
         self._library.columns(
@@ -139,7 +145,7 @@ class ColumnProducts(Launcher):
         return Cut(groups=groups, tiles=tiles(groups), slices=max(1, min(blocks // tiles(groups), most)))
 
 
-def _segments(lengths: tuple[int, ...], groups: int) -> "ctypes.Array[Segment]":
+def segments_of(lengths: tuple[int, ...], groups: int) -> "ctypes.Array[Segment]":
     """Neighbouring segments of outputs, each in tiles of its own."""
     tiles = [math.ceil(length / (TILE * groups)) for length in lengths]
     found = (Segment(sum(lengths[:i]), lengths[i], sum(tiles[:i])) for i in range(len(lengths)))

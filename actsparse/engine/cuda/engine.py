@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsparse.engine.cuda.availability import has_triton, native_refusal
+from actsparse.engine.cuda.availability import batch_refusal, has_triton, native_refusal
+from actsparse.engine.cuda.batch_products import BatchOperators
 from actsparse.engine.cuda.fold import fold
 from actsparse.engine.cuda.graph import capture
 from actsparse.engine.cuda.in_turns import InTurns
@@ -15,10 +16,11 @@ from actsparse.engine.cuda.native_gates import NativeGateStep, refusal
 from actsparse.engine.cuda.native_inputs import native_step
 from actsparse.engine.cuda.native_step import NativeStep
 from actsparse.engine.cuda.operators import Operators
+from actsparse.engine.step.counter import Counter
 from actsparse.engine.step.decoder import Decoder, Runner
 from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
-from actsparse.engine.step.plans import DensePlan, InputPlan, NeuronPlan, Plan
+from actsparse.engine.step.plans import DensePlan, IndexedPlan, InputPlan, NeuronPlan, Plan
 from actsparse.engine.step.products import Products, TorchProducts
 from actsparse.engine.step.state import DecodeState, set_hidden
 from actsparse.engine.step.torch_step import TorchStep
@@ -30,7 +32,9 @@ ANY_ORDER = (
     "fast atomics: sparse products add their parts in any order, so two runs of a plan may differ in their last"
     " bits, and in a token where two are nearly as likely"
 )
-ONE_ORDER = "fast atomics change nothing under this plan: only plans by thresholds on all inputs have such kernels"
+ONE_ORDER = (
+    "fast atomics change nothing under this plan: only thresholds on all inputs of one sequence have such kernels"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +47,8 @@ class _Snapshot:
 class CudaEngine:
     """Steps for weights on a CUDA device; `operators` is None where the compiled kernels cannot serve them.
 
-    They decode one sequence: in a batch they serve plans that choose token by token, a sequence after the other.
+    Plans that the kernels of a batch do not know, but those of one sequence do, decode a sequence after the other.
+    `fast_atomics`: add partial sums in any order where kernels can.
     """
 
     def __init__(
@@ -57,14 +62,17 @@ class CudaEngine:
         fast_atomics: bool = False,
     ) -> None:
         self.warnings: list[str] = []
+        self.counters: dict[int, list[Counter]] = {}
         self._fast_atomics = fast_atomics
         self.operators: Operators | None = None
         self._compiled = compiled
         refused = native_refusal(weights) if native else "it was not asked for"
-        operators = Operators(weights.device, tuning) if refused is None else None
-        self.operators, self._in_turns = (operators, None) if batch == 1 else (None, operators)
-        one = f"the compiled kernels decode one sequence, not {batch}" if batch > 1 else None
-        self._refused = (refused or one) if native else None
+        together = refused or batch_refusal(weights, batch)
+        if together is None:
+            make = BatchOperators(weights.device, batch, tuning) if batch > 1 else Operators(weights.device, tuning)
+            self.operators = make
+        self._in_turns = Operators(weights.device, tuning) if batch > 1 and refused is None else None
+        self._refused = together if native else None
 
     @property
     def candidates(self) -> int:
@@ -75,31 +83,25 @@ class CudaEngine:
         self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
-        operators = None if padded else self.operators
-        sees = padded and (self.operators or self._in_turns) is not None
-        refused = "the compiled kernels see padding as a token" if sees else self._refused
-        turns = None if padded else self._turns(weights, state, plan, sampled=sampled)
-        if turns is not None:
-            self._say(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
-            return self._captured(turns, state)
+        asked = plan
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:
-                if self._fast_atomics:
-                    self._say(ONE_ORDER)
-                refused = refusal(plan, weights) if operators is not None else refused
-                return self._gates(weights, state, plan, operators, refused, sampled=sampled, padded=padded)
+                return self._gates(weights, state, plan, sampled=sampled, padded=padded)
             plan = folded
-        if operators is not None:
-            plan = self._in_any_order(weights, plan)
-            return self._captured(native_step(weights, state, plan, operators, sampled=sampled), state)
+        if self.operators is not None and (state.batch == 1 or not isinstance(plan, IndexedPlan)):
+            plan = self._in_any_order(weights, state, plan)
+            step = native_step(weights, state, plan, self.operators, sampled=sampled, padded=padded)
+            if not sampled:
+                self.counters[id(asked)] = step.counters
+            return self._captured(step, state)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
             self._say("without compiled kernels and Triton this plan masks weights but reads them all")
         products = _products()
         if self._compiled:
-            if refused is not None:
+            if self._refused is not None:
                 arm = "dense" if isinstance(plan, DensePlan) else "sparse"
-                self._say(f"{arm} decode runs through torch.compile: {refused}")
+                self._say(f"{arm} decode runs through torch.compile: {self._refused}")
             step = TorchStep(weights, state, plan, compiled=True, products=products, sampled=sampled, padded=padded)
             try:
                 return self._captured(step, state)
@@ -110,11 +112,11 @@ class CudaEngine:
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
 
-    def _in_any_order(self, weights: Weights, plan: Plan) -> Plan:
+    def _in_any_order(self, weights: Weights, state: DecodeState, plan: Plan) -> Plan:
         """`plan` with atomics, where these were asked for and its kernels have them."""
         if not self._fast_atomics or isinstance(plan, DensePlan):
             return plan
-        if isinstance(plan, InputPlan) and not weights.shape.post_norm:
+        if isinstance(plan, InputPlan) and state.batch == 1 and not weights.shape.post_norm:
             self._say(ANY_ORDER)
             return replace(plan, fast_atomics=True)
         self._say(ONE_ORDER)
@@ -125,44 +127,30 @@ class CudaEngine:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def _turns(self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool) -> InTurns | None:
-        """The step of a batch by compiled steps of one, where they can run what chooses token by token."""
-        operators = self._in_turns
-        if operators is None:
-            return None
-        alone = (fold(plan) or plan) if isinstance(plan, GatePlan) else plan
-        match alone:
-            case NeuronPlan() | InputPlan():
-                return InTurns(
-                    state,
-                    lambda one: native_step(weights, one, alone, operators, sampled=sampled),
-                    operators.blocks,
-                )
-            case GatePlan() if alone.neurons is None and refusal(alone, weights) is None:
-                return InTurns(
-                    state,
-                    lambda one: NativeGateStep(weights, one, alone, operators, sampled=sampled),
-                    operators.blocks,
-                )
-            case _:
-                return None
-
-    def _gates(
-        self,
-        weights: Weights,
-        state: DecodeState,
-        plan: GatePlan,
-        operators: Operators | None,
-        refused: str | None,
-        *,
-        sampled: bool,
-        padded: bool,
-    ) -> Runner:
+    def _gates(self, weights: Weights, state: DecodeState, plan: GatePlan, *, sampled: bool, padded: bool) -> Runner:
         """The step of a plan of any mix of gates."""
-        if operators is not None and refused is None:
-            return self._captured(NativeGateStep(weights, state, plan, operators, sampled=sampled), state)
-        self._say(f"this plan masks weights but reads them all: {refused or 'there are no compiled kernels for it'}")
-        return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
+        operators = self.operators if state.batch == 1 else self._in_turns
+        alone = fold(plan) if state.batch > 1 else None  # one sequence may have a simpler step
+        refused = self._refused if operators is None else None if alone else refusal(plan, weights)
+        if state.batch > 1 and plan.neurons is not None:
+            refused = "its statistic sees the batch at once"
+        if self._fast_atomics:
+            self._say(ONE_ORDER)
+        if operators is None or refused is not None:
+            self._say(
+                f"this plan masks weights but reads them all: {refused or 'there are no compiled kernels for it'}"
+            )
+            return self._captured(GateStep(weights, state, plan, sampled=sampled, padded=padded), state)
+
+        def one(state: DecodeState) -> NativeStep:
+            if alone is not None:
+                return native_step(weights, state, alone, operators, sampled=sampled, padded=padded)
+            return NativeGateStep(weights, state, plan, operators, sampled=sampled, padded=padded)
+
+        if state.batch == 1:
+            return self._captured(one(state), state)
+        self._say(f"{state.batch} sequences decode in turns under this plan, each reading what it keeps")
+        return self._captured(InTurns(state, one, operators.blocks), state)
 
     def _captured(self, step: NativeStep | InTurns | TorchStep | GateStep, state: DecodeState) -> Runner:
         """Captures `step` and undoes what its warm-ups did; the cache beyond the position is free to change."""

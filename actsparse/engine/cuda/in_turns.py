@@ -49,7 +49,7 @@ def alone(state: DecodeState, index: int, candidates: int) -> DecodeState:
         neurons=state.neurons[own],
         logits=state.logits[own],
         best=Best(
-            value=torch.zeros(candidates, device=device),
-            row=torch.zeros(candidates, dtype=torch.int32, device=device),
+            value=torch.zeros(1, candidates, device=device),
+            row=torch.zeros(1, candidates, dtype=torch.int32, device=device),
         ),
     )

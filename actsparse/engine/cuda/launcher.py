@@ -27,6 +27,7 @@ class Tuning:
     `ahead`: rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which are kept;
     `later`: how many more under a norm, once the inputs are on their way.
     `rows_deep`: longer rings in the dense products. `max_slices`: of the inputs of a sparse product whose blocks meet.
+    `batch_depth`: stages of the rings in the row products of a batch, of 16 KiB a block, where they fit.
     """
 
     rows_threads: int = 512
@@ -36,6 +37,8 @@ class Tuning:
     ahead: int = 1
     later: int = 1
     max_slices: int = 16
+    batch_blocks_per_sm: int = 1
+    batch_depth: int = 6
 
 
 class Launcher:

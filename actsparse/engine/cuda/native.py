@@ -14,11 +14,14 @@ from torch import Tensor
 from actsparse.core.native import cuda_compiler
 from actsparse.engine.cuda.structures import (
     AttendArgs,
+    BatchColumnsArgs,
+    BatchRowsArgs,
     ChooseArgs,
     ColumnsArgs,
     FixArgs,
     GatherArgs,
     MergeArgs,
+    NormArgs,
     PostNormArgs,
     RowsArgs,
     ScoresArgs,
@@ -27,7 +30,7 @@ from actsparse.engine.cuda.structures import (
 )
 from actsparse.errors import ActsparseError
 
-SOURCES = ("rows.cu", "columns.cu", "attention.cu", "choices.cu", "token.cu")
+SOURCES = ("rows.cu", "columns.cu", "batch_rows.cu", "batch_columns.cu", "attention.cu", "choices.cu", "token.cu")
 HEADERS = ("common.cuh",)
 KERNELS = Path(__file__).parent / "kernels"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -68,6 +71,28 @@ class Library:
         code = call(ctypes.byref(args), DTYPES[dtype], selection, groups, tiles, int(dependent), _stream())
         self._check(code, "columns")
 
+    def batch_rows(
+        self,
+        args: BatchRowsArgs,
+        dtype: torch.dtype,
+        mode: int,
+        *,
+        blocks: int,
+        slices: int,
+        depth: int,
+        dependent: bool,
+    ) -> None:
+        call = self._handle.actsparse_batch_rows
+        code = call(ctypes.byref(args), DTYPES[dtype], mode, blocks, slices, depth, int(dependent), _stream())
+        self._check(code, "rows of a batch")
+
+    def batch_columns(
+        self, args: BatchColumnsArgs, dtype: torch.dtype, *, room: int, tiles: int, dependent: bool
+    ) -> None:
+        call = self._handle.actsparse_batch_columns
+        code = call(ctypes.byref(args), DTYPES[dtype], room, tiles, int(dependent), _stream())
+        self._check(code, "columns of a batch")
+
     def attend(self, args: AttendArgs, dtype: torch.dtype, head_dim: int, *, dependent: bool) -> None:
         call = self._handle.actsparse_attend
         self._check(call(ctypes.byref(args), DTYPES[dtype], head_dim, int(dependent), _stream()), "attention")
@@ -76,8 +101,12 @@ class Library:
         call = self._handle.actsparse_token
         self._check(call(ctypes.byref(args), DTYPES[dtype], int(dependent), _stream()), "token")
 
-    def post_norm(self, args: PostNormArgs, *, dependent: bool) -> None:
-        self._check(self._handle.actsparse_post_norm(ctypes.byref(args), int(dependent), _stream()), "post norm")
+    def post_norm(self, args: PostNormArgs, *, batch: int, dependent: bool) -> None:
+        call = self._handle.actsparse_post_norm
+        self._check(call(ctypes.byref(args), batch, int(dependent), _stream()), "post norm")
+
+    def norm(self, args: NormArgs, *, batch: int, dependent: bool) -> None:
+        self._check(self._handle.actsparse_norm(ctypes.byref(args), batch, int(dependent), _stream()), "norm")
 
     def fix(self, args: FixArgs, *, dependent: bool) -> None:
         self._check(self._handle.actsparse_fix(ctypes.byref(args), int(dependent), _stream()), "fix")

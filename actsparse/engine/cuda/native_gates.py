@@ -19,10 +19,17 @@ class NativeGateStep(NativeStep):
     """Called, it processes the token in `state` under `plan` and leaves the next one there."""
 
     def __init__(
-        self, weights: Weights, state: DecodeState, plan: GatePlan, operators: Operators, *, sampled: bool = False
+        self,
+        weights: Weights,
+        state: DecodeState,
+        plan: GatePlan,
+        operators: Operators,
+        *,
+        sampled: bool = False,
+        padded: bool = False,
     ) -> None:
         self._gates = plan
-        super().__init__(weights, state, DensePlan(), operators, sampled=sampled)
+        super().__init__(weights, state, DensePlan(), operators, sampled=sampled, padded=padded)
         self._vectors: dict[tuple[str, int], Tensor] = {}
         self._routers = Routers(plan, weights, operators, exact=state.hidden.dtype)
 
@@ -40,12 +47,13 @@ class NativeGateStep(NativeStep):
         self._operators.attend(
             state.mix,
             state.qkv,
-            state.keys[layer, 0],
-            state.values[layer, 0],
+            state.keys[layer],
+            state.values[layer],
             position=state.position,
             angles=state.angles[layer],
             how=one.attention,
             groups=self._routers.groups.get(layer),
+            padding=self._padding,
         )
         if work.heads is not None:  # a masked group's heads gave zeros
             self._add_columns(state.mix, work.heads.out_rows, one.out_bias, one.post_attn_norm, skip_zeros=True)
@@ -147,6 +155,7 @@ class NativeGateStep(NativeStep):
             one.post_mlp_norm,
             threshold=threshold,
             score=_row(mlp.score),
+            keeps_nan=mlp.top > 0,
             fill=mlp.fill,
         )
 
@@ -221,6 +230,7 @@ class NativeGateStep(NativeStep):
             norm=norm,
             bias=bias,
             skip_zeros=True,
+            keeps_nan=rule.top > 0,
             epilogue=epilogue,
             scale=scale,
         )
@@ -228,7 +238,9 @@ class NativeGateStep(NativeStep):
             outer, inner = rule.correction
             low = self._buffer("low", len(inner), exact)
             rows = self._transposed(key, inner)
-            operators.columns(low, x, rows, threshold=threshold, score=score, norm=norm, invert=True)
+            operators.columns(
+                low, x, rows, threshold=threshold, score=score, norm=norm, keeps_nan=rule.top > 0, invert=True
+            )
             operators.add(out, low, outer, scale=scale)
 
     def _output(

@@ -15,19 +15,32 @@ from actsparse.engine.cuda.launcher import Norm
 from actsparse.engine.cuda.operators import Operators
 from actsparse.engine.cuda.row_products import Caps
 from actsparse.engine.cuda.sums import new_sums, to_values
-from actsparse.engine.step.plans import IndexedPlan, NeuronPlan, Plan, SlicedPlan
+from actsparse.engine.step.counter import Counter
+from actsparse.engine.step.plans import PROJECTIONS, IndexedPlan, NeuronPlan, Plan, SlicedPlan
 from actsparse.engine.step.state import DecodeState
 from actsparse.engine.step.torch_step import drawn
 from actsparse.engine.step.weights import Weights
+from actsparse.results import Unit
 
 Stage = Callable[[int], None]
 
 
 class NativeStep:
-    """Called, it processes the token in `state` under a plan over neurons and leaves the next one there."""
+    """Called, it processes the tokens in `state` under a plan over neurons and leaves the next ones there.
+
+    `operators` are those of one sequence, or of a batch of the state's size. `padded`: sequences may start after
+    position 0.
+    """
 
     def __init__(
-        self, weights: Weights, state: DecodeState, plan: Plan, operators: Operators, *, sampled: bool = False
+        self,
+        weights: Weights,
+        state: DecodeState,
+        plan: Plan,
+        operators: Operators,
+        *,
+        sampled: bool = False,
+        padded: bool = False,
     ) -> None:
         self._weights = weights
         self._state = state
@@ -35,9 +48,14 @@ class NativeStep:
         self._operators = operators
         self._sampled = sampled
         self._layers = [weights.layer(index) for index in range(weights.shape.layers)]
-        self._hidden, self._qkv, self._halves = state.hidden, state.qkv, state.halves
-        if self._sums_up and not weights.shape.post_norm:
-            self._hidden = new_sums(weights.shape.width, weights.device)
+        self._read = torch.zeros(weights.shape.layers, len(PROJECTIONS), dtype=torch.int64, device=weights.device)
+        self._padding = state.padding if padded else None
+        self._hidden, self._qkv, self._halves, self._branch = state.hidden, state.qkv, state.halves, state.branch
+        if weights.shape.post_norm:
+            if state.batch > 1:  # whose products add up in fixed point
+                self._branch = new_sums(state.batch, weights.shape.width, device=weights.device)
+        elif self._sums_up or state.batch > 1:
+            self._hidden = new_sums(state.batch, weights.shape.width, device=weights.device)
 
     @property
     def _sums_up(self) -> bool:
@@ -46,18 +64,29 @@ class NativeStep:
 
     @property
     def hidden(self) -> Tensor:
-        """The residual [1, width] in float32."""
+        """The residual [batch, width] in float32."""
         return _floats(self._hidden)
 
     @property
     def qkv(self) -> Tensor:
-        """Queries, keys and values [1, qkv_width] of the last layer in float32."""
+        """Queries, keys and values [batch, qkv_width] of the last layer in float32."""
         return _floats(self._qkv)
 
     @property
     def halves(self) -> Tensor:
-        """What gate and up gave last, [1, 2 * neurons] in float32."""
+        """What gate and up gave last, [batch, 2 * neurons] in float32."""
         return _floats(self._halves)
+
+    @property
+    def counters(self) -> list[Counter]:
+        """What the plan's rules let the step read; nothing for plans that know it before the token."""
+        if not isinstance(self._plan, NeuronPlan):
+            return []
+        neurons = self._weights.shape.neurons
+        return [
+            Counter(layer=layer, unit=Unit.NEURON.value, read=one[-1:], total=neurons)
+            for layer, one in enumerate(self._read)
+        ]
 
     @property
     def attention_stages(self) -> Mapping[str, Stage]:
@@ -109,11 +138,12 @@ class NativeStep:
         self._operators.attend(
             state.mix,
             self._qkv,
-            state.keys[layer, 0],
-            state.values[layer, 0],
+            state.keys[layer],
+            state.values[layer],
             position=state.position,
             angles=state.angles[layer],
             how=self._layers[layer].attention,
+            padding=self._padding,
         )
 
     def _add_out(self, layer: int) -> None:
@@ -122,11 +152,11 @@ class NativeStep:
 
     def _add_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None, post_norm: Tensor | None) -> None:
         """hidden += what weight [width, inputs] makes of x, normed and scaled as the family does."""
-        state, shape, operators = self._state, self._weights.shape, self._operators
+        shape, operators = self._weights.shape, self._operators
         if post_norm is None:
             operators.add(self._hidden, x, weight, bias=bias, scale=shape.residual_scale)
         else:
-            operators.project(state.branch, x, weight, bias=bias)
+            operators.project(self._branch, x, weight, bias=bias)
             self._add_branch(post_norm)
 
     def _add_columns(
@@ -144,18 +174,21 @@ class NativeStep:
         index: Tensor | None = None,
         count: Tensor | None = None,
         fresh: bool = False,
+        keeps_nan: bool = False,
         skip_zeros: bool = False,
         atomics: bool = False,
+        read: Tensor | None = None,
     ) -> None:
         """The same with weights stored input-major, `rows` [inputs, width]; the other arguments are `columns`'."""
-        state, shape, operators = self._state, self._weights.shape, self._operators
+        shape, operators = self._weights.shape, self._operators
         plain = post_norm is None
         operators.columns(
-            self._hidden if plain else state.branch,
+            self._hidden if plain else self._branch,
             x,
             rows,
             epilogue=(Epilogue.ATOMIC_ADD if atomics else Epilogue.ADD) if plain else Epilogue.WRITE,
             skip_zeros=skip_zeros,
+            keeps_nan=keeps_nan,
             threshold=threshold,
             score=score,
             up=up,
@@ -166,6 +199,7 @@ class NativeStep:
             count=count,
             fresh=fresh,
             scale=shape.residual_scale if plain else 1.0,
+            read=read,
         )
         if post_norm is not None:
             self._add_branch(post_norm)
@@ -173,7 +207,7 @@ class NativeStep:
     def _add_branch(self, post_norm: Tensor) -> None:
         state, shape = self._state, self._weights.shape
         norm = Norm(post_norm, shape.norm_epsilon)
-        self._operators.post_norm(state.hidden, state.branch, norm, squares=state.squares, scale=shape.residual_scale)
+        self._operators.post_norm(state.hidden, self._branch, norm, squares=state.squares, scale=shape.residual_scale)
 
     def logits(self) -> None:
         """The logits of the residual, and every block's best."""
@@ -186,7 +220,7 @@ class NativeStep:
         """Puts a token drawn from the logits in place of the best."""
         state = self._state
         following = (state.position + 1).clamp(max=state.max_length - 1).long()
-        state.best.row.copy_(drawn(state, following).expand_as(state.best.row))
+        state.best.row.copy_(drawn(state, following)[:, None].expand_as(state.best.row))
 
     def token(self) -> None:
         """The next token (the best, drawn, or forced), and its embedding in hidden."""
@@ -209,17 +243,18 @@ class NativeStep:
         """Where a layer's activations go, of which neurons, and how many of them are live."""
         neurons, plan = self._state.neurons, self._plan
         if isinstance(plan, SlicedPlan):
-            return neurons[0, : plan.down.shape[1]], None, plan.selection.count[layer : layer + 1]
+            return neurons[:, : plan.down.shape[1]], None, plan.selection.count[layer : layer + 1]
         if isinstance(plan, IndexedPlan):
             index = plan.selection.index[layer]
-            return neurons[0, : index.numel()], index, plan.selection.count[layer : layer + 1]
+            return neurons[:, : index.numel()], index, plan.selection.count[layer : layer + 1]
         return neurons, None, None
 
     def _gated(self, layer: int) -> None:
         one, plan = self._layers[layer], self._plan
-        gate_up, bias = one.gate_up, one.gate_up_bias
+        gate_up, bias, mask = one.gate_up, one.gate_up_bias, None
         if isinstance(plan, SlicedPlan):
             gate_up, bias = plan.gate_up[layer], None if plan.gate_up_bias is None else plan.gate_up_bias[layer]
+            mask = None if plan.mask is None else plan.mask[layer]
         neurons, index, count = self._neurons(layer)
         self._operators.gated(
             neurons,
@@ -228,6 +263,7 @@ class NativeStep:
             norm=self._norm(layer),
             activation=self._weights.shape.activation,
             bias=bias,
+            mask=mask,
             index=index,
             count=count,
         )
@@ -253,7 +289,7 @@ class NativeStep:
         plan = self._neuron_plan
         weight, bias, activation = self._halves_of(layer, plan)[0]
         self._operators.threshold(
-            self._halves[0, : self._weights.shape.neurons],
+            self._halves[:, : self._weights.shape.neurons],
             self._hidden,
             weight,
             plan.threshold[layer],
@@ -269,10 +305,11 @@ class NativeStep:
             self._state.neurons,
             self._hidden,
             weight,
-            self._halves[0, : self._weights.shape.neurons],
+            self._halves[:, : self._weights.shape.neurons],
             norm=self._norm(layer),
             activation=activation,
             bias=bias,
+            read=self._read[layer, -1:],
         )
 
     def _add_kept(self, layer: int) -> None:
@@ -286,4 +323,4 @@ class NativeStep:
 
 
 def _floats(held: Tensor) -> Tensor:
-    return to_values(held)[None] if held.dtype == torch.int64 else held
+    return to_values(held) if held.dtype == torch.int64 else held

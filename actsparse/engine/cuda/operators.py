@@ -35,17 +35,20 @@ class Operators(RowProducts, ColumnProducts, Choices):
         angles: Angles,
         how: Attention,
         groups: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> None:
-        """out [heads * head_dim] = attention over the live cache and the token of `qkv`, which the cache gains.
+        """out [batch, heads * head_dim] = attention over the live cache and the token of `qkv`, which the cache gains.
 
-        qkv: [(heads + 2 * kv_heads) * head_dim], floats or sums in fixed point; position: [1] int32;
-        keys, values: [kv_heads, positions, head_dim];
+        qkv: [batch, (heads + 2 * kv_heads) * head_dim], floats or sums in fixed point; position: [1] int32;
+        keys, values: [batch, kv_heads, positions, head_dim]; padding [batch] int64: positions before a sequence's first
+        token, which it does not see and which do not count for its rotation;
         groups [kv_heads] int32: 0 for groups whose heads return zeros and whose cache is written but not read.
         """
-        kv_heads, positions, head_dim = keys.shape
-        heads = out.numel() // head_dim
+        batch, kv_heads, positions, head_dim = keys.shape
+        heads = out.numel() // (batch * head_dim)
         splits = 1
-        while splits < 8 and head_dim % (splits * 2) == 0 and heads * splits * 2 <= self._sms:
+        most = self._sms * (2 if batch > 1 else 1)  # blocks; two share a multiprocessor
+        while splits < 8 and head_dim % (splits * 2) == 0 and batch * heads * splits * 2 <= most:
             splits *= 2
         args = AttendArgs(
             qkv=native.address(qkv),
@@ -54,6 +57,7 @@ class Operators(RowProducts, ColumnProducts, Choices):
             keys=native.address(keys),
             values=native.address(values),
             position=native.address(position),
+            padding=native.address(padding),
             out=native.address(out),
             q_norm=native.address(how.q_norm),
             k_norm=native.address(how.k_norm),
@@ -68,6 +72,7 @@ class Operators(RowProducts, ColumnProducts, Choices):
             kv_heads=kv_heads,
             positions=positions,
             splits=splits,
+            batch=batch,
             fixed=int(qkv.dtype == torch.int64),
         )
         self._library.attend(args, keys.dtype, head_dim, dependent=self._starts_early())
@@ -86,7 +91,8 @@ class Operators(RowProducts, ColumnProducts, Choices):
     ) -> None:
         """Writes the next token (the forced one, if any), its scaled embedding into `hidden`, and advances `position`.
 
-        squares[0] becomes the sum of hidden * hidden.
+        hidden: [batch, width]; best: [batch, candidates]; forced, tokens: [batch, positions]; squares[:batch] become
+        the sums of hidden * hidden.
         """
         args = TokenArgs(
             best_value=native.address(best.value),
@@ -99,14 +105,18 @@ class Operators(RowProducts, ColumnProducts, Choices):
             squares=native.address(squares),
             stride=embedding.stride(0),
             embed_scale=embed_scale,
-            candidates=best.value.numel(),
-            positions=tokens.numel(),
-            width=hidden.numel(),
+            candidates=best.value.shape[1],
+            positions=tokens.shape[1],
+            width=hidden.shape[1],
+            batch=len(hidden),
         )
         self._library.token(args, embedding.dtype, dependent=self._starts_early())
 
     def post_norm(self, hidden: Tensor, branch: Tensor, norm: Norm, *, squares: Tensor, scale: float = 1.0) -> None:
-        """hidden [width] += scale * norm(branch) [width]; squares[0] becomes the sum of hidden * hidden."""
+        """hidden += scale * norm(branch), both [batch, width]; squares[:batch] become the sums of hidden * hidden.
+
+        A branch of sums in fixed point becomes zero, so that the next can be added up there.
+        """
         args = PostNormArgs(
             branch=native.address(branch),
             weight=native.address(norm.weight),
@@ -114,9 +124,11 @@ class Operators(RowProducts, ColumnProducts, Choices):
             squares=native.address(squares),
             epsilon=norm.epsilon,
             scale=scale,
-            width=hidden.numel(),
+            width=hidden.shape[-1],
+            fixed=int(branch.dtype == torch.int64),
         )
-        self._library.post_norm(args, dependent=self._starts_early())
+        batch = hidden.numel() // hidden.shape[-1]
+        self._library.post_norm(args, batch=batch, dependent=self._starts_early())
 
     def fix(self, sums: Tensor, values: Tensor) -> None:
         """sums [any], in fixed point, become values [any]."""

@@ -58,6 +58,7 @@ class RowProducts(Launcher):
         scale: float = 1.0,
         cap: float = 0.0,
         fresh: bool = False,
+        read: Tensor | None = None,
     ) -> None:
         args = RowsArgs(
             weight=native.address(weight),
@@ -72,6 +73,7 @@ class RowProducts(Launcher):
             out=native.address(out),
             best_value=native.address(best.value) if best else None,
             best_row=native.address(best.row) if best else None,
+            read=native.address(read),
             stride=weight.stride(0),
             second=second,
             epsilon=norm.epsilon if norm else 0.0,
@@ -131,6 +133,7 @@ class RowProducts(Launcher):
         activation: str,
         bias: Tensor | None = None,
         fill: Tensor | None = None,
+        mask: Tensor | None = None,
         index: Tensor | None = None,
         count: Tensor | None = None,
         fresh: bool = False,
@@ -138,8 +141,9 @@ class RowProducts(Launcher):
         """out [neurons] = act(gate x) * (up x) - fill; gate_up [2 * neurons, width], gate rows first, bias likewise.
 
         With `index` [capacity], out_i is neuron index_i; with `count` [1], only the first `count` are read and written;
-        `fresh` where this step made them.
+        `fresh` where this step made them. `mask` is for batches.
         """
+        assert mask is None, "what one sequence does not keep is not in its list"
         neurons = gate_up.shape[0] // 2
         live = neurons if index is None else index.numel()
         self._rows(
@@ -192,10 +196,11 @@ class RowProducts(Launcher):
         activation: str,
         bias: Tensor | None = None,
         fill: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> None:
         """out [rows] = factor * act(weight x + bias) - fill where factor [rows] is not 0, else 0.
 
-        Other rows are not read.
+        Other rows are not read; `read` [1] int64 gains how many were.
         """
         self._rows(
             RowsMode.KEPT,
@@ -207,6 +212,7 @@ class RowProducts(Launcher):
             activation=activation,
             bias=bias,
             fill=fill,
+            read=read,
         )
 
     def head(

@@ -13,7 +13,7 @@ class RowsArgs(ctypes.Structure):
             (name, _POINTER)
             for name in ("weight", "x", "norm", "bias", "factor", "fill", "threshold", "index", "count")
         ),
-        *((name, _POINTER) for name in ("out", "best_value", "best_row")),
+        *((name, _POINTER) for name in ("out", "best_value", "best_row", "read")),
         ("stride", _LONG),
         *((name, _FLOAT) for name in ("epsilon", "scale", "cap")),
         *((name, _INT) for name in ("second", "rows", "width", "activation", "threshold_step", "fresh")),
@@ -32,13 +32,39 @@ class ColumnsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "x", "up", "norm", "squares", "score", "threshold", "index")),
-        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "zero")),
+        *((name, _POINTER) for name in ("count", "bias", "fill", "out", "partial", "arrived", "zero", "read")),
         ("stride", _LONG),
         ("epsilon", _FLOAT),
         *((name, _INT) for name in ("inputs", "outputs", "slices", "segments", "activation", "epilogue")),
         ("squares_count", _INT),
         ("scale", _FLOAT),
-        *((name, _INT) for name in ("ahead", "later", "fresh", "invert", "fixed", "zeros")),
+        *((name, _INT) for name in ("ahead", "later", "fresh", "invert", "keeps_nan", "fixed", "zeros")),
+        ("segment", Segment * 3),
+    )
+
+
+class BatchRowsArgs(ctypes.Structure):
+    """Mirrors `BatchRowsArgs` in kernels/batch_rows.cu."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "x", "bias", "factor", "threshold", "mask", "count", "out")),
+        *((name, _POINTER) for name in ("best_value", "best_row", "read")),
+        *((name, _LONG) for name in ("stride", "x_stride", "out_stride", "factor_stride", "mask_stride")),
+        *((name, _FLOAT) for name in ("scale", "cap")),
+        *((name, _INT) for name in ("batch", "second", "rows", "width", "activation", "threshold_step")),
+    )
+
+
+class BatchColumnsArgs(ctypes.Structure):
+    """Mirrors `BatchColumnsArgs` in kernels/batch_columns.cu."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "x", "up", "score", "threshold", "count", "bias", "out", "zero")),
+        ("read", _POINTER),
+        *((name, _LONG) for name in ("stride", "x_stride", "out_stride")),
+        ("scale", _FLOAT),
+        *((name, _INT) for name in ("batch", "inputs", "outputs", "slices", "segments", "activation")),
+        *((name, _INT) for name in ("ahead", "fixed", "zeros")),
         ("segment", Segment * 3),
     )
 
@@ -47,10 +73,10 @@ class AttendArgs(ctypes.Structure):
     """Mirrors `AttendArgs` in kernels/attention.cu."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "out")),
+        *((name, _POINTER) for name in ("qkv", "cosine", "sine", "keys", "values", "position", "padding", "out")),
         *((name, _POINTER) for name in ("q_norm", "k_norm", "groups")),
         *((name, _FLOAT) for name in ("scale", "cap", "inverse_cap", "epsilon")),
-        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits", "fixed")),
+        *((name, _INT) for name in ("half", "window", "heads", "kv_heads", "positions", "splits", "batch", "fixed")),
     )
 
 
@@ -64,7 +90,7 @@ class TokenArgs(ctypes.Structure):
         ),
         ("stride", _LONG),
         ("embed_scale", _FLOAT),
-        *((name, _INT) for name in ("candidates", "positions", "width")),
+        *((name, _INT) for name in ("candidates", "positions", "width", "batch")),
     )
 
 
@@ -74,7 +100,17 @@ class PostNormArgs(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("branch", "weight", "hidden", "squares")),
         *((name, _FLOAT) for name in ("epsilon", "scale")),
-        ("width", _INT),
+        *((name, _INT) for name in ("width", "fixed")),
+    )
+
+
+class NormArgs(ctypes.Structure):
+    """Mirrors `NormArgs` in kernels/token.cu."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "weight", "out")),
+        ("epsilon", _FLOAT),
+        *((name, _INT) for name in ("width", "fixed")),
     )
 
 

@@ -8,8 +8,8 @@ LIMIT = 2**57  # sums from here on, either way, are no numbers
 INVALID = 2**62
 
 
-def new_sums(size: int, device: torch.device) -> Tensor:
-    """Zeros [size]; an int64 tensor is what operators take for sums in fixed point."""
+def new_sums(*size: int, device: torch.device) -> Tensor:
+    """Zeros of a size; an int64 tensor is what operators take for sums in fixed point."""
     return torch.zeros(size, dtype=torch.int64, device=device)
 
 

@@ -1,12 +1,13 @@
 """The decoder: one model's weights and cache, steps of several plans side by side, and tokens out of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from actsparse.engine.step.counter import Counter
 from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.plans import DensePlan, Plan
 from actsparse.engine.step.products import Products
@@ -38,7 +39,12 @@ class Engine(Protocol):
 
     @property
     def candidates(self) -> int:
-        """How many blocks share the head: the size of `DecodeState.best`."""
+        """How many blocks share the head: the candidates of `DecodeState.best`."""
+        ...
+
+    @property
+    def counters(self) -> Mapping[int, Sequence[Counter]]:
+        """What the step of a plan, by its identity, counts of what it reads; missing where it counts nothing."""
         ...
 
     def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
@@ -53,6 +59,7 @@ class TorchEngine:
     products: Products | None = None
     warnings: list[str] = field(default_factory=list)
     candidates: int = 1
+    counters: Mapping[int, Sequence[Counter]] = field(default_factory=dict)
 
     def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
         step = TorchStep(weights, state, plan, products=self.products, sampled=sampled, padded=padded)

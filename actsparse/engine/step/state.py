@@ -14,7 +14,7 @@ SQUARES = 4096  # more blocks than any residual addition has
 
 
 class Best(NamedTuple):
-    """Every block's largest logit: value [blocks] float32, row [blocks] int32."""
+    """Every block's largest logit: value [batch, blocks] float32, row [batch, blocks] int32."""
 
     value: Tensor
     row: Tensor
@@ -100,8 +100,8 @@ def new_state(weights: Weights, max_length: int, *, batch: int = 1, candidates: 
         logits=vectors(shape.vocab),
         angles=tuple(tables[table] for table in weights.rope.of_layer),
         best=Best(
-            value=torch.zeros(candidates, device=device),
-            row=torch.zeros(candidates, dtype=torch.int32, device=device),
+            value=torch.zeros(batch, candidates, device=device),
+            row=torch.zeros(batch, candidates, dtype=torch.int32, device=device),
         ),
     )
 

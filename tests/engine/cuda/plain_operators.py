@@ -8,6 +8,7 @@ from actsparse.engine.cuda.column_products import Epilogue
 from actsparse.engine.cuda.row_products import Caps
 from actsparse.engine.cuda.sums import ONE, to_sums
 from actsparse.engine.step import gate_step, reference
+from actsparse.engine.step.state import Best
 from actsparse.engine.step.work import Chosen
 
 
@@ -30,7 +31,7 @@ class PlainOperators:
         yield
 
     def fix(self, sums, values):
-        sums.copy_(to_sums(values.view(-1)))
+        sums.copy_(to_sums(values))
 
     def _product(self, x, weight, norm, bias):
         x = held(x)
@@ -44,21 +45,28 @@ class PlainOperators:
         part = scale * self._product(x, weight, None, bias)
         out.view(-1).add_(to_sums(part) if out.dtype == torch.int64 else part)
 
-    def gated(self, out, x, gate_up, *, norm, activation, bias=None, fill=None, index=None, count=None, fresh=False):
+    def gated(
+        self, out, x, gate_up, *, norm, activation, bias=None, fill=None, mask=None, index=None, count=None, fresh=False
+    ):
         gate, up = self._product(x, gate_up, norm, bias).chunk(2)
         neurons = reference.activate(gate, activation) * up
         neurons = neurons if fill is None else neurons - fill
         if index is not None:
             neurons = neurons[index.long()]
+        neurons = neurons if mask is None else neurons * mask.view(-1)
         live = neurons.numel() if count is None else int(count)
-        out.view(-1)[:live] = neurons[:live]
-        out.view(-1)[live:] = torch.nan
+        flat = out.view(-1)
+        flat[:live] = neurons[:live]
+        flat[live:] = torch.nan
 
     def threshold(self, out, x, weight, threshold, *, norm, activation, bias=None):
         value = reference.activate(self._product(x, weight, norm, bias), activation)
         out.copy_(reference.keep_large(value, threshold))
 
-    def kept(self, out, x, weight, factor, *, norm, activation, bias=None, fill=None):
+    def kept(self, out, x, weight, factor, *, norm, activation, bias=None, fill=None, read=None):
+        factor = factor.view(-1)
+        if read is not None:
+            read += (factor != 0).sum()
         value = factor * reference.activate(self._product(x, weight, norm, bias), activation)
         out.view(-1).copy_(torch.where(factor != 0, value if fill is None else value - fill, 0.0))
 
@@ -66,8 +74,8 @@ class PlainOperators:
         scale, cap = caps or Caps()
         logits.view(-1).copy_(reference.soft_cap(self._product(x, weight, norm, None) * scale, cap or None))
         for block, part in enumerate(logits.view(-1).chunk(self.blocks)):
-            best.value[block] = part.max()
-            best.row[block] = part.argmax() + block * logits.view(-1).chunk(self.blocks)[0].numel()
+            best.value[0, block] = part.max()
+            best.row[0, block] = part.argmax() + block * logits.view(-1).chunk(self.blocks)[0].numel()
 
     def columns(
         self,
@@ -90,8 +98,10 @@ class PlainOperators:
         count=None,
         fresh=False,
         invert=False,
+        keeps_nan=False,
         scale=1.0,
         zero=None,
+        read=None,
     ):
         x = held(x).reshape(-1)
         if squares is not None:
@@ -105,7 +115,10 @@ class PlainOperators:
         parts = []
         for at, part in enumerate(rows.split(segments or (rows.shape[1],), dim=1)):
             size = x.abs() if score is None else x.abs() * score[at]
-            keep = (x != 0) & ((size >= (threshold[at] if threshold is not None else 0.0)) != invert)
+            least = threshold[at] if threshold is not None else size.new_zeros(())
+            keep = (x != 0) & ((~(size < least) if keeps_nan else size >= least) != invert)
+            if read is not None:
+                read[at] += keep.sum()
             parts.append(torch.where(keep, x if fill is None else x - fill, 0.0)[:live] @ reference.widen(part[:live]))
         y = torch.cat(parts)
         y = scale * (y if bias is None else y + bias)
@@ -143,27 +156,82 @@ class PlainOperators:
     def merge(self, out, gate, up, activation):
         out.view(-1).copy_(reference.activate(gate, activation) * up)
 
-    def attend(self, out, qkv, keys, values, *, position, angles, how, groups=None):
+    def attend(self, out, qkv, keys, values, *, position, angles, how, groups=None, padding=None):
+        batch, kv_heads = keys.shape[:2]
         y = reference.attend(
-            held(qkv).view(1, -1), keys[None], values[None], position, angles.cosine, angles.sine, how
-        ).view(keys.shape[0], -1)
+            held(qkv).view(batch, -1), keys, values, position, angles.cosine, angles.sine, how, padding
+        ).view(batch, kv_heads, -1)
         if groups is not None:
             y = y * (groups != 0)[:, None]
-        out.view(-1).copy_(y.flatten())
+        out.copy_(y.flatten(1))
 
     def token(self, hidden, best, embedding, *, squares, forced, tokens, position, embed_scale=1.0):
         following = int(position) + 1
-        top = best.value == best.value.max()
-        token = int(best.row[top].min())
-        if following < tokens.numel():
-            forced_token = int(forced.view(-1)[following])
-            token = forced_token if forced_token >= 0 else token
-            tokens.view(-1)[following] = token
+        for sequence, (value, row) in enumerate(zip(best.value, best.row, strict=True)):
+            token = int(row[value == value.max()].min())
+            if following < tokens.shape[1]:
+                forced_token = int(forced[sequence, following])
+                token = forced_token if forced_token >= 0 else token
+                tokens[sequence, following] = token
+            hidden[sequence] = reference.widen(embedding[token]) * embed_scale
+        if following < tokens.shape[1]:
             position.fill_(following)
-        hidden.view(-1).copy_(reference.widen(embedding[token]) * embed_scale)
-        squares[0] = hidden.square().sum()
+        squares[: len(hidden)] = hidden.square().sum(dim=1)
 
     def post_norm(self, hidden, branch, norm, *, squares, scale=1.0):
-        normed = reference.rms_norm(branch.view(-1), norm.weight, norm.epsilon)
-        hidden.view(-1).add_(scale * normed)
-        squares[0] = hidden.square().sum()
+        hidden.add_(scale * reference.rms_norm(held(branch), norm.weight, norm.epsilon))
+        squares[: len(hidden)] = hidden.square().sum(dim=1)
+        if branch.dtype == torch.int64:
+            branch.zero_()
+
+
+class PlainBatchOperators(PlainOperators):
+    """Every method of `BatchOperators`: each sequence by itself; asserts what those kernels take for granted."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def project(self, out, x, weight, *, norm=None, bias=None):
+        for of, one in zip(out, x, strict=True):
+            if out.dtype == torch.int64:
+                super().add(of, self._normed(one, norm), weight, bias=bias)
+            else:
+                super().project(of, one, weight, norm=norm, bias=bias)
+
+    def _normed(self, x, norm):
+        return x if norm is None else reference.rms_norm(held(x), norm.weight, norm.epsilon)
+
+    def add(self, out, x, weight, *, bias=None, scale=1.0):
+        assert out.dtype == torch.int64
+        for of, one in zip(out, x, strict=True):
+            super().add(of, one, weight, bias=bias, scale=scale)
+
+    def gated(self, out, x, gate_up, *, mask=None, index=None, **how):
+        assert index is None
+        for sequence, (of, one) in enumerate(zip(out, x, strict=True)):
+            super().gated(of, one, gate_up, mask=None if mask is None else mask[sequence], **how)
+
+    def threshold(self, out, x, weight, threshold, **how):
+        for of, one in zip(out, x, strict=True):
+            super().threshold(of, one, weight, threshold, **how)
+
+    def kept(self, out, x, weight, factor, *, read=None, **how):
+        if read is not None:
+            read += (factor != 0).any(dim=0).sum()
+        for of, one, by in zip(out, x, factor, strict=True):
+            super().kept(of, one, weight, by, **how)
+
+    def head(self, logits, best, x, weight, *, norm, caps=None):
+        for sequence, (of, one) in enumerate(zip(logits, x, strict=True)):
+            mine = Best(best.value[sequence : sequence + 1], best.row[sequence : sequence + 1])
+            super().head(of, mine, one, weight, norm=norm, caps=caps)
+
+    def columns(self, out, x, weight_rows, *, up=None, index=None, squares=None, zero=None, **how):
+        assert out.dtype == torch.int64
+        assert index is None
+        assert squares is None
+        assert (x.dtype == torch.int64) == (up is not None) or how.get("norm") is not None
+        for sequence, (of, one) in enumerate(zip(out, x, strict=True)):
+            super().columns(of, one, weight_rows, up=None if up is None else up[sequence], **how)
+        if zero is not None:
+            zero.zero_()

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from gate_plans import make_gate_plan
-from plain_operators import PlainOperators
+from plain_operators import PlainBatchOperators, PlainOperators
 from tiny import make_model
 
 from actsparse.engine.cuda import engine as cuda_engine
@@ -25,6 +25,7 @@ from actsparse.errors import is_out_of_memory
 def weights(monkeypatch):
     monkeypatch.setattr(cuda_engine, "native_refusal", lambda weights: None)
     monkeypatch.setattr(cuda_engine, "Operators", lambda device, tuning: PlainOperators())
+    monkeypatch.setattr(cuda_engine, "BatchOperators", lambda device, batch, tuning: PlainBatchOperators(batch))
     return weights_from_model(make_model("llama").double())
 
 
@@ -43,33 +44,55 @@ def uncompiled(monkeypatch, failure=None):
     monkeypatch.setattr(cuda_engine, "TorchStep", made)
 
 
-def test_a_batch_that_takes_turns_is_not_said_to_run_through_torch(weights, monkeypatch):
+def decoded(decoder, plan):
+    decoder.start(torch.arange(3, 3 + decoder.state.batch), 0)
+    decoder.set_plan(plan)
+    return decoder.decode(5), decoder.state.logits.clone()
+
+
+@pytest.mark.parametrize(("kind", "turns"), [("teal", False), ("cats", False), ("tops", True), ("channels", True)])
+def test_a_batch_reads_its_union_or_takes_turns(weights, monkeypatch, kind, turns):
     uncompiled(monkeypatch)
     decoder = Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2))
-    assert decoder.warnings == []
-    decoder.set_plan(make_gate_plan("channels", weights))
-    turns = "2 sequences decode in turns under this plan, each reading what it keeps"
-    assert decoder.warnings == [turns]
+    plan = make_gate_plan(kind, weights)
+    found = decoded(decoder, plan)
+    said = ["2 sequences decode in turns under this plan, each reading what it keeps"] if turns else []
+    assert decoder.warnings == said
+    reference = Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2, native=False))
+    torch.testing.assert_close(found, decoded(reference, plan))
+    decoded(decoder, DensePlan())
+    assert decoder.warnings == said
+
+
+def test_more_sequences_than_the_kernels_take_run_through_torch(weights, monkeypatch):
+    uncompiled(monkeypatch)
+    decoder = Decoder(weights, max_length=20, batch=9, engine=CudaEngine(weights, batch=9))
     for _ in range(2):
         decoder.set_plan(DensePlan())
-    dense = "dense decode runs through torch.compile: the compiled kernels decode one sequence, not 2"
-    assert decoder.warnings == [turns, dense]
+    said = "dense decode runs through torch.compile: the compiled kernels decode up to 8 sequences at once here, not 9"
+    assert decoder.warnings == [said]
 
 
-def test_padding_is_said_once(weights, monkeypatch):
+def test_padding_is_left_out_by_the_kernels_too(weights, monkeypatch):
     uncompiled(monkeypatch)
-    decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights))
-    for plan in (DensePlan(), DensePlan()):
-        decoder.engine.runner(weights, decoder.state, plan, sampled=False, padded=True)
-    assert decoder.warnings == ["dense decode runs through torch.compile: the compiled kernels see padding as a token"]
+    engine = CudaEngine(weights)
+    decoder = Decoder(weights, max_length=20, engine=engine)
+    decoder.state.padding.fill_(3)
+    decoder.start(5, 3)
+    engine.runner(weights, decoder.state, DensePlan(), sampled=False, padded=True).run(4)
+    padded = decoder.state.logits.clone()
+    decoder.start(5, 0)
+    engine.runner(weights, decoder.state, DensePlan(), sampled=False, padded=False).run(1)
+    torch.testing.assert_close(padded, decoder.state.logits)
+    assert decoder.warnings == []
 
 
 def test_memory_that_compiling_a_step_lacked_is_no_failure_to_compile(weights, monkeypatch):
     uncompiled(monkeypatch, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
-        Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2)).set_plan(DensePlan())
+        Decoder(weights, max_length=20, batch=9, engine=CudaEngine(weights, batch=9)).set_plan(DensePlan())
     uncompiled(monkeypatch, RuntimeError("no triton"))
-    decoder = Decoder(weights, max_length=20, batch=2, engine=CudaEngine(weights, batch=2))
+    decoder = Decoder(weights, max_length=20, batch=9, engine=CudaEngine(weights, batch=9))
     decoder.set_plan(DensePlan())
     assert "decode runs uncompiled: RuntimeError: no triton" in decoder.warnings
 
@@ -116,7 +139,7 @@ def test_fast_atomics_are_used_where_there_are_some_and_said(weights, monkeypatc
 
 def test_fast_atomics_reach_the_step(weights, monkeypatch):
     seen = []
-    monkeypatch.setattr(cuda_engine, "native_step", lambda *args, **_how: seen.append(args[2]) or (lambda: None))
+    monkeypatch.setattr(cuda_engine, "native_step", lambda *args, **_how: seen.append(args[2]) or Mock(counters=[]))
     for asked in (False, True):
         decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights, fast_atomics=asked))
         decoder.set_plan(make_gate_plan("teal", weights))

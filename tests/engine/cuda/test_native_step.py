@@ -1,8 +1,10 @@
 """The compiled step's order of kernels, on CPU: with the kernels' meaning in their place it is the torch step."""
 
+import dataclasses
+
 import pytest
 import torch
-from plain_operators import PlainOperators
+from plain_operators import PlainBatchOperators, PlainOperators
 from tiny import make_model, token_ids
 
 from actsparse.engine.cuda.native_inputs import native_step
@@ -32,7 +34,8 @@ class PlainEngine:
         self.warnings = []
 
     def runner(self, weights, state, plan, *, sampled, padded):
-        step = native_step(weights, state, plan, PlainOperators(), sampled=sampled)
+        operators = PlainOperators() if state.batch == 1 else PlainBatchOperators(state.batch)
+        step = native_step(weights, state, plan, operators, sampled=sampled, padded=padded)
         return Runner(run=lambda live: step(), kind="eager")
 
 
@@ -91,11 +94,34 @@ def test_the_native_step_is_the_torch_step(model_type, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("kind", ["dense", "sliced", "cats", "countdown", "teal", "wina"])
+@pytest.mark.parametrize("padding", [None, (0, 3, 5)])
+def test_the_native_step_of_a_batch_is_the_torch_step(model_type, kind, padding):
+    model = make_model(model_type, **CHANGES.get(model_type, {})).double()
+    weights, ids = weights_from_model(model), token_ids(3, 9)
+    plan = make_plan(kind, weights)
+    if kind == "sliced":
+        mask = torch.rand(2, 3, plan.down.shape[1], generator=torch.Generator().manual_seed(1)) < 0.7
+        plan = dataclasses.replace(plan, mask=mask.double())
+    left = None if padding is None else torch.tensor(padding)
+    texts, logits = [], []
+    for engine in (None, PlainEngine()):
+        decoder = Decoder(weights, max_length=20, batch=3, engine=engine)
+        decoder.load_prefill(model(ids, use_cache=True).past_key_values, torch.tensor([7, 2, 5]), left)
+        decoder.set_plan(plan)
+        texts.append(decoder.decode(NEW))
+        logits.append(decoder.state.logits)
+    assert torch.equal(texts[0], texts[1])
+    torch.testing.assert_close(logits[1], logits[0])
+
+
+@torch.no_grad()
 def test_the_native_step_draws_what_the_torch_step_draws():
     weights = weights_from_model(make_model("llama").double())
     texts = []
     for engine in (None, PlainEngine()):
-        decoder = Decoder(weights, max_length=20, engine=engine)
+        decoder = Decoder(weights, max_length=20, batch=2, engine=engine)
         decoder.sample(Sampling(temperature=1.5, top_p=0.9, seed=4))
         decoder.start(5, 0)
         texts.append(decoder.decode(15))

@@ -16,13 +16,14 @@ constexpr int kStage = 64;          // 16-byte words of a warp's stage: keys, th
 constexpr float kLowest = -1e30f;   // a maximum that survives subtraction from itself
 
 struct AttendArgs {
-  const void* qkv;      // [heads + 2 * kv_heads, head_dim], floats or sums in fixed point
+  const void* qkv;      // [batch, heads + 2 * kv_heads, head_dim], floats or sums in fixed point
   const float* cosine;  // [positions, head_dim / 2]
   const float* sine;
-  void* keys;           // [kv_heads, positions, head_dim]
+  void* keys;           // [batch, kv_heads, positions, head_dim]
   void* values;
   const int* position;
-  float* out;           // [heads, head_dim]
+  const int64_t* padding;  // [batch]: positions before a sequence's first token, seen by none and not counted; or null
+  float* out;           // [batch, heads, head_dim]
   const float* q_norm;  // [head_dim], or null
   const float* k_norm;
   const int* groups;    // [kv_heads]: 0 for groups whose heads return zeros and read no cache, or null
@@ -36,6 +37,7 @@ struct AttendArgs {
   int kv_heads;
   int positions;
   int splits;
+  int batch;
   int fixed;            // qkv is sums in fixed point
 };
 
@@ -69,18 +71,20 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   const bool used = dim < HEAD_DIM;  // false for the last lanes of a head_dim that is no power of two
   const int head = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
   const int shared_by = a.heads / a.kv_heads, kv_head = head / shared_by;
-  T* const keys = static_cast<T*>(a.keys) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
-  T* const values = static_cast<T*>(a.values) + static_cast<int64_t>(kv_head) * a.positions * HEAD_DIM;
+  const int sequence = blockIdx.y;
+  const int64_t plane = (static_cast<int64_t>(sequence) * a.kv_heads + kv_head) * a.positions * HEAD_DIM;
+  T* const keys = static_cast<T*>(a.keys) + plane;
+  T* const values = static_cast<T*>(a.values) + plane;
   let_next_start();
   const int share_of = HEAD_DIM / a.splits;  // dimensions of a block
   if (a.splits > 1) open_mailbox(&mailbox, a.splits * static_cast<int>(share_of * sizeof(float) + sizeof(Running)));
 
   // The position and the cache below it are older than the step, whose first kernel waited for all before it: their
   // loads need not wait for the projection.
-  const int position = __ldcg(a.position);
+  const int position = __ldcg(a.position), padding = a.padding ? static_cast<int>(__ldcg(a.padding + sequence)) : 0;
   if (a.groups) wait_for_previous();
   const bool masked = a.groups && __ldcg(a.groups + kv_head) == 0;
-  const int first = a.window ? max(0, position + 1 - a.window) : 0;
+  const int first = a.window ? max(padding, position + 1 - a.window) : padding;
   const int size = masked ? 0 : (position - first + a.splits - 1) / a.splits;
   const int begin = masked ? 0 : first + split * size, end = masked ? 0 : min(begin + size, position);
   uint4* const ring = rings + warp * kDepth * kStage + lane;
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   const bool turns = dim < 2 * a.half;
   const int partner = !turns ? dim : dim < a.half ? dim + a.half : dim - a.half;
   const float sign = dim < a.half ? -1.0f : 1.0f;
-  const int64_t angle = static_cast<int64_t>(position) * a.half + min(dim, partner);
+  const int64_t angle = static_cast<int64_t>(position - padding) * a.half + min(dim, partner);
   float cosine[kLane], sine[kLane], query[kLane];
   load_floats(a.cosine + angle, turns, cosine);
   load_floats(a.sine + angle, turns, sine);
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
   {
     constexpr int kLoads = (3 * HEAD_DIM + kThreads - 1) / kThreads;
     const int wanted = split == a.splits - 1 ? 3 * HEAD_DIM : HEAD_DIM;
-    const E* const qkv = static_cast<const E*>(a.qkv);
+    const E* const qkv = static_cast<const E*>(a.qkv) + sequence * (a.heads + 2 * a.kv_heads) * HEAD_DIM;
     E held[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -281,14 +285,14 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(const __grid_consta
       sum += states[other].sum * share;
       y += mixes[other * share_of + threadIdx.x] * share;
     }
-    a.out[head * HEAD_DIM + split * share_of + threadIdx.x] = masked ? 0.0f : y / sum;
+    a.out[(sequence * a.heads + head) * HEAD_DIM + split * share_of + threadIdx.x] = masked ? 0.0f : y / sum;
   }
 }
 
 template <typename T, int HEAD_DIM>
 int launch_head_dim(const AttendArgs& a, bool dependent, cudaStream_t stream) {
   constexpr size_t kShared = kWarps * kDepth * kStage * sizeof(uint4);
-  const int blocks = a.heads * a.splits;
+  const dim3 blocks(a.heads * a.splits, a.batch);
   return a.fixed ? launch(attend_kernel<T, HEAD_DIM, Fixed>, a, blocks, kThreads, kShared, a.splits, dependent, stream)
                  : launch(attend_kernel<T, HEAD_DIM, float>, a, blocks, kThreads, kShared, a.splits, dependent, stream);
 }

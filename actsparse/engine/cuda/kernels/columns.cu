@@ -55,6 +55,7 @@ struct ColumnsArgs {
   float* partial;          // [tiles, slices, tile]: where slices meet
   int* arrived;            // [tiles], zeros between kernels
   Fixed* zero;             // [zeros]: set to zero for a later kernel, or null
+  unsigned long long* read;  // [segments]: gain how many rows were read, or null
   int64_t stride;
   float epsilon;
   int inputs;
@@ -69,6 +70,7 @@ struct ColumnsArgs {
   int later;               // and under a norm so many more, once the inputs are on their way
   int fresh;               // index and count are made by this step, not before it
   int invert;              // keep what is below the threshold
+  int keeps_nan;           // what is no number is among the largest: dropped is only what is below the threshold
   int fixed;               // x and up are sums in fixed point
   int zeros;
   Segment segment[kMaxSegments];
@@ -179,7 +181,10 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       bool keep = item < length;
       if (SELECTION == kNonzero) {
         keep = keep && x != 0.0f;
-        if (a.threshold) keep = keep && (fabsf(x) * weigh[round] >= threshold) != (a.invert != 0);
+        if (a.threshold) {
+          const float size = fabsf(x) * weigh[round];
+          keep = keep && (size >= threshold || (a.keeps_nan && !(size < threshold))) != (a.invert != 0);
+        }
         if (!keep) x = 0.0f;
         if (a.fill && keep) x -= a.fill[begin + item];
         keep = keep || item < head;
@@ -193,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       total += __popc(kept);
     }
   }
+  if (a.read && tile == a.segment[owner].first_tile && lane == 0) atomicAdd(a.read + owner, static_cast<unsigned long long>(total));
   __syncwarp();
 #pragma unroll
   for (int stage = 0; stage < kDepth; ++stage) {

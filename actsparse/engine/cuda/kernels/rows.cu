@@ -32,6 +32,7 @@ struct RowsArgs {
   void* out;               // floats; for kResidual floats, or sums in fixed point
   float* best_value;       // kBest: one per block
   int* best_row;
+  unsigned long long* read;  // kKept: gains how many rows were read, or null
   int64_t stride;          // elements from one row to the next
   float epsilon;
   float scale;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rows_kernel(const __grid_const
     }
     __syncthreads();
     live = total;
+    if (a.read && threadIdx.x == 0) atomicAdd(a.read, static_cast<unsigned long long>(total));
   }
   const int first = MODE == kKept ? warp : warp * gridDim.x + blockIdx.x;
   const int step = MODE == kKept ? warps : warps * gridDim.x;

@@ -1,9 +1,9 @@
-"""What the steps of a plan read, as its operators count it."""
+"""What the steps of a plan read, as their operators count it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from actsparse.engine.cpu.emit import Counter
 from actsparse.engine.refresh import Refresh
+from actsparse.engine.step.counter import Counter
 from actsparse.engine.step.work import GatePlan
 
 
