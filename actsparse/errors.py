@@ -59,3 +59,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(words in said for words in NO_MEMORY)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library said in one line: the first, and the second where the first announces it (`Validation error:`)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError) and lines:
+        return f"{lines[0]} is not known"
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

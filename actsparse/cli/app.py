@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from actsparse import __version__
 from actsparse.cli.output import Output, printable
-from actsparse.errors import ActsparseError, is_out_of_memory
+from actsparse.errors import ActsparseError, is_out_of_memory, reason_of
 from actsparse.store.provenance import again
 
 INTERRUPTED = 130
@@ -165,9 +165,8 @@ def _unforeseen(error: Exception) -> ActsparseError:
         )
     if isinstance(error, OSError):
         return ActsparseError(f"the system refused: {error}", "check the path and the disk; --debug shows where")
-    reason = (str(error).strip().splitlines() or ["no message"])[0]
     return ActsparseError(
-        f"a fault of actsparse itself: {type(error).__name__}: {reason}",
+        f"a fault of actsparse itself: {type(error).__name__}: {reason_of(error)}",
         "start it again with --debug, and report what it prints; what was written so far is kept",
     )
 

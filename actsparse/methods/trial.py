@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from actsparse.errors import PlanError
+from actsparse.errors import PlanError, reason_of
 from actsparse.methods.base import Fit
 from actsparse.methods.gates import ChannelRule, FixedGate, LayerGates, NeuronGate, PrefillGate
 from actsparse.results import SiteKind, Unit
@@ -43,8 +43,7 @@ def try_gates(name: str, gates: Sequence[LayerGates], widths: Mapping[Unit, int]
         try:
             _try_layer(layer, dict(widths) | {Unit.NEURON: width})
         except MISFITS as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise _damaged(name, f"layer {place}: {reason}") from error
+            raise _damaged(name, f"layer {place}: {reason_of(error)}") from error
 
 
 def _damaged(name: str, what: str) -> PlanError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from actsparse.errors import ModelError
+from actsparse.errors import ModelError, reason_of
 from actsparse.models.gguf_header import read_header
 from actsparse.models.home import file_sha256, home, make_folder
 
@@ -86,9 +86,9 @@ def _read(link: Path, path: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name, trust_remote_code=False)
             return model, tokenizer
     except Exception as error:  # whatever readers and converters do with a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{path} cannot be converted: {reason}", "check that the file is whole and its architecture is supported"
+            f"{path} cannot be converted: {reason_of(error)}",
+            "check that the file is whole and its architecture is supported",
         ) from error
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
-from actsparse.errors import ModelError, is_out_of_memory
+from actsparse.errors import ModelError, reason_of
 from actsparse.models.cost import embedding_rows
 from actsparse.models.families import Family, family_of, nearest_row
 from actsparse.models.family_file import FamilyFile, read_family
@@ -20,6 +19,7 @@ from actsparse.models.preflight import check_counts, check_size, weight_files
 from actsparse.models.record import record
 from actsparse.models.sites import ModelSites, resolve
 from actsparse.models.sources import Source, find
+from actsparse.models.weights import is_quantized, read_weights
 from actsparse.results import ModelRecord
 from actsparse.specs import ModelSpec
 
@@ -57,9 +57,9 @@ def load(spec: ModelSpec, notify: Callable[[str], None] = lambda _line: None) ->
     _check_device_map(spec)
     dtype = resolve_dtype(spec.dtype, config, device)
     if weights and not spec.trust_remote_code:
-        in_memory = device.type == "cpu" and spec.device_map is None and not _quantized(config)
+        in_memory = device.type == "cpu" and spec.device_map is None and not is_quantized(config)
         check_size(config, weights, source.resolved, dtype, in_memory=in_memory)
-    model = _weights(source, config, spec, dtype, device, pickled=_pickled(weights))
+    model = read_weights(source, config, spec, dtype, device, pickled=_pickled(weights), notify=notify)
     sites = resolve(model, row)
     tokenizer = _tokenizer(source, spec)
     _check_vocabulary(tokenizer, model, source)
@@ -135,13 +135,8 @@ def _config(source: Source, spec: ModelSpec) -> Any:
                 " correct it, and pass --family row.toml --trust-remote-code",
             ) from None
         raise ModelError(
-            f"{source.resolved}: config.json cannot be used: {_reason(error)}", "check config.json"
+            f"{source.resolved}: config.json cannot be used: {reason_of(error)}", "check config.json"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a library said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _pickled(weights: list[Path]) -> bool:
@@ -165,102 +160,6 @@ def _row_of(config: Any, family: FamilyFile | None) -> Family:
     return family.row
 
 
-def _caps_scores(config: Any) -> bool:
-    """Whether attention scores are soft-capped (gemma2): transformers before 5.23 leaves that out in sdpa, silently."""
-    return getattr(config, "attn_logit_softcapping", None) is not None
-
-
-def _weights(
-    source: Source, config: Any, spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, pickled: bool
-) -> PreTrainedModel:
-    unpacking = spec.dequantize and _quantized(config)
-    settings = _dequantizing(config) if unpacking else None
-    quiet = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # the stubs of transformers do not know that output_loading_info makes this a pair
-        model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            source.directory,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=not pickled,
-            weights_only=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **({} if spec.device_map is None else {"device_map": spec.device_map}),
-            **({} if settings is None else {"quantization_config": settings}),
-            **({"attn_implementation": "eager"} if _caps_scores(config) else {}),
-        )
-    except Exception as error:  # whatever a model class and the readers of weights do with damaged files
-        raise (_no_room(source, device) if is_out_of_memory(error) else _unreadable(source, config, error)) from error
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
-    if found["missing_keys"]:
-        names = sorted(found["missing_keys"])
-        raise ModelError(
-            f"the weights of {source.resolved} lack {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""),
-            "check that the directory holds every *.safetensors file of its index",
-        )
-    if unpacking and settings is None:
-        model = dequantized(model, source)
-    return (model if spec.device_map else _move(model, device, source)).eval()
-
-
-def _move(model: PreTrainedModel, device: torch.device, source: Source) -> PreTrainedModel:
-    try:
-        return model.to(device)  # pyright: ignore[reportArgumentType]
-    except torch.OutOfMemoryError as error:
-        raise _no_room(source, device) from error
-
-
-def _no_room(source: Source, device: torch.device) -> ModelError:
-    others = "--device-map auto" if device.type == "cpu" else "--device cpu, --device-map auto"
-    return ModelError(f"{source.resolved} does not fit on {device}", f"try {others} or --dtype bfloat16")
-
-
-def _unreadable(source: Source, config: Any, error: Exception) -> ModelError:
-    reason = _reason(error)
-    if _quantized(config):
-        return ModelError(
-            f"{source.resolved} is quantised and cannot be loaded here: {reason}",
-            "install the quantiser that it names, or load it with --dequantize",
-        )
-    return ModelError(
-        f"the weights of {source.resolved} cannot be loaded: {reason}",
-        "check that the directory holds whole *.safetensors files for its config.json",
-    )
-
-
-def _quantized(config: Any) -> bool:
-    return getattr(config, "quantization_config", None) is not None
-
-
-def _dequantizing(config: Any) -> Any | None:
-    """The checkpoint's own quantisation settings with `dequantize` switched on; None where they have no such switch."""
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    stored = config.quantization_config
-    settings = dict(stored) if isinstance(stored, dict) else stored.to_dict()
-    built: Any = AutoQuantizationConfig.from_dict(settings)
-    if not hasattr(built, "dequantize"):
-        return None
-    built.dequantize = True
-    return built
-
-
-def dequantized(model: PreTrainedModel, source: Source) -> PreTrainedModel:
-    """The model with plain weights, unpacked after loading; raises ModelError where its quantiser cannot."""
-    try:
-        return model.dequantize()  # pyright: ignore[reportReturnType]
-    except (NotImplementedError, ValueError) as error:
-        raise ModelError(
-            f"transformers cannot dequantise {source.resolved}: {str(error).strip().splitlines()[0]}",
-            "use the unquantised checkpoint of this model",
-        ) from None
-
-
 def _tokenizer(source: Source, spec: ModelSpec) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(
@@ -268,6 +167,6 @@ def _tokenizer(source: Source, spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the tokenizers library raises Exception itself on a damaged file
         raise ModelError(
-            f"the tokenizer of {source.resolved} cannot be loaded: {_reason(error)}",
+            f"the tokenizer of {source.resolved} cannot be loaded: {reason_of(error)}",
             "put tokenizer.json and tokenizer_config.json beside the weights",
         ) from error

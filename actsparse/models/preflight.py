@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from actsparse.errors import ModelError
+from actsparse.errors import ModelError, reason_of
 from actsparse.models.room import room
 
 MOST_JSON_BYTES = 64 * 2**20
@@ -85,8 +85,7 @@ def check_size(config: Any, weights: list[Path], name: str, dtype: torch.dtype, 
         with torch.device("meta"):
             laid_out = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a model class does with numbers that make no sense
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: config.json cannot be used: {reason}", "check config.json") from error
+        raise ModelError(f"{name}: config.json cannot be used: {reason_of(error)}", "check config.json") from error
     parameters = sum(one.numel() for one in laid_out.parameters())
     buffers = sum(one.numel() * one.element_size() for one in laid_out.buffers())
     stored = sum(path.stat().st_size for path in weights)

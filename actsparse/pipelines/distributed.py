@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actsparse.errors import RunError
+from actsparse.errors import RunError, reason_of
 from actsparse.pipelines import ranks
 
 # How long a process waits for another: probes and solving run in rank 0 alone.
@@ -120,8 +120,7 @@ def _speaking() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"a process of this run cannot be reached: {reason}",
+            f"a process of this run cannot be reached: {reason_of(error)}",
             "start the same command again: what was finished is kept",
         ) from None

@@ -36,6 +36,10 @@ def export_plan(run: PlanRun, profiled: Profiled, folder: Path, *, force: bool, 
     shutil.rmtree(temporary, ignore_errors=True)
     save_smaller(made, profiled.loaded.tokenizer, temporary)
     write_bytes(temporary / RECORD, pretty(run.plan).encode())
+    # who may read the weights is what the umask says, not what a library chooses
+    mode = (temporary / RECORD).stat().st_mode
+    for path in temporary.iterdir():
+        path.chmod(mode)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from actsparse.errors import DataError, PlanError
+from actsparse.errors import DataError, PlanError, reason_of
 from actsparse.pipelines.plans import PlanGroup
 from actsparse.pipelines.session import Session
 from actsparse.pipelines.task_scoring import Arm, arms_of
@@ -75,7 +75,7 @@ def _score(session: Session, manager: Any, name: str, arm: Arm) -> list[TaskItem
         )
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"lm-eval could not run '{name}': {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"lm-eval could not run '{name}': {reason_of(error)}",
             "offline, give tasks whose data lies here: --include-path FOLDER with dataset_path: json",
         ) from None
     samples: dict[str, list[Any]] = (found or {}).get("samples", {})

@@ -153,9 +153,12 @@ def _with_probes(
 def chosen_layers(asked_for: tuple[int, ...] | None, loaded: LoadedModel, option: str = "--layers") -> tuple[int, ...]:
     """The layers that an option asks for; raises ModelError naming one that the model does not have."""
     count = len(loaded.sites.layers)
-    for layer in asked_for or ():
-        if not 0 <= layer < count:
-            raise ModelError(f"there is no layer {layer}: the model has layers 0 to {count - 1}", f"correct {option}")
+    absent = sorted({layer for layer in asked_for or () if not 0 <= layer < count})
+    if absent:
+        there = f"there are no layers {absent[0]} to {absent[-1]}" if absent[1:] else f"there is no layer {absent[0]}"
+        raise ModelError(
+            f"{there}: the model has layers 0 to {count - 1}", f"correct {option}, for example 0-{count - 1}"
+        )
     return tuple(sorted(set(asked_for))) if asked_for else tuple(range(count))
 
 

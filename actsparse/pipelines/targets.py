@@ -70,7 +70,9 @@ def target_of(spec: ThresholdSpec) -> Target | None:
     if spec.basis not in BASES:
         raise PlanError(f"there is no basis '{spec.basis}'", f"it is one of {', '.join(BASES)}")
     if spec.basis != "unit" and spec.sparsity is None:
-        raise PlanError("--basis says what --sparsity is a share of, and that is not given", "add --sparsity 0.25")
+        raise PlanError(
+            "--basis says what --sparsity is a share of, and that is not given", _without_basis(spec, named)
+        )
     if spec.target_speedup is not None:
         if not 1 < spec.target_speedup < float("inf"):
             raise PlanError(f"--target-speedup must be above 1, not {spec.target_speedup:g}", "write 1.3")
@@ -82,6 +84,15 @@ def target_of(spec: ThresholdSpec) -> Target | None:
             )
         return Target(ppl_increase=spec.target_ppl_increase)
     return None if spec.basis == "unit" else Target(share=spec.sparsity, basis=spec.basis)
+
+
+def _without_basis(spec: ThresholdSpec, targets: list[str]) -> str:
+    """How to go on where a basis is given without a share on it."""
+    if targets:
+        return f"leave out --basis: {targets[0]} has none"
+    method, at, amount = spec.plan.partition("@")
+    share = amount or "0.25"
+    return (f"write the share apart: --method {method} " if at else "add ") + f"--sparsity {share} --basis {spec.basis}"
 
 
 def asked_form(spec: ThresholdSpec) -> ShortForm:

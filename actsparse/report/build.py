@@ -21,6 +21,8 @@ def report(spec: ReportSpec, figures: Path | None = None) -> Path:
         raise ActsparseError(
             f"{output} is a directory, not a file", f"name the file: --output {output / 'report.html'}"
         )
+    if output.exists() and not output.is_file():
+        raise ActsparseError(f"{output} is a device or a pipe, not a file", "name a file with --output FILE")
     if output.exists() and not spec.force:
         raise ActsparseError(f"{output} exists", "overwrite it with --force, or write elsewhere with --output FILE")
     blocked = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)

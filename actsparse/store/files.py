@@ -18,10 +18,13 @@ SUMS = "sums"
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill `path.tmp`, sync it, and move it onto `path`; raises RunError where the disk refuses.
 
-    A link that lies in the place of `path.tmp` is removed, not followed. The sum of a shard is noted beside it, so that
-    a resumed run can tell whether it is still what was written.
+    What lies at `path` is a file or nothing, else RunError. A link that lies in the place of `path.tmp` is removed, not
+    followed. The sum of a shard is noted beside it, so that a resumed run can tell whether it is what was written.
     """
     temporary = path.with_name(path.name + ".tmp")
+    if path.exists() and not path.is_file():
+        # moving a file onto a device such as /dev/null would take its place
+        raise RunError(f"{path} is a directory, a device or a pipe, not a file", "choose another place with --output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if temporary.is_symlink():

@@ -475,6 +475,7 @@ def test_methods_that_cannot_be_fitted(
     ("options", "named"),
     [
         (["--layers", "9"], "there is no layer 9"),
+        (["--layers", "0-99"], "there are no layers 2 to 99: the model has layers 0 to 1"),
         (["--layers", "first"], "'first'"),
         (["--limit", "0"], "--limit"),
         (["--batch-size", "0"], "--batch-size"),

@@ -46,6 +46,12 @@ def copied(tiny_folder: Folder, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "llama"))
 
 
+def changed(folder: Path, **values: object) -> None:
+    """The configuration with other values."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def hub_error(kind: type[Exception]) -> Exception:
     """An error of the hub's client, without the HTTP answer that its constructor wants."""
     error = kind.__new__(kind)
@@ -354,3 +360,42 @@ def test_a_type_that_transformers_does_not_know_names_a_row_and_how_to_bring_it(
         load(ModelSpec(name=str(folder), device="cpu"))
     assert "`actsparse models qwen2 > row.toml`" in caught.value.hint
     assert "--family row.toml" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "shapes"),
+    [
+        ("vocab_size", "lm_head.weight",
+         f"[{VOCAB}, {HIDDEN}] in the file, and [200, {HIDDEN}] by config.json (and 1 more)"),
+        ("intermediate_size", "model.layers.0.mlp.down_proj.weight",
+         f"[{HIDDEN}, {FFN}] in the file, and [{HIDDEN}, 200] by config.json (and 5 more)"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_shape_are_named_with_both_shapes(
+    key: str, tensor: str, shapes: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed(copied, **{key: 200})
+    error = refused(copied)
+    assert f"{tensor} is {shapes}" in error.what
+    assert "ignore_mismatched_sizes" not in error.what
+    assert capsys.readouterr().err == "", "transformers says nothing of its own"
+
+
+def test_weights_without_a_place_are_told(copied: Path) -> None:
+    held = load_file(copied / "model.safetensors")
+    save_file(held | {"model.extra": torch.zeros(2)}, copied / "model.safetensors", {"format": "pt"})
+    told: list[str] = []
+    load(ModelSpec(name=str(copied), device="cpu"), told.append)
+    assert told == ["the model has no place for some weights of llama, left out: model.extra"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "x", "Validation error for field 'hidden_size': TypeError: Field 'hidden_size' expected int"),
+        ("hidden_act", "nope", "'nope' is not known"),
+    ],
+)
+def test_the_fault_of_a_configuration_is_told_whole(key: str, value: str, said: str, copied: Path) -> None:
+    changed(copied, **{key: value})
+    assert said in refused(copied).what

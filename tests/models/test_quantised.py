@@ -13,11 +13,12 @@ from actsparse.engine.masked import MaskedPlan, masked, probed
 from actsparse.engine.slicing import sliceable
 from actsparse.errors import ModelError
 from actsparse.methods.gates import FixedGate, LayerGates
-from actsparse.models.load import LoadedModel, dequantized
+from actsparse.models.load import LoadedModel
 from actsparse.models.projections import materialise
 from actsparse.models.record import quantization_name, record
 from actsparse.models.sites import resolve
 from actsparse.models.sources import Source
+from actsparse.models.weights import dequantized
 from actsparse.pipelines.profile import record_sequences
 from actsparse.pipelines.progress import Silent
 from actsparse.results import Site, SiteKind, TextRecord, Unit

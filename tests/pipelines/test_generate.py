@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from actsparse import generate, sparsify
 from actsparse.engine import timing
 from actsparse.engine.choose import Engines
-from actsparse.errors import PlanError
+from actsparse.errors import ActsparseError, PlanError
 from actsparse.methods.gates import LayerGates, PrefillGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.sites import resolve
@@ -189,3 +189,21 @@ def test_the_probe_tells_the_faster_arm() -> None:
     even = timing.Probe(dense_ms=1.0, sparse_ms=1.0, speedup=1.0, best=1.0)
     assert (even.pays, even.slower) == (False, False)
     assert timing.probe_of(make_model("llama"), lambda sparse: decode(not sparse), tokens=2).slower
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"plan": 5}, "a plan is a short form or a directory, and no int"),
+        ({"plan": None}, "and no NoneType"),
+        ({"model": 5}, "sparsify takes a loaded model of transformers, and no int"),
+        ({"model": torch.nn.Linear(2, 2)}, "and no Linear"),
+        ({"sink_tokens": -1}, "sink_tokens must be at least 0"),
+        ({"when_slower": "fast"}, "when_slower cannot be 'fast'"),
+    ],
+)
+def test_what_sparsify_does_not_take_is_said(given: dict, said: str) -> None:
+    asked = {"model": make_model("llama"), "plan": PLAN} | given
+    with pytest.raises(ActsparseError, match=said) as refused, sparsify(**asked):
+        pytest.fail("nothing may run")
+    assert refused.value.hint

@@ -227,6 +227,9 @@ def test_an_export_computes_the_masked_path(plan, profiled, tmp_path, tiny_loade
     torch.testing.assert_close(found, naive, rtol=1e-4, atol=1e-4)
     assert small.config.intermediate_size == fitted.fit.layers[0].kept
     assert json.loads((target / "actsparse_plan.json").read_text())["short"] == plan
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in target.iterdir()} == {plain.stat().st_mode}, "the umask says who may read"
     with pytest.raises(RunError, match="holds an export already"):
         made(profiled, plan, tmp_path / "run", export=target)
     made(profiled, plan, tmp_path / "run", export=target, force=True)
@@ -285,3 +288,18 @@ def test_an_interrupted_training_resumes(profiled, tmp_path, monkeypatch) -> Non
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     layers = json.loads((run.path / "summary.json").read_text())["plan"]["layers"]
     assert all(0 < layer["recall"] <= 1 and layer["epoch"] is not None for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ({"plan": "griffin@0.3", "basis": "neuron"},
+         "write the share apart: --method griffin --sparsity 0.3 --basis neuron"),
+        ({"plan": "griffin", "basis": "neuron"}, "add --sparsity 0.25 --basis neuron"),
+        ({"plan": "griffin", "basis": "neuron", "target_error": 0.2}, "leave out --basis: --target-error has none"),
+    ],
+)  # fmt: skip
+def test_what_to_do_about_a_basis_alone_can_be_done(spec: dict, hint: str, profiled, tmp_path) -> None:
+    with pytest.raises(PlanError) as refused:
+        threshold(ThresholdSpec(run=profiled, device="cpu", output=tmp_path / "plan", **spec))
+    assert refused.value.hint == hint

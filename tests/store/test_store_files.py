@@ -220,3 +220,13 @@ def test_the_umask_says_who_may_read_a_file(tmp_path, writer):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_device_or_a_pipe_keeps_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for writer in WRITERS.values():
+        with pytest.raises(RunError, match="is a directory, a device or a pipe"):
+            writer(path)
+    assert path.is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
