@@ -26,7 +26,7 @@ def document(view: ReportView) -> dict[str, Any]:
             "figures": [_figure(figure) for figure in view.figures],
             "studies": [_study(study) for study in view.studies],
             "samples": [asdict(group) for group in view.samples],
-            "not_measured": [{"what": row.what, "shows": row.shows, "command": row.command} for row in view.unmeasured],
+            "not_measured": [asdict(row) for row in view.unmeasured],
             "runs": [asdict(made) for made in view.origins],
         }
     )

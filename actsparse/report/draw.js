@@ -1,6 +1,6 @@
 // Theme and figures. The page joins draw.js, tables.js and report.js into one script with a scope of its own.
 
-const NARROW = 560, PRINTED = 660, MOST_ROWS = 500, CHUNK = 50;
+const NARROW = 560, NAMES_NARROW = 130, LEGEND_SYMBOL = 52, PRINTED = 660, MOST_ROWS = 500, CHUNK = 50;
 const root = document.documentElement;
 const twin = JSON.parse(document.getElementById("twin").textContent);
 const plots = [...document.querySelectorAll("[data-figure]")];
@@ -96,9 +96,29 @@ function wrapAcross({ template, xaxis }, width, { l, r }) {
   return wrapped(xaxis.title.text, 2 * Math.min(middle, width - middle) - 8);
 }
 
-function forNarrow(figure) {
+/** Names on the vertical axis in lines of that many pixels at most, so that they leave room for what is drawn. */
+function foldNames({ data, layout }, room) {
+  pen.font = `12.5px ${layout.template.layout.font.family}`;
+  let most = 1;
+  for (const trace of data) {
+    if (!Array.isArray(trace.y)) continue;
+    trace.y = trace.y.map((name) => wrapped(String(name), room));
+    most = Math.max(most, ...trace.y.map(linesOf));
+  }
+  layout.height += 14 * (most - 1) * new Set(data.flatMap((trace) => trace.y || [])).size / 2;
+}
+
+/** Names in the legend in lines that stay inside the figure. */
+function foldLegend({ data, layout }, width) {
+  const { font, margin, legend } = layout.template.layout;
+  pen.font = `${legend.font.size}px ${font.family}`;
+  for (const trace of data) if (trace.name) trace.name = wrapped(trace.name, width - margin.l - LEGEND_SYMBOL);
+}
+
+function forNarrow(figure, width) {
   const { data, layout } = figure;
   const named = layout.meta && layout.meta.named;
+  foldLegend(figure, width);
   for (const trace of data) {
     if (named && trace.mode === "markers+text") Object.assign(trace, { mode: "markers", showlegend: true });
     if (trace.colorbar) {
@@ -108,6 +128,7 @@ function forNarrow(figure) {
       layout.margin = { ...layout.margin, b: 112, r: 10 };
     }
   }
+  if (layout.yaxis.type === "category") foldNames(figure, NAMES_NARROW);
   for (const one of layout.annotations || []) one.text = one.text.replace(", ", ",<br>");
   if (named) layout.showlegend = true;
   return figure;
@@ -123,7 +144,8 @@ function reserveRoom({ data, layout }, width) {
   if (yaxis.type === "category") {
     pen.font = `12.5px ${template.layout.font.family}`;
     const names = new Set(data.flatMap((trace) => (Array.isArray(trace.y) ? trace.y : [])));
-    const longest = Math.max(0, ...[...names].map((name) => pen.measureText(String(name)).width));
+    const lines = [...names].flatMap((name) => String(name).split("<br>"));
+    const longest = Math.max(0, ...lines.map((line) => pen.measureText(line).width));
     base.l = Math.ceil(longest) + 14 + (title(yaxis) ? 10 + 17 * linesOf(title(yaxis)) : 0);
   } else {
     base.l += 17 * (linesOf(title(yaxis)) - 1);
@@ -167,7 +189,7 @@ function makeRoom(plot, again = true) {
 
 function prepared(id, width) {
   let figure = withVariant(payload(id), id);
-  if (width < NARROW) figure = forNarrow(figure);
+  if (width < NARROW) figure = forNarrow(figure, width);
   growForLegend(figure, width);
   wrapUpright(figure, width);
   reserveRoom(figure, width);

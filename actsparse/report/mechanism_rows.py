@@ -173,6 +173,7 @@ ROWS: tuple[Row, ...] = (
         title="HU4: does past salience tell the present one?",
         needs=RunKind.PROFILE,
         metrics="hu4",
+        not_of_experts="it ranks all neurons of a layer at a token, which passes through some experts alone",
         data=gradients.salience,
         draw=gradients.draw_salience,
         caption=gradients.caption_salience,

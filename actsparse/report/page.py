@@ -98,13 +98,16 @@ def render_figure(figure: FigureView, view: ReportView) -> str:
 
 
 def _page(view: ReportView, drawings: dict[str, Drawing], economy: Economy) -> str:
-    sections = tuple(_section(section, drawings) for section in view.sections)
+    sections = tuple(_section(section, drawings) for section in view.sections if section.figures)
+    absent = tuple(section for section in view.sections if not section.figures)
     return _filled(
         "page.html.jinja",
         view,
         sections=sections,
         studies=tuple(_study(study, drawings) for study in view.studies),
-        contents=_contents(view, sections),
+        absent=absent,
+        absent_by_command=_by_command(view, absent),
+        contents=_contents(view, sections, absent),
         no_verdict=_no_verdict(view),
         figures_packed=packed([payload(figure, drawings[figure.id], economy) for figure in view.figures]),
     )
@@ -197,13 +200,26 @@ def _cleaned(value: Any) -> Any:
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _contents(view: ReportView, sections: tuple[DrawnSection, ...]) -> list[tuple[str, str]]:
+def _by_command(view: ReportView, absent: tuple[SectionView, ...]) -> dict[str, list[str]]:
+    """What the empty sections would show, and the studies where none was run, under the command that measures it."""
+    found: dict[str, list[str]] = {}
+    for row in [row for section in absent for row in section.missing if row.command]:
+        found.setdefault(row.command, []).append(row.what)
+    for row in view.missing_studies if not view.studies else ():
+        found.setdefault(row.command, []).append(row.shows)
+    return found
+
+
+def _contents(
+    view: ReportView, sections: tuple[DrawnSection, ...], absent: tuple[SectionView, ...]
+) -> list[tuple[str, str]]:
     found = {section.view.id: section.view.title for section in sections}
     first = [("summary", "Summary"), *([("frontier", found.pop("frontier"))] if "frontier" in found else [])]
     plans = [("plans", "Every plan in numbers")] if view.plan_grids or view.compare else []
     last = [
-        ("studies", "What the papers claim"),
+        *([("studies", "What the papers claim")] if view.studies else []),
         *([("samples", "What it writes")] if view.samples else []),
+        *([("absent", "Not measured here")] if absent or not view.studies else []),
         ("origins", "Where the numbers come from"),
     ]
     return [*first, *plans, *found.items(), *last]

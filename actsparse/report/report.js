@@ -33,14 +33,29 @@ document.addEventListener("change", (event) => {
 });
 for (const details of document.querySelectorAll("[data-numbers]")) details.addEventListener("toggle", () => fillNumbers(details));
 
+// The section that is read is marked in the contents: the last one that begins above a line near the top. Over the last
+// screen of the page that line moves to its foot, since what begins there never comes to the top; what was asked for by
+// its link stays marked until the reader scrolls.
+
 const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
-const reader = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    links.forEach((link, id) => link.toggleAttribute("aria-current", id === entry.target.id));
-  }
-}, { rootMargin: "-10% 0px -80% 0px" });
-links.forEach((_, id) => { const part = document.getElementById(id); if (part) reader.observe(part); });
+const parts = [...links.keys()].map((id) => document.getElementById(id)).filter(Boolean);
+let asked = "", marking = 0;
+
+function markSection() {
+  marking = 0;
+  const line = Math.max(0.2 * innerHeight, innerHeight - (root.scrollHeight - innerHeight - scrollY));
+  const begun = parts.filter((part) => part.getBoundingClientRect().top <= line);
+  const current = asked || (begun.at(-1) || parts[0]).id;
+  links.forEach((link, id) => id === current ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
+}
+
+const markSoon = () => { marking ||= requestAnimationFrame(markSection); };
+if (parts.length) {
+  for (const moves of ["wheel", "touchmove", "pointerdown", "keydown"]) addEventListener(moves, () => { asked = ""; }, { passive: true });
+  links.forEach((link, id) => link.addEventListener("click", () => { asked = id; markSoon(); }));
+  for (const moved of ["scroll", "resize"]) addEventListener(moved, markSoon, { passive: true });
+  markSoon();
+}
 
 nameTheme();
 start();

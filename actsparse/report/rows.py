@@ -18,7 +18,8 @@ _EVALUATE = "actsparse evaluate --model {model} --plan griffin@0.5 --plan static
 class Row:
     """A figure: `data` takes a panel of the kind it needs to its frame (empty: not measured), `draw` the frame to a
     figure, `caption` the frame to the finding. `metrics` name what was missing where there is no data. One that holds
-    several panels `together` takes them all as a tuple, where there are two or more."""
+    several panels `together` takes them all as a tuple, where there are two or more. `not_of_experts` says why layers
+    that are mixtures of experts have none."""
 
     id: str
     section: str
@@ -33,6 +34,7 @@ class Row:
     wide: bool = True
     optional: bool = False
     together: bool = False
+    not_of_experts: str = ""
 
     @property
     def command(self) -> str:

@@ -167,7 +167,12 @@ def _unmeasured(view: ReportView) -> list[RenderableType]:
     if not view.unmeasured:
         return []
     lines: list[RenderableType] = [Text(), Text("Not measured in these runs", style="bold")]
-    for command in dict.fromkeys(row.command for row in view.unmeasured):
+    for command in dict.fromkeys(row.command for row in view.unmeasured if row.command):
         what = ", ".join(row.what for row in view.unmeasured if row.command == command)
         lines += [Text(f"  {what}", style="dim"), Text(f"    {command}")]
+    lines += [
+        Text(f"  {row.what}: not drawn for mixtures of experts ({row.why})", style="dim")
+        for row in view.unmeasured
+        if row.why
+    ]
     return lines

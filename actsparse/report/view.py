@@ -38,11 +38,13 @@ class FigureView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """A figure that no run has the data of: its title, the metrics that it needs, and the command that makes them."""
+    """A figure that no run has the data of: its title, the metrics that it needs, and the command that makes them; or
+    `why` nothing makes them for this model."""
 
     what: str
     shows: str
     command: str
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,14 @@ class SectionView:
         """What is missing under the command that makes it."""
         found: dict[str, list[Missing]] = {}
         for row in self.missing:
-            found.setdefault(row.command, []).append(row)
+            if not row.why:
+                found.setdefault(row.command, []).append(row)
         return found
+
+    @property
+    def undefined(self) -> list[Missing]:
+        """What no command makes for this model."""
+        return [row for row in self.missing if row.why]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +169,9 @@ def build_view(spec: ReportSpec) -> ReportView:
         plan_grids=tuple(grids.plan_grid(panel, place) for place, panel in enumerate(evals) if panel.outcomes),
         compare=grids.compare_grid(profiles, evals),
         sections=tuple(
-            section for name in SECTIONS if (section := _section(name, figures, model)).figures or section.missing
+            section
+            for name in SECTIONS
+            if (section := _section(name, figures, model, mixture=_mixture(sources))).figures or section.missing
         ),
         worst=tuple(grid for place, panel in enumerate(evals) for grid in _worst(panel, place)),
         samples=tuple(SampleView(panel=panel.label, samples=found) for panel in evals if (found := samples(panel))),
@@ -188,18 +198,28 @@ def _figure(row: Row, panel: str, frame: pl.DataFrame, place: int) -> FigureView
     return FigureView(id=f"{row.id}-{place}", row=row, panel=panel, frame=frame, caption=_caption(row, frame))
 
 
-def _section(name: str, figures: dict[str, tuple[FigureView, ...]], model: str) -> SectionView:
+def _section(name: str, figures: dict[str, tuple[FigureView, ...]], model: str, *, mixture: bool) -> SectionView:
     rows = [row for row in ROWS if row.section == name]
     return SectionView(
         id=name,
         title=SECTIONS[name],
         figures=tuple(figures[row.id] for row in rows if figures[row.id]),
         missing=tuple(
-            Missing(what=row.title, shows=row.metrics, command=row.command.format(model=model))
+            _missing(row, model, row.not_of_experts if mixture else "")
             for row in rows
             if not row.optional and not figures[row.id]
         ),
     )
+
+
+def _missing(row: Row, model: str, why: str) -> Missing:
+    return Missing(what=row.title, shows=row.metrics, command="" if why else row.command.format(model=model), why=why)
+
+
+def _mixture(sources: tuple[Source, ...]) -> bool:
+    """Whether every layer of every model is a mixture of experts."""
+    models = [source.manifest.model for source in sources]
+    return all(one is not None and one.experts is not None and len(one.experts.layers) == one.layers for one in models)
 
 
 def _caption(row: Row, frame: pl.DataFrame) -> str:

@@ -62,8 +62,8 @@ CROWDED = """[...document.querySelectorAll('[data-figure]')].filter(plot => {
   const box = name => plot.querySelector(name)?.getBoundingClientRect() ?? {width: 0};
   const [ticks, title] = ['.xy .yaxislayer-above', '.ytitle'].map(box);
   const [across, under] = ['.xy .xaxislayer-above', '.xtitle'].map(box);
-  const texts = [...plot.querySelectorAll('.xtitle, .ytitle, .annotation-text, .xaxislayer-above, .yaxislayer-above')]
-    .map(text => text.getBoundingClientRect()).filter(b => b.width);
+  const inside = '.xtitle, .ytitle, .legendtext, .annotation-text, .xaxislayer-above, .yaxislayer-above';
+  const texts = [...plot.querySelectorAll(inside)].map(text => text.getBoundingClientRect()).filter(b => b.width);
   return texts.some(b => Math.max(frame.left - b.left, b.right - frame.right, b.bottom - frame.bottom) > 1)
     || (ticks.width && title.width && title.right - ticks.left > 1)
     || (across.width && under.width && across.bottom - under.top > 2);
@@ -90,6 +90,30 @@ def test_the_first_figure_does_not_wait_for_the_others(page: Page, html: Path) -
     marks = page.evaluate("Object.fromEntries(performance.getEntriesByType('mark').map(m => [m.name, m.startTime]))")
     assert marks["start"] < marks["plotly ready"] < marks["first figure"] < marks["all figures"]
     assert marks["first figure"] < 60_000
+
+
+MARKED = "[...document.querySelectorAll('nav a[aria-current=true]')].map(link => link.hash.slice(1))"
+
+
+def test_the_contents_mark_the_section_that_is_read(page: Page, html: Path) -> None:
+    page.open(html)
+    names = page.evaluate("[...document.querySelectorAll('nav a')].map(link => link.hash.slice(1))")
+    assert page.evaluate(MARKED) == ["summary"]
+    for name in names[1:]:
+        page.evaluate(f"document.getElementById('{name}').scrollIntoView({{behavior: 'instant'}})")
+        page.wait_for(f"({MARKED}).length === 1")
+        top = page.evaluate(f"document.getElementById('{name}').getBoundingClientRect().top")
+        if top < 100:
+            page.wait_for(f"({MARKED})[0] === '{name}'")
+    page.evaluate("scrollTo({top: document.documentElement.scrollHeight, behavior: 'instant'})")
+    page.wait_for(f"({MARKED})[0] === '{names[-1]}'")
+    # what stands on the last screen never comes to the top: its link marks it nevertheless
+    page.evaluate(f"document.querySelector('nav a[href=\"#{names[-2]}\"]').click()")
+    page.wait_for(f"({MARKED})[0] === '{names[-2]}'")
+    page.evaluate("scrollTo({top: 0, behavior: 'instant'})")
+    page.evaluate("dispatchEvent(new Event('wheel'))")
+    page.evaluate("dispatchEvent(new Event('scroll'))")
+    page.wait_for(f"({MARKED})[0] === 'summary'")
 
 
 def test_the_theme_follows_the_system_and_switches(page: Page, html: Path) -> None:

@@ -137,6 +137,19 @@ def test_the_tally_counts_verdicts(view: ReportView) -> None:
     assert "--study moyu" not in page
 
 
+def test_a_page_of_studies_alone_begins_with_them_and_names_what_is_missing_once(tmp_path: Path) -> None:
+    page = render(build_view(ReportSpec(runs=(studies.study_run(tmp_path / "s"),))))
+    places = [page.index(f'<section id="{name}"') for name in ("summary", "studies", "absent", "origins")]
+    assert places == sorted(places)
+    assert page.count("<section id=") == len(places)
+    between = page[page.index("</section>") : page.index('<section id="studies"')]
+    assert "Not" not in between
+    said = page[places[2] : places[3]]
+    assert "<b>where it is sparse</b>, <b>which neurons and heads</b>" in said
+    assert "Sparsity by layer and kind" in said
+    assert "--probes uncertainty</code>" in said
+
+
 def test_json_holds_the_studies(view: ReportView) -> None:
     found = document(view)["studies"]
     donors = next(one for study in found for one in study["experiments"] if one["experiment"] == "M5")

@@ -11,7 +11,7 @@ from example_evals import ExamplePlan
 from actsparse.report.registry import ROWS, SECTIONS
 from actsparse.report.samples import split_at_difference
 from actsparse.report.view import FigureView, ReportView, build_view
-from actsparse.results import EvalRow, Measure, RunKind
+from actsparse.results import EvalRow, ExpertsRecord, Measure, RunKind
 from actsparse.specs import ReportSpec
 from actsparse.store import tables
 
@@ -33,6 +33,24 @@ def test_every_figure_of_the_registry_is_drawn_or_named_as_missing(view: ReportV
     assert all(row.id in drawn or row.optional or row.title in missing for row in ROWS)
     assert {row.section for row in ROWS} == set(SECTIONS)
     assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+def test_what_experts_have_no_definition_for_is_said_with_the_reason(tmp_path: Path) -> None:
+    """No command makes it, so none is named; one layer without experts is enough to have it."""
+
+    def missing(layers: int) -> dict[str, tuple[str, str]]:
+        experts = ExpertsRecord(layers=tuple(range(layers)), count=8, top_k=2, width=64, shared_width=None)
+        model = replace(example.SMOLLM2, layers=4, experts=experts)
+        run = example.profile_run(tmp_path / str(layers), model=model, leave_out=("probes",))
+        found = build_view(ReportSpec(runs=(run,)))
+        return {row.what: (row.command, row.why) for row in found.unmeasured}
+
+    name = "HU4: does past salience tell the present one?"
+    command, why = missing(4)[name]
+    assert command == ""
+    assert "some experts alone" in why
+    assert missing(3)[name] == (f"actsparse profile --model {example.SMOLLM2.requested} --gradients", "")
+    assert missing(4)["SI1: how soon the mask settles"][1] == ""
 
 
 def test_captions_state_what_the_data_say(view: ReportView) -> None:

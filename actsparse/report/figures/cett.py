@@ -15,8 +15,8 @@ _TARGET_COLOURS = (DEPTH[0], DEPTH[4], DEPTH[2], DEPTH[1], DEPTH[3])
 
 
 def layers(panel: ProfilePanel) -> pl.DataFrame:
-    """`layer, target, sparsity, stderr, n, rho, low, high`: share of neurons below the CETT threshold; `low` and `high`
-    hold the middle 80 % of tokens where that was measured."""
+    """`layer, target, sparsity, stderr, n, rho, low, high, mixed`: share of neurons below the CETT threshold; `low` and
+    `high` hold the middle 80 % of tokens where that was measured; `mixed`: over a mixture of experts."""
     measures = panel.measures.filter(pl.col("layer").is_not_null())
     rho = measures.filter(pl.col("metric") == "cett_rho").select("layer", rho="value")
     rows = measures.filter((pl.col("metric") == "cett_sparsity") & pl.col("value").is_not_null())
@@ -25,7 +25,7 @@ def layers(panel: ProfilePanel) -> pl.DataFrame:
     for end, metric in (("low", "cett_sparsity_p10"), ("high", "cett_sparsity_p90")):
         band = measures.filter(pl.col("metric") == metric).select("layer", target=param("target"), value="value")
         frame = frame.join(band.rename({"value": end}), on=["layer", "target"], how="left", maintain_order="left")
-    return frame.sort("target", "layer")
+    return frame.sort("target", "layer").with_columns(_mixed(panel))
 
 
 def draw_layers(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -97,12 +97,18 @@ def _rho(rho: float) -> str:
 
 
 def curve(panel: ProfilePanel) -> pl.DataFrame:
-    """`layer, sparsity, cett, stderr, n`: mean CETT of a layer at a share of dropped neurons."""
+    """`layer, sparsity, cett, stderr, n, mixed`: mean CETT of a layer at a share of dropped neurons."""
     rows = panel.measures.filter(
         (pl.col("metric") == "cett_curve") & pl.col("layer").is_not_null() & pl.col("value").is_not_null()
     )
     frame = rows.select("layer", sparsity=param("sparsity"), cett="value", stderr="stderr", n="n")
-    return frame.drop_nulls("sparsity").sort("layer", "sparsity")
+    return frame.drop_nulls("sparsity").sort("layer", "sparsity").with_columns(_mixed(panel))
+
+
+def _mixed(panel: ProfilePanel) -> pl.Expr:
+    """Whether a layer is a mixture of experts, whose `n` counts a token once at each expert that serves it."""
+    own = panel.measures.filter(pl.col("metric") == "expert_cett_rho")["layer"].unique()
+    return pl.col("layer").is_in(own.to_list()).alias("mixed")
 
 
 def draw_curve(frame: pl.DataFrame, looks: Looks) -> go.Figure:
@@ -164,6 +170,8 @@ def caption_curve(frame: pl.DataFrame) -> str:
     (least, low), (most, high) = reached.row(0), reached.row(-1)
     if least == most:
         return f"Layer {most} loses {percent(high, 0)} of its neurons before CETT passes 0.2.{_count(frame)}"
+    if percent(low, 0) == percent(high, 0):
+        return f"Before CETT passes 0.2, every layer can lose {percent(high, 0)} of its neurons.{_count(frame)}"
     return (
         f"Before CETT passes 0.2, layer {most} can lose {percent(high, 0)} of its neurons and layer {least} only "
         f"{percent(low, 0)}; the mean over layers is {percent(_mean(reached['sparsity']), 0)}.{_count(frame)}"
@@ -177,7 +185,8 @@ def _mean(values: pl.Series) -> float:
 
 def _count(frame: pl.DataFrame) -> str:
     most = frame["n"].max()
-    return f" n = {count(most)} token positions." if isinstance(most, int) and most else ""
+    what = "token positions, each at every expert that serves it" if frame["mixed"].any() else "token positions"
+    return f" n = {count(most)} {what}." if isinstance(most, int) and most else ""
 
 
 def _by(frame: pl.DataFrame, column: str) -> list[tuple[Any, pl.DataFrame]]:

@@ -37,7 +37,7 @@ def draw(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x="distance of the two tokens (log)",
         y="overlap of their masks (share of the kept neurons)",
         x_axis=log2_axis(),
-        y_axis={"range": [0, 1.02], "tickformat": ".1f"},
+        y_axis={"rangemode": "tozero", "tickformat": ".2~f"},
     )
     for density, colour in zip(frame["r"].unique().sort(), (DEPTH[0], DEPTH[4], INK), strict=False):
         rows = frame.filter(pl.col("r") == density)
@@ -60,15 +60,16 @@ def caption(frame: pl.DataFrame) -> str:
     rows = frame.filter(pl.col("r") == frame["r"].min()).sort("d")
     near, far = rows.row(0, named=True), rows.row(-1, named=True)
 
-    def shown(row: dict[str, float]) -> str:
-        interval = span(row["low"], row["high"])
-        return number(row["value"]) + (f" ({interval})" if interval else "")
-
-    text = f"With {percent(as_float(frame['r'].min()), 0)} kept, tokens {near['d']:.0f} apart share {shown(near)}"
     at_near, at_far = _levels(near), _levels(far)
-    own = f" ({at_near})" if at_near != at_far else ""
-    text += f"{own}, {far['d']:.0f} apart {shown(far)}"
-    text += f" ({at_far})" if own else f"; {at_near}" if at_near else ""
+    own = at_near != at_far
+
+    def shown(row: dict[str, float], levels: str) -> str:
+        beside = "; ".join(part for part in (span(row["low"], row["high"]), levels if own else "") if part)
+        return number(row["value"]) + (f" ({beside})" if beside else "")
+
+    text = f"With {percent(as_float(frame['r'].min()), 0)} kept, tokens {near['d']:.0f} apart share "
+    text += f"{shown(near, at_near)}, {far['d']:.0f} apart {shown(far, at_far)}"
+    text += f"; {at_near}" if at_near and not own else ""
     return f"{text}.{counted(frame, 'sequences')}"
 
 

@@ -51,7 +51,7 @@ def caption_salience(frame: pl.DataFrame) -> str:
     rows = mean if mean.height else over_layers
     first, last = rows.row(0, named=True), rows.row(-1, named=True)
     if rows.height < 2:
-        return f"Only one bin of diversity was reached: HU4 = {number(first['value'], 2)}.{counted(frame, 'positions')}"
+        return f"Only one bin of diversity was reached: HU4 = {number(first['value'], 2)}.{counted(frame, 'texts')}"
     known = None not in (first["low"], first["high"], last["low"], last["high"])
     trend = "does not clearly change"
     if known and last["low"] > first["high"]:
@@ -60,7 +60,7 @@ def caption_salience(frame: pl.DataFrame) -> str:
         trend = "falls"
     return (
         f"HU4 {trend} with the diversity of the history: {_shown(first)} from {number(first['bin'], 2)} on, "
-        f"{_shown(last)} from {number(last['bin'], 2)} on.{counted(frame, 'positions')}"
+        f"{_shown(last)} from {number(last['bin'], 2)} on.{counted(frame, 'texts')}"
     )
 
 
@@ -101,4 +101,4 @@ def caption_signs(frame: pl.DataFrame) -> str:
         text += ": the loss would fall were they larger, against MOYU's root cause"
     else:
         text += ": no common sign"
-    return f"{text}. Mean over layers {number(as_float(rows['value'].mean()), 2)}.{counted(frame, 'entries at most')}"
+    return f"{text}. Mean over layers {number(as_float(rows['value'].mean()), 2)}.{counted(frame, 'texts')}"

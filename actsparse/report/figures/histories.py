@@ -47,7 +47,10 @@ def draw_controls(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x=f"1 − kappa (0: same mask, 1: chance; {_density(frame)} kept)",
         y="",
         height=150 + 30 * rows["control"].n_unique(),
-        x_axis={"rangemode": "tozero", "tickformat": ".1f"},
+        x_axis={
+            "range": [-0.03, 1.05 * max(1.0, as_float(rows.select(pl.max_horizontal("value", "high").max()).item()))],
+            "tickformat": ".1f",
+        },
         y_axis=label_axis(),
     )
     for pop, (name, colour, symbol) in POPS.items():

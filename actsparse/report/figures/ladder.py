@@ -21,7 +21,7 @@ SERIES = {
 }
 # The kinds of pairs by their overlap; "" is the mean of all pairs of a rung's tokens.
 PAIRS = {"overlap_neighbour": "neighbour", "overlap_w": "within", "overlap_b": "between"}
-ALL_PAIRS = ""
+ALL_PAIRS, NO_PAIRS = "", "none"
 # Kinds of pairs have chance levels of their own (experts, masks of several sizes) that are drawn where they part.
 PARTED = 0.02
 CHANCE = {
@@ -78,8 +78,10 @@ def _lines(frame: pl.DataFrame) -> list[_Line]:
     if not _parted(frame):
         return lines + [_Line(metric, ALL_PAIRS, name, MUTED, dash=dash) for metric, (name, dash) in CHANCE.items()]
     for metric, (name, dash) in CHANCE.items():
-        for place, (overlap, pairs) in enumerate(PAIRS.items()):
-            lines.append(_Line(metric, pairs, name, SERIES[overlap][1], dash=dash, legend=place == 0))
+        # one entry of the legend for all three, without values of its own
+        lines.append(_Line(metric, NO_PAIRS, f"{name}, of each kind", MUTED, dash=dash))
+        for overlap, pairs in PAIRS.items():
+            lines.append(_Line(metric, pairs, name, SERIES[overlap][1], dash=dash, legend=False))
     return lines
 
 

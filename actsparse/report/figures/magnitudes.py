@@ -109,8 +109,9 @@ def caption(frame: pl.DataFrame) -> str:
     modes = frame.sort("density", descending=True).group_by("layer", maintain_order=True).first().sort("layer")
     low, high = modes["magnitude"].min(), modes["magnitude"].max()
     widest = _width(frame)
-    ends = f"{number(as_float(low), 2)} and {number(as_float(high), 2)}"
-    text = f"Values crowd between {ends} by layer, over {widest:.1f} decades"
+    ends = [number(as_float(end), 2) for end in (low, high)]
+    where = f"at {ends[0]} in every layer shown" if ends[0] == ends[1] else f"between {ends[0]} and {ends[1]} by layer"
+    text = f"Values crowd {where}, over {widest:.1f} decades"
     cut = modes.drop_nulls("below")
     if cut.height:
         text += (

@@ -105,6 +105,8 @@ def _grid(frame: pl.DataFrame, text: str, feed: str, band: str, count: int) -> n
 def _place(figure: go.Figure, number_: str, *, column: int, row: int, title: str) -> None:
     left, low = (0.0, 0.56)[column], (0.56, 0.0)[row]
     axis = {"domain": [left, left + 0.42], "anchor": f"y{number_}", "showgrid": False, "title": {"text": "sentence"}}
+    # beside and under another matrix a title would only stand in its way
+    upright = {"text": "sentence" if column == 0 else ""}
     figure.update_layout(
         {
             f"xaxis{number_}": {**axis, "dtick": 2, "tick0": 1},
@@ -113,7 +115,7 @@ def _place(figure: go.Figure, number_: str, *, column: int, row: int, title: str
                 "anchor": f"x{number_}",
                 "showgrid": False,
                 "autorange": "reversed",
-                "title": {"text": "sentence"},
+                "title": upright,
                 "dtick": 2,
                 "tick0": 1,
             },
