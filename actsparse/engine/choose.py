@@ -64,6 +64,11 @@ class Run(Protocol):
         ...
 
     @property
+    def reading(self) -> str | None:
+        """How what a plan keeps is read, and the break-even measured; None where there was nothing to choose."""
+        ...
+
+    @property
     def break_even(self) -> float | None:
         """Decoded tokens after which copies of what a plan keeps are repaid; None where there was nothing to choose."""
         ...

@@ -81,6 +81,11 @@ class ForwardRun:
             self.use(sparse=self._sparse)
 
     @property
+    def reading(self) -> None:
+        """Nothing was to choose: these steps read copies."""
+        return None
+
+    @property
     def break_even(self) -> None:
         """Nothing was to choose: these steps read copies."""
         return None

@@ -106,8 +106,12 @@ class OwnRun:
     @property
     def path(self) -> str:
         """How the step at work runs."""
-        told = self._kept and self._kept.told
-        return f"own step on {self._steps.weights.device.type}, {self._decoder.path}{f'; {told}' if told else ''}"
+        return f"own step on {self._steps.weights.device.type}, {self._decoder.path}"
+
+    @property
+    def reading(self) -> str | None:
+        """How what a plan keeps is read, and the break-even measured; None where there was nothing to choose."""
+        return self._kept.told if self._kept else None
 
     @property
     def announced(self) -> list[str]:

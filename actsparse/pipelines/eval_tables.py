@@ -103,7 +103,7 @@ SPEED = ("ms_per_token", "dense_ms_per_token", "speedup", "speedup_low", "speedu
 def _plan_document(group: PlanGroup, rows: list[EvalRow], found: PlanSpeed) -> dict[str, Any]:
     speed: dict[str, Any] | None = None
     if found.speed is not None:
-        speed = {**_pick(rows, group.name, SPEED), "verdict": found.speed.verdict.value}
+        speed = {**_pick(rows, group.name, SPEED), "verdict": found.speed.verdict.value, "reading": found.reading}
     return {
         "plan": group.name,
         "method": group.plan.method.name,

@@ -45,7 +45,9 @@ class KeptShare:
 class PlanSpeed:
     """What generation under one plan showed. `speed` is None where it was not timed, and `reason` says why.
 
-    `engine`: how decode ran, `tier` how good that is (1 best), `warnings` which better path could not be taken.
+    `engine`: how decode ran, `tier` how good that is (1 best), `warnings` which better path could not be taken,
+    `reading`: whether kept neurons were copied, and from how many tokens on that pays (of timed laps alone: a clock
+    says it).
     `useful_kept`: what the engine read, over all timed laps. `path_check`: largest difference in NLL between engine and
     masked path on the checked tokens, both with the engine's choices; `path_lost`: checked tokens where the masked path
     is finite and the engine is not; `path_flips`: share that the masked path would choose otherwise.
@@ -59,6 +61,7 @@ class PlanSpeed:
     path_lost: int | None = None
     path_flips: float | None = None
     engine: str | None = None
+    reading: str | None = None
     tier: int | None = None
     warnings: tuple[str, ...] = ()
     read_bandwidth: float | None = None
@@ -193,6 +196,7 @@ class _Runner:
                         run, loaded.model, ids, pairs=spec.timing_pairs, tokens=spec.timing_tokens
                     )
                     shares.append(run.kept())
+            reading = run.reading if laps else None
             samples = tuple(
                 self.sample(group.name, prompt, ids, self.sparse_text(run, prompt, ids), dense)
                 for prompt, ids in self.sample_prompts()
@@ -207,6 +211,7 @@ class _Runner:
             path_lost=None if check is None else check.lost,
             path_flips=None if check is None else check.flips,
             engine=path,
+            reading=reading,
             tier=tier,
             warnings=announced,
             useful_kept=_mean_shares(shares),
@@ -216,13 +221,14 @@ class _Runner:
 
     def path_check(self, group: PlanGroup, run: Run) -> PathCheck | None:
         """Engine against masked path on tokens of the first block; None where that was left out."""
-        count, texts = self.session.spec.path_check_tokens, self.session.texts
+        spec, texts = self.session.spec, self.session.texts
+        count = spec.path_check_tokens
         if not count:
             return None
         block = texts.quality.ids[0][: texts.prompt_length + 1 + count].to(self.session.loaded.model.device)
         return path_check(
             run, self.session.loaded.sites, group.plan.gates(), block, texts.prompt_length,
-            sink_tokens=texts.quality.record.sink_tokens, followed_by=self.session.spec.timing_tokens,
+            sink_tokens=texts.quality.record.sink_tokens, followed_by=spec.timing_tokens if spec.timing_pairs else None,
         )  # fmt: skip
 
     def sparse_text(self, run: Run, prompt: int, ids: Tensor) -> list[int]:

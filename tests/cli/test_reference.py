@@ -14,6 +14,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 OPTION = re.compile(r"--[a-z][a-z0-9-]*")
 ANOTHERS = {
     "--nproc-per-node",  # torchrun
+    "--repo-type",  # hf
     "--no-deps", "--force-reinstall",  # pip
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def test_copies_give_the_bits_of_lists(model_type: str, dtype: torch.dtype) -> N
         found = []
         for count, told in ((8, ""), (EVEN + 1, "copied")):
             run.select(count)
-            assert told in run.path
+            assert told in (run.reading or "")
             found.append(run.forced(tokens))
         assert torch.equal(*found)
         run.use(sparse=False)
@@ -66,7 +66,7 @@ def test_copies_are_made_where_the_tokens_to_come_repay_them(run: OwnRun, tokens
     assert run.break_even is None
     run.select(tokens)
     assert run.break_even == EVEN
-    assert f"kept neurons {how}: copies are repaid after {EVEN} tokens" in run.path
+    assert f"kept neurons {how}: copies are repaid after {EVEN} tokens" in (run.reading or "")
     run.use(sparse=True)
     run.forget()
     run.rewind()
@@ -94,7 +94,7 @@ def test_a_prompt_of_other_size_is_copied_anew(run: OwnRun) -> None:
         run.prefill(token_ids(1, 20, seed=seed), watch=True)
         run.select(EVEN + 1)
         copied = run.generate(12)
-        assert "copied" in run.path
+        assert "copied" in (run.reading or "")
         run.select()
         assert run.generate(12) == copied
         assert texts.setdefault(seed, copied) == copied
@@ -109,7 +109,7 @@ def test_tokens_that_nobody_announced_are_copied_for_once_they_are_many(run: Own
     found, ways = [], []
     for place, token in enumerate(stream):
         found.append(run.step(token, 20 + place).clone())
-        ways.append(run.path.split("kept neurons ")[-1].split(":")[0])
+        ways.append((run.reading or "").split("kept neurons ")[-1].split(":")[0])
     assert [way == "copied" for way in ways] == [place >= EVEN for place in range(60)]
     run.select()
     assert torch.equal(torch.stack(found, dim=1), run.forced(token_ids(1, 60)))
@@ -134,7 +134,7 @@ def test_copies_that_save_nothing_are_never_made(run: OwnRun, monkeypatch: pytes
     monkeypatch.setattr(kept, "seconds", lambda _device, work: (work(), next(laps))[1])
     run.select(10**9)
     assert run.break_even == inf
-    assert "by list: copies would never be repaid" in run.path
+    assert "by list: copies would never be repaid" in (run.reading or "")
 
 
 def test_without_memory_for_copies_lists_stay(run: OwnRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +156,4 @@ def test_without_memory_for_copies_lists_stay(run: OwnRun, monkeypatch: pytest.M
     run.select(100)
     assert run.generate(100)[0][:20] == expected[0]
     assert run.announced == [kept.NO_COPIES]
-    assert "copie" not in run.path
+    assert "copie" not in (run.reading or "")

@@ -180,7 +180,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: in
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu"])
 @pytest.mark.parametrize(
-    ("owner", "name", "call"), [(quality, "scored_logits", 4), (OwnRun, "generate", 3)], ids=["scoring", "generating"]
+    ("owner", "name", "call"), [(quality, "scored_logits", 4), (OwnRun, "generate", 1)], ids=["scoring", "generating"]
 )
 def test_an_evaluation_of_one_sequence_at_a_time_says_what_does_not_fit_and_goes_on_when_it_does(
     owner: object, name: str, call: int, error: Exception, eval_spec: EvalSpec, tmp_path: Path,

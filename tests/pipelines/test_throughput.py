@@ -112,7 +112,7 @@ def test_lengths_that_do_not_repay_copies_are_timed_with_lists(
 
     def noted(self: OwnRun, tokens: int | None = None) -> None:
         select(self, tokens)
-        chosen.append((tokens, "copied" in self.path))
+        chosen.append((tokens, "copied" in (self.reading or "")))
 
     monkeypatch.setattr(OwnRun, "select", noted)
     run = evaluate(replace(asked, batch_sizes=(1,), gen_lengths=(44, 4, 33), timing_pairs=0))

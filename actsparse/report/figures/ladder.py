@@ -88,7 +88,7 @@ def _lines(frame: pl.DataFrame) -> list[_Line]:
 def _parted(frame: pl.DataFrame) -> bool:
     """Whether kinds of pairs differ in their chance level."""
     levels = frame.filter(pl.col("metric").is_in(list(CHANCE)) & (pl.col("pairs") != ALL_PAIRS))
-    spread = levels.group_by("metric", "r", "rung").agg(
+    spread = levels.group_by("metric", "r", "rung", maintain_order=True).agg(
         share=(pl.col("value").max() - pl.col("value").min()) / pl.col("value").max()
     )
     return bool((spread["share"] > PARTED).any())
