@@ -55,20 +55,27 @@ function withVariant(figure, id) {
   return figure;
 }
 
-/** Height for a legend of many lines, which plotly would squeeze into a box to scroll. */
-function growForLegend({ data, layout }, width) {
+/** How many lines the legend takes, by the length of its names. */
+function legendLines({ data, layout }, width) {
   const listed = layout.showlegend === false ? [] : data.filter((trace) => trace.showlegend !== false && trace.name);
-  const longest = Math.max(1, ...listed.map((trace) => trace.name.length));
-  const lines = Math.ceil(listed.length / Math.max(1, Math.floor((width - 90) / (46 + 6.5 * longest))));
+  if (listed.length < 2) return 0;
+  const names = listed.map((trace) => trace.name.split("<br>"));
+  const longest = Math.max(...names.flat().map((line) => line.length));
+  const columns = Math.max(1, Math.floor((width - 90) / (46 + 6.5 * longest)));
+  return Math.ceil(names.flat().length / columns);
+}
+
+/** Height for a legend of many lines, which plotly would squeeze into a box to scroll. */
+function growForLegend(figure, width) {
+  const { layout } = figure, lines = legendLines(figure, width);
   if (lines <= 4) return;
   layout.height += 19 * (lines - 4);
   layout.legend = { ...layout.legend, maxheight: 0.75 };
 }
 
 /** Break the title of the vertical axis in two where it is longer than the axis. */
-function wrapUpright({ data, layout }, width) {
-  const listed = layout.showlegend === false ? 0 : data.filter((trace) => trace.showlegend !== false).length;
-  const legend = listed > 1 ? 19 * Math.ceil((listed * 165) / width) : 0;
+function wrapUpright(figure, width) {
+  const { layout } = figure, legend = 19 * legendLines(figure, width);
   const title = layout.yaxis.title, text = title && title.text;
   if (!text || text.includes("<br>") || text.length * 6.7 < layout.height - 66 - legend) return;
   const words = text.split(" ");

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from actsparse.report.outcomes import Outcome
-from actsparse.report.panels import EvalPanel, calibration_of, scored_text
+from actsparse.report.panels import EvalPanel, calibration_of, scored_text, short_forms
 from actsparse.report.sources import Source
 from actsparse.report.wording import clean, listed, one_line, percent, times
 from actsparse.results import RunKind, TextRecord, path_tolerance
@@ -67,7 +67,15 @@ def _incomplete(sources: tuple[Source, ...]) -> list[Notice]:
 
 
 def _own(sources: tuple[Source, ...]) -> list[Notice]:
-    return [Notice(letter=source.letter, text=clean(text)) for source in sources for text in source.manifest.warnings]
+    """The runs' own warnings, with plans by their names where they are named by their folders."""
+    plans = short_forms(sources)
+
+    def named(text: str) -> str:
+        for path in sorted(plans, key=len, reverse=True):
+            text = text.replace(path, plans[path])
+        return clean(text)
+
+    return [Notice(letter=source.letter, text=named(text)) for source in sources for text in source.manifest.warnings]
 
 
 def _overlaps(sources: tuple[Source, ...]) -> list[Notice]:

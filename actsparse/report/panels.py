@@ -89,11 +89,11 @@ def eval_panels(sources: tuple[Source, ...]) -> tuple[EvalPanel, ...]:
         if source.kind is RunKind.EVAL:
             groups.setdefault(_comparable(source), []).append(source)
     labels = _labels([group[0] for group in groups.values()])
-    fitted = _short_forms(sources)
+    fitted = short_forms(sources)
     return tuple(_eval_panel(label, tuple(group), fitted) for label, group in zip(labels, groups.values(), strict=True))
 
 
-def _short_forms(sources: tuple[Source, ...]) -> dict[str, str]:
+def short_forms(sources: tuple[Source, ...]) -> dict[str, str]:
     """Short forms of the plan runs of the report, by the paths that an evaluation may name them by."""
     found = {}
     for source in sources:

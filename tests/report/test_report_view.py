@@ -53,6 +53,14 @@ def test_what_experts_have_no_definition_for_is_said_with_the_reason(tmp_path: P
     assert missing(4)["SI1: how soon the mask settles"][1] == ""
 
 
+def test_a_warning_names_a_plan_and_not_its_folder(tmp_path: Path) -> None:
+    plan = example.plan_run(tmp_path / "plan-aa")
+    text = f"{plan} does not pay here: 0.78x of dense decode; run dense instead"
+    found = build_view(ReportSpec(runs=(plan, example.eval_run(tmp_path / "eval", warnings=(text,)))))
+    said = next(notice.text for notice in found.notices if "does not pay" in notice.text)
+    assert said == text.replace(str(plan), "griffin@0.5")
+
+
 def test_captions_state_what_the_data_say(view: ReportView) -> None:
     frame = figures(view)["cett-layers-0"].frame
     at = frame.filter(target=0.2)["sparsity"]

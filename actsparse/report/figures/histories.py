@@ -47,10 +47,7 @@ def draw_controls(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x=f"1 − kappa (0: same mask, 1: chance; {_density(frame)} kept)",
         y="",
         height=150 + 30 * rows["control"].n_unique(),
-        x_axis={
-            "range": [-0.03, 1.05 * max(1.0, as_float(rows.select(pl.max_horizontal("value", "high").max()).item()))],
-            "tickformat": ".1f",
-        },
+        x_axis={"range": [-0.03, 1.05 * _largest(rows)], "tickformat": ".1f"},
         y_axis=label_axis(),
     )
     for pop, (name, colour, symbol) in POPS.items():
@@ -62,6 +59,11 @@ def draw_controls(frame: pl.DataFrame, looks: Looks) -> go.Figure:
             )  # fmt: skip
     add_reference(figure, x=1.0)
     return figure
+
+
+def _largest(frame: pl.DataFrame) -> float:
+    """The largest value or end of an interval; 1, where chance is, at least."""
+    return max(1.0, as_float(frame.select(pl.max_horizontal("value", "high").max()).item()))
 
 
 def _density(frame: pl.DataFrame) -> str:
@@ -110,7 +112,7 @@ def draw_by_layer(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         y="1 − kappa (0: same mask, 1: chance)",
         height=400,
         x_axis=layer_axis(frame),
-        y_axis={"tickformat": ".1f", "rangemode": "tozero"},
+        y_axis={"tickformat": ".1f", "range": [0, 1.1 * _largest(frame)]},
     )
     densities = frame["r"].unique().sort().to_list()
     layers = frame["layer"].unique().sort()
