@@ -58,7 +58,7 @@ def test_a_warning_names_a_plan_and_not_its_folder(tmp_path: Path) -> None:
     text = f"{plan} does not pay here: 0.78x of dense decode; run dense instead"
     found = build_view(ReportSpec(runs=(plan, example.eval_run(tmp_path / "eval", warnings=(text,)))))
     said = next(notice.text for notice in found.notices if "does not pay" in notice.text)
-    assert said == text.replace(str(plan), "griffin@0.5")
+    assert said == text.replace(str(plan), "cats@0.5")
 
 
 def test_captions_state_what_the_data_say(view: ReportView) -> None:
