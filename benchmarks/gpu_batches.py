@@ -1,10 +1,11 @@
 """Batches: dense, unions and turns at 1, 2, 4 and 8 sequences, whose masks are as unlike as random tokens make them."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from gpu_bench import LENGTH, POSITION, STEPS, Bench, limit_ms, ready_decoder, step_ms
-from gpu_calibrate import fit_inputs, fit_neurons
+from gpu_calibrate import fit_inputs, fit_neurons, operators_of
 from gpu_timing import elapsed_ms, median_ms, paired
 
 from actsparse.engine.cuda.engine import CudaEngine, decoder_of
@@ -13,12 +14,13 @@ from actsparse.engine.cuda.in_turns import InTurns
 from actsparse.engine.cuda.launcher import Tuning
 from actsparse.engine.cuda.native_inputs import native_step
 from actsparse.engine.cuda.operators import Operators
+from actsparse.engine.step import sliced
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import DensePlan, InputPlan, NeuronPlan
 
 SIZES = (1, 2, 4, 8)
 OUTPUTS = {"q": 1, "k": 1, "v": 1, "o": 1, "gate": 2.6875, "up": 2.6875, "down": 1, "neuron": 1}  # in widths
-TUNINGS = [(depth, blocks) for depth in (2, 4, 6) for blocks in (1, 2)]
+TUNINGS = [(4, 1), (8, 1), (4, 2)]  # stages of a ring, blocks a multiprocessor
 
 
 def part_batches(bench: Bench) -> None:
@@ -41,6 +43,7 @@ def part_batches(bench: Bench) -> None:
                 fit_neurons(decoder, plan, share)
             _plan(bench, f"batch {batch}: {name} {100 * share:.0f} %", decoder, plan, dense)
             decoder.forget_plan(plan)
+        _lists(bench, decoder, dense)
         del decoder
         torch.cuda.empty_cache()
 
@@ -55,6 +58,32 @@ def _plan(bench: Bench, name: str, decoder: Decoder, plan: InputPlan | NeuronPla
         note=f"[{found.low:.3f}, {found.high:.3f}] {found.baseline_ms:.3f} -> {found.contender_ms:.3f} ms, reads "
         f"{100 * _read(decoder, plan):.0f} % of the rows; in turns {turns:.3f} ms",
     )
+
+
+def _lists(bench: Bench, decoder: Decoder, dense: DensePlan) -> None:
+    """Copies of the neurons that any sequence keeps, half of them each, chosen apart; and one half for all."""
+    weights, batch = decoder.weights, decoder.state.batch
+    shape = weights.shape
+    for name, own in (("lists 50 %, each its own", batch), ("lists 50 %, one for all", 1)):
+        masks = torch.rand(shape.layers, own, shape.neurons, device="cuda") < 0.5
+        union = masks.any(dim=1)
+        plan = sliced.empty_plan(weights, sliced.capacity_for(int(union.sum(dim=1).max())))
+        sliced.list_kept(plan.selection, union)
+        sliced.fill(plan, weights, bench.down_rows, operators_of(decoder))
+        places = plan.selection.index.long()[:, None].expand(-1, batch, -1)
+        live = torch.arange(places.shape[2], device="cuda") < plan.selection.count[:, None]
+        if batch > 1:
+            mask = masks.expand(-1, batch, -1).gather(2, places) & live[:, None]
+            plan = dataclasses.replace(plan, mask=mask.float())
+        found = paired(lambda p=plan: step_ms(decoder, dense), lambda p=plan: step_ms(decoder, p), pairs=7)
+        bench.report.add(
+            f"batch {batch}: {name}: speed-up over own dense",
+            found.speedup,
+            "x",
+            note=f"[{found.low:.3f}, {found.high:.3f}] {found.baseline_ms:.3f} -> {found.contender_ms:.3f} ms, reads "
+            f"{100 * union.float().mean().item():.0f} % of the neurons",
+        )
+        decoder.forget_plan(plan)
 
 
 def _read(decoder: Decoder, plan: InputPlan | NeuronPlan) -> float:
@@ -93,6 +122,17 @@ def part_batch_tuning(bench: Bench) -> None:
             step_ms(decoder, dense)
             ms = sorted(step_ms(decoder, dense) for _ in range(5))[2]
             bench.report.add(f"batch {batch}: dense, {depth} stages, {blocks} blocks", ms, "ms")
+    for batch, first, blocks in ((4, 3, 1), (4, 3, 2), (4, 5, 1), (4, 5, 2), (8, 5, 1), (8, 5, 2)):
+        tuning = Tuning(tensor_columns_from=first, columns_blocks_per_sm=blocks)
+        decoder = ready_decoder(weights, tuning, batch=batch)
+        for share in (0.5, 0.7, 0.9):
+            plan = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device="cuda"))
+            decoder.start(1, POSITION)
+            fit_inputs(decoder, plan, share)
+            ms = sorted(step_ms(decoder, plan) for _ in range(5))[2]
+            how = f"tensor cores from {first}, {blocks} blocks"
+            bench.report.add(f"batch {batch}: TEAL {100 * share:.0f} %, {how}", ms, "ms")
+            decoder.forget_plan(plan)
 
 
 def part_batch_profile(bench: Bench) -> None:

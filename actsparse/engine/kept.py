@@ -125,15 +125,11 @@ class KeptNeurons:
             self._decoder.forget_plan(before)
 
     def _unite(self) -> None:
-        """Gather what any sequence keeps, where that is little enough to pay."""
+        """Gather what any sequence keeps; where that is nearly everything it cannot pay, and is said."""
         density = union_density(self.plan)
-        if density <= PAYS:
-            self._copy()
-            return
-        if self._copies is not None:
-            self._decoder.forget_plan(self._copies)
-            self._copies = None
-        self._say(f"the batch keeps {density:.0%} of the neurons in all: this plan is no faster than dense")
+        self._copy()
+        if density > PAYS:
+            self._say(f"the batch keeps {density:.0%} of the neurons in all: this plan is no faster than dense")
 
     def _measured(self, start: Callable[[], None]) -> BreakEven:
         """Copying and a step of each kind, in turns."""

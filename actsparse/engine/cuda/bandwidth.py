@@ -9,18 +9,33 @@ from torch import Tensor
 
 from actsparse.engine.cuda.availability import native_failure
 from actsparse.engine.cuda.operators import Operators
+from actsparse.errors import is_out_of_memory
 
 BUFFERS = 4
 WARM_UPS = 8  # rounds over all buffers, some 20 ms: a chip that was idle takes a while to raise its clocks
 GIBIBYTE = 1 << 30
+SMALLEST = 1 << 27  # bytes of a buffer
 WIDTH = 4096  # of the matrix as which the engine's own product reads a buffer
 
 
 def read_bandwidth(device: torch.device, *, buffer_bytes: int = 2 * GIBIBYTE, repeats: int = 12) -> float:
     """Bytes per second of the best reduction at hand that only reads, over rotated buffers: the median of `repeats`.
 
-    A copy would be slower than a step can be, since a step hardly writes.
+    A copy would be slower than a step can be, since a step hardly writes. Where memory does not suffice, buffers are
+    halved down to `SMALLEST`, which no cache holds either.
     """
+    while True:
+        try:
+            return _read_bandwidth(device, buffer_bytes, repeats)
+        except RuntimeError as error:
+            if buffer_bytes // 2 < SMALLEST or not is_out_of_memory(error):
+                raise
+        finally:
+            torch.cuda.empty_cache()  # gigabytes that others may want
+        buffer_bytes //= 2
+
+
+def _read_bandwidth(device: torch.device, buffer_bytes: int, repeats: int) -> float:
     buffers = [torch.ones(buffer_bytes // 4, dtype=torch.int32, device=device) for _ in range(BUFFERS)]
     return max(_measure(reader, buffers, repeats) for reader in _readers(device, buffer_bytes))
 

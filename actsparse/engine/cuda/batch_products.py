@@ -271,7 +271,7 @@ class BatchOperators(Operators):
         _refuse(fill, index)
         x = self._input(x, norm)
         lengths = (weight_rows.shape[1],) if segments is None else segments
-        room = 2 if self.batch <= 2 else 4 if self.batch <= 4 else 8
+        room = 2 if self.batch <= 2 else 4 if self.batch < self._tuning.tensor_columns_from else 8
         groups = 2 if room == 2 else 1
         tiles = sum(math.ceil(length / (TILE * groups)) for length in lengths)
         blocks = self._sms * self._tuning.columns_blocks_per_sm

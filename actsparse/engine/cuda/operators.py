@@ -47,7 +47,8 @@ class Operators(RowProducts, ColumnProducts, Choices):
         batch, kv_heads, positions, head_dim = keys.shape
         heads = out.numel() // (batch * head_dim)
         splits = 1
-        most = self._sms * (2 if batch > 1 else 1)  # blocks; two share a multiprocessor
+        crowded = batch > 1 and batch * heads <= self._sms < 2 * batch * heads  # nearly a head a multiprocessor
+        most = self._sms * (2 if crowded else 1)  # blocks; two share a multiprocessor
         while splits < 8 and head_dim % (splits * 2) == 0 and batch * heads * splits * 2 <= most:
             splits *= 2
         args = AttendArgs(

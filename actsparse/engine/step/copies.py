@@ -11,7 +11,7 @@ from actsparse.engine.step.translate import Translator
 from actsparse.engine.step.work import GatePlan, Listed
 from actsparse.results import Unit
 
-PAYS = 0.9  # of the neurons; a larger union saves less than its own products and masks cost
+PAYS = 0.95  # of the neurons; a larger union saves less than its own products and masks cost
 STEPS = 16  # capacities are multiples of a sixteenth, so that few steps are made ready
 
 

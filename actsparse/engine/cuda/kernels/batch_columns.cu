@@ -2,6 +2,9 @@
 //
 // The union of the batch's rows is read, each once, and counts 0 for a sequence that drops its input. Blocks, lists and rings
 // are those of columns.cu; a listed row has a value for every sequence. All blocks add their parts up in fixed point.
+//
+// Up to four sequences are summed by plain arithmetic. For eight that would take as long as the reading: there eight rows at
+// a time meet the batch on tensor cores, as in batch_rows.cu.
 #include "common.cuh"
 
 namespace actsparse {
@@ -16,14 +19,19 @@ struct Batched {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kGroups = BATCH > 2 ? 1 : 2;    // times 256 columns that a block owns
   static constexpr int kTile = kGroups * kSpan;
-  static constexpr int kSums = kTile * BATCH;           // that a warp leaves in its ring
-  static constexpr int kRing = kSums * 4 / 16;          // 16-byte words that a warp has under way
-  static constexpr int kStage = kGroups * 32;
-  static constexpr int kDepth = kRing / kStage;         // rows under way
+  static constexpr bool kTensor = BATCH > 4;
+  static constexpr int kDepth = BATCH > 2 ? kTensor ? 16 : 8 : 4;  // rows that a warp has under way
+  static constexpr int kStage = kGroups * 32 + (kTensor ? 2 : 0);  // 16-byte words from one to the next: no bank conflicts
+  static constexpr int kRing = kDepth * kStage;
+  static constexpr int kPitch = kTile + (kTensor ? 8 : 0);         // floats from a sequence to the next, in a warp's sums
+  static_assert(BATCH * kPitch * 4 <= kRing * 16, "a warp leaves its sums in its ring");
 };
 
-// Room in a warp's list of rows, of which there is one in so many `readers`, each of an even share.
-__host__ __device__ constexpr int room_of(int inputs, int readers) { return inputs / readers + 1; }
+constexpr int kTogether = 8;  // rows of a matrix instruction
+
+// Room in a warp's list of rows, of which there is one in so many `readers`, each of an even share; rows that fill up the
+// last eight behind it.
+__host__ __device__ constexpr int room_of(int inputs, int readers) { return inputs / readers + kTogether; }
 
 // Outputs [begin, begin + length) share a threshold; a tile never crosses a segment.
 struct Segment {
@@ -65,7 +73,7 @@ __global__ void __launch_bounds__(Batched<BATCH>::kThreads, 2)
     batch_columns_kernel(const __grid_constant__ BatchColumnsArgs a) {
   using B = Batched<BATCH>;
   constexpr int kThreads = B::kThreads, kWarps = B::kWarps, kGroups = B::kGroups, kTile = B::kTile, kRing = B::kRing;
-  constexpr int kStage = B::kStage, kDepth = B::kDepth;
+  constexpr int kStage = B::kStage, kDepth = B::kDepth, kPitch = B::kPitch;
   extern __shared__ float4 shared[];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(kFull, threadIdx.x >> 5, 0);
   const int slice = blockIdx.x, slices = gridDim.x, tile = blockIdx.y;
@@ -85,10 +93,10 @@ __global__ void __launch_bounds__(Batched<BATCH>::kThreads, 2)
   float* const value = reinterpret_cast<float*>(shared + kWarps * kRing) + warp * room * BATCH;
   uint32_t* const offset = reinterpret_cast<uint32_t*>(shared + kWarps * kRing) + kWarps * room * BATCH + warp * room;
 
-  auto copy_row = [&](uint32_t from, int stage) {
+  auto copy_row = [&](uint32_t from, int stage, bool live_row = true) {
 #pragma unroll
     for (int part = 0; part < kGroups; ++part) {
-      const bool loads = begin_column + part * kSpan + lane * kLane < end_column;
+      const bool loads = live_row && begin_column + part * kSpan + lane * kLane < end_column;
       copy_weights(ring + stage * kStage + part * 32, weight + from + part * 32, loads);
     }
   };
@@ -156,62 +164,108 @@ __global__ void __launch_bounds__(Batched<BATCH>::kThreads, 2)
       total += __popc(kept);
     }
   }
-  if (a.read && tile == a.segment[owner].first_tile && lane == 0) atomicAdd(a.read + owner, static_cast<unsigned long long>(total));
+  // Matrix instructions take whole groups of rows: those past the last are zeros, and so are their values.
+  const int rows = B::kTensor ? (total + kTogether - 1) / kTogether * kTogether : total;
+  for (int place = total * BATCH + lane; place < rows * BATCH; place += 32) value[place] = 0.0f;
   __syncwarp();
-#pragma unroll
-  for (int stage = 0; stage < kDepth; ++stage) {
-    if (stage < ahead) continue;
-    if (stage < total) copy_row(offset[stage], stage);
+  auto copy_listed = [&](int item, int stage) {
+    if (item < rows) copy_row(item < total ? offset[item] : 0, stage, item < total);
     end_group();
-  }
+  };
+#pragma unroll
+  for (int stage = 0; stage < kDepth; ++stage)
+    if (stage >= ahead) copy_listed(stage, stage);
   // For a later kernel, which this moment does not wait for.
   for (int one = (tile * slices + slice) * kThreads + threadIdx.x; one < a.zeros; one += gridDim.y * slices * kThreads)
     a.zero[one] = 0;
 
-  float sum[BATCH][kGroups][kLane] = {};
-  for (int row = 0; row < total; row += kDepth) {
+  float* const sums = reinterpret_cast<float*>(ring - lane);  // [BATCH, kPitch], once the ring of the whole warp is read
+  if constexpr (B::kTensor) {
+    const int slot = lane >> 2, quarter = lane & 3;  // a sequence and eight outputs; two of eight rows
+    float sum[4][kLane / 2][4] = {};                 // of every 64 outputs, by pairs of neighbours
+    for (int row = 0; row < rows; row += kTogether) {
+      wait_until_pending<kDepth - kTogether>();
+      __syncwarp();
+      const int stage = row % kDepth;
+      const uint4* const low = ring - lane + (stage + quarter) * kStage + slot;
+      const uint4* const high = low + kTogether / 2 * kStage;
+      const float one = value[(row + quarter) * BATCH + slot];
+      const float two = value[(row + quarter + kTogether / 2) * BATCH + slot];
 #pragma unroll
-    for (int stage = 0; stage < kDepth; ++stage) {
-      const int item = row + stage;
-      if (item >= total) break;
-      float x[BATCH];
+      for (int part = 0; part < 4; ++part) {
+        float w_low[kLane], w_high[kLane];
+        unpack<T>(low[part * 8], w_low);
+        unpack<T>(high[part * 8], w_high);
 #pragma unroll
-      for (int one = 0; one < BATCH; ++one) x[one] = value[item * BATCH + one];
-      wait_until_pending<kDepth - 1>();
-#pragma unroll
-      for (int part = 0; part < kGroups; ++part) {
-        float w[kLane];
-        unpack<T>(ring[stage * kStage + part * 32], w);
-#pragma unroll
-        for (int one = 0; one < BATCH; ++one) {
-#pragma unroll
-          for (int e = 0; e < kLane; ++e) sum[one][part][e] += x[one] * w[e];
+        for (int pair = 0; pair < kLane / 2; ++pair) {
+          const float w[4] = {w_low[2 * pair], w_low[2 * pair + 1], w_high[2 * pair], w_high[2 * pair + 1]};
+          multiply(sum[part][pair], w, large_part(one), large_part(two));
+          multiply(sum[part][pair], w, one - large_part(one), two - large_part(two));
         }
       }
-      if (item + kDepth < total) copy_row(offset[item + kDepth], stage);
-      end_group();
+      __syncwarp();
+#pragma unroll
+      for (int next = 0; next < kTogether; ++next) copy_listed(row + kDepth + next, stage + next);
+    }
+    wait_until_pending<0>();
+    __syncwarp();
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+#pragma unroll
+      for (int pair = 0; pair < kLane / 2; ++pair) {
+        const float(&of)[4] = sum[part][pair];
+        float* const to = sums + 2 * quarter * kPitch + (part * 8 + slot) * kLane + 2 * pair;
+        *reinterpret_cast<float2*>(to) = make_float2(of[0], of[2]);
+        *reinterpret_cast<float2*>(to + kPitch) = make_float2(of[1], of[3]);
+      }
+    }
+  } else {
+    float sum[BATCH][kGroups][kLane] = {};
+    for (int row = 0; row < total; row += kDepth) {
+#pragma unroll
+      for (int stage = 0; stage < kDepth; ++stage) {
+        const int item = row + stage;
+        if (item >= total) break;
+        float x[BATCH];
+#pragma unroll
+        for (int one = 0; one < BATCH; ++one) x[one] = value[item * BATCH + one];
+        wait_until_pending<kDepth - 1>();
+#pragma unroll
+        for (int part = 0; part < kGroups; ++part) {
+          float w[kLane];
+          unpack<T>(ring[stage * kStage + part * 32], w);
+#pragma unroll
+          for (int one = 0; one < BATCH; ++one) {
+#pragma unroll
+            for (int e = 0; e < kLane; ++e) sum[one][part][e] += x[one] * w[e];
+          }
+        }
+        copy_listed(item + kDepth, stage);
+      }
+    }
+    wait_until_pending<0>();
+    __syncwarp();
+#pragma unroll
+    for (int one = 0; one < BATCH; ++one) {
+#pragma unroll
+      for (int part = 0; part < kGroups; ++part) {
+        float4* const to = reinterpret_cast<float4*>(sums + one * kPitch + part * kSpan + lane * kLane);
+        const float(&of)[kLane] = sum[one][part];
+        to[0] = make_float4(of[0], of[1], of[2], of[3]);
+        to[1] = make_float4(of[4], of[5], of[6], of[7]);
+      }
     }
   }
-  wait_until_pending<0>();
-  __syncwarp();  // the ring of the whole warp has been read and now takes its sums, [batch, tile]
-#pragma unroll
-  for (int one = 0; one < BATCH; ++one) {
-#pragma unroll
-    for (int part = 0; part < kGroups; ++part) {
-      float4* const to = reinterpret_cast<float4*>(ring - lane) + (one * kGroups + part) * 64 + lane * 2;
-      const float(&of)[kLane] = sum[one][part];
-      to[0] = make_float4(of[0], of[1], of[2], of[3]);
-      to[1] = make_float4(of[4], of[5], of[6], of[7]);
-    }
-  }
+  if (a.read && tile == a.segment[owner].first_tile && lane == 0) atomicAdd(a.read + owner, static_cast<unsigned long long>(total));
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < B::kSums / kThreads; ++i) {
-    const int place = threadIdx.x + i * kThreads, one = place / kTile, at = begin_column + place % kTile;
+  for (int i = 0; i < kTile * BATCH / kThreads; ++i) {
+    const int place = threadIdx.x + i * kThreads, one = place / kTile, column = place % kTile, at = begin_column + column;
     if (one >= a.batch || at >= end_column) continue;
     float y = 0.0f;
 #pragma unroll
-    for (int other = 0; other < kWarps; ++other) y += reinterpret_cast<const float*>(shared + other * kRing)[place];
+    for (int other = 0; other < kWarps; ++other)
+      y += reinterpret_cast<const float*>(shared + other * kRing)[one * kPitch + column];
     if (a.bias && slice == 0) y += a.bias[at];
     add_fixed(a.out + one * a.out_stride + at, y * a.scale);
   }

@@ -57,17 +57,6 @@ struct BatchRowsArgs {
   int threshold_step;      // 0: one threshold; 1: one per row
 };
 
-// sum += W x for sixteen rows, eight columns and eight sequences, in tf32.
-__device__ __forceinline__ void multiply(float (&sum)[4], const float (&w)[4], float x_low, float x_high) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(__float_as_uint(w[0])), "r"(__float_as_uint(w[1])), "r"(__float_as_uint(w[2])), "r"(__float_as_uint(w[3])),
-        "r"(__float_as_uint(x_low)), "r"(__float_as_uint(x_high)));
-}
-
-// The first 11 bits of a float, which tf32 holds.
-__device__ __forceinline__ float large_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
-
 // Starts copying up to 16 bytes, zeros behind them.
 __device__ __forceinline__ void copy_floats(float* to, const float* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
@@ -271,7 +260,7 @@ int launch_mode(const BatchRowsArgs& a, int blocks, int slices, int depth, bool 
   const size_t list = MODE == kKept ? (a.rows + blocks - 1) / blocks * sizeof(int) : 0;
   const size_t rest = (a.batch * (chunks * kChunk + kPad) + 2 * kWarps * 128) * sizeof(float) + list;
   const size_t stage = kWarps * kStage * sizeof(uint4);
-  if (depth >= 6 && 6 * stage + rest <= kMostShared) return launch_depth<T, MODE, 6>(a, blocks, slices, rest, dependent, stream);
+  if (depth >= 8 && 8 * stage + rest <= kMostShared) return launch_depth<T, MODE, 8>(a, blocks, slices, rest, dependent, stream);
   if (depth >= 4 && 4 * stage + rest <= kMostShared) return launch_depth<T, MODE, 4>(a, blocks, slices, rest, dependent, stream);
   return launch_depth<T, MODE, 2>(a, blocks, slices, rest, dependent, stream);
 }

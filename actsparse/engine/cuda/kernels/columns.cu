@@ -198,7 +198,6 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       total += __popc(kept);
     }
   }
-  if (a.read && tile == a.segment[owner].first_tile && lane == 0) atomicAdd(a.read + owner, static_cast<unsigned long long>(total));
   __syncwarp();
 #pragma unroll
   for (int stage = 0; stage < kDepth; ++stage) {
@@ -229,6 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) columns_kernel(const __grid_const
       end_group();
     }
   }
+  if (a.read && tile == a.segment[owner].first_tile && lane == 0) atomicAdd(a.read + owner, static_cast<unsigned long long>(total));
   wait_until_pending<0>();
   __syncwarp();  // the ring of the whole warp has been read and now takes its sums
 #pragma unroll

@@ -118,6 +118,17 @@ __device__ __forceinline__ void unpack(const uint4& words, float (&out)[kLane]) 
   unpack_pair<T>(words.w, out[6], out[7]);
 }
 
+// sum += W x for sixteen rows, eight columns and eight sequences, in tf32.
+__device__ __forceinline__ void multiply(float (&sum)[4], const float (&w)[4], float x_low, float x_high) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(w[0])), "r"(__float_as_uint(w[1])), "r"(__float_as_uint(w[2])), "r"(__float_as_uint(w[3])),
+        "r"(__float_as_uint(x_low)), "r"(__float_as_uint(x_high)));
+}
+
+// The first 11 bits of a float, which tf32 holds.
+__device__ __forceinline__ float large_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
 template <typename T>
 __device__ __forceinline__ T round_to(float value);
 template <>
