@@ -4,7 +4,7 @@
 
 Random weights of the Llama-2-7B shape, batch 1, bfloat16, a cache of 1024 with 512 live positions, CUDA-graph replay,
 teacher-forced tokens, dense and sparse in turn. Prints one table; with $OUT set, writes it as JSON there too.
-Plans that choose by number or by a router, and batches in turns, are not among its parts.
+Plans that choose by number or by a router are not among its parts.
 """
 
 import argparse

@@ -149,7 +149,7 @@ def test_the_bandwidth_is_measured_in_the_memory_that_there_is(
     whole = read_bandwidth(device)
     assert torch.cuda.memory_reserved() < 2**30, "its buffers were kept"
     limited(torch.cuda.memory_allocated() + 2**31)
-    assert read_bandwidth(device) == pytest.approx(whole, rel=0.2)
+    assert read_bandwidth(device) == pytest.approx(whole, rel=0.3)
     limited(torch.cuda.memory_allocated() + 2**27)
     with pytest.raises(RuntimeError) as error:
         read_bandwidth(device)

@@ -60,12 +60,15 @@ def _measure(reader: Callable[[Tensor], object], buffers: list[Tensor], repeats:
     for _ in range(WARM_UPS):
         for buffer in buffers:
             reader(buffer)
+    size = buffers[0].numel() * buffers[0].element_size()
+    reads = max(1, GIBIBYTE // size)  # of a lap: launches weigh little
     milliseconds = []
     for repeat in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        reader(buffers[repeat % len(buffers)])
+        for read in range(reads):
+            reader(buffers[(repeat * reads + read) % len(buffers)])
         end.record()
         end.synchronize()
         milliseconds.append(begin.elapsed_time(end))
-    return buffers[0].numel() * buffers[0].element_size() / (statistics.median(milliseconds) * 1e-3)
+    return size * reads / (statistics.median(milliseconds) * 1e-3)
