@@ -135,6 +135,10 @@ function forNarrow(figure, width) {
       layout.margin = { ...layout.margin, b: 112, r: 10 };
     }
   }
+  if (layout.yaxis.scaleanchor) {
+    const { l, r, t, b } = { ...layout.template.layout.margin, ...layout.margin }; // A square leaves blank what it cannot use.
+    layout.height = Math.min(layout.height, width - l - r + t + b);
+  }
   if (layout.yaxis.type === "category") foldNames(figure, NAMES_NARROW);
   for (const one of layout.annotations || []) one.text = one.text.replace(", ", ",<br>");
   if (named) layout.showlegend = true;
