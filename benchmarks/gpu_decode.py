@@ -4,7 +4,7 @@
 
 Random weights of the Llama-2-7B shape, batch 1, bfloat16, a cache of 1024 with 512 live positions, CUDA-graph replay,
 teacher-forced tokens, dense and sparse in turn. Prints one table; with $OUT set, writes it as JSON there too.
-Plans that choose by number or by a router are not among its parts.
+`choices` and the parts of batches are asked for by name.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from gpu_batches import part_batch_profile, part_batch_tuning, part_batches, part_fallback_batches
 from gpu_bench import LENGTH, POSITION, Bench, add_pair, compare, limit_ms, ready_decoder, release, step_ms
 from gpu_calibrate import fit_inputs, fit_neurons, operators_of, realised_inputs, realised_neurons
+from gpu_choices import part_choices
 from gpu_gemv import part_gemv
 from gpu_profile import part_profile
 from gpu_report import Report
@@ -243,6 +244,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "profile": part_profile,
     "compiled": part_compiled,
     "tune": part_tune,
+    "choices": part_choices,
     "batches": part_batches,
     "batch-tuning": part_batch_tuning,
     "batch-profile": part_batch_profile,
