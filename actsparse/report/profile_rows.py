@@ -220,6 +220,22 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     Row(
+        id="expert-sparsity",
+        section="neurons",
+        title="How sparse each expert is",
+        needs=RunKind.PROFILE,
+        metrics="expert_cett_sparsity",
+        data=routing.sparsities,
+        draw=routing.draw_sparsities,
+        caption=routing.caption_sparsities,
+        optional=True,
+        how_to_read=(
+            "As CETT sparsity by layer, for each routed expert over the tokens that it serves, relative to its own "
+            "output: the share of its neurons that can be dropped token by token until its output is off by 20 %. The "
+            "colours span the experts at hand. Experts that serve few tokens rest on few: the numbers say on how many."
+        ),
+    ),
+    Row(
         id="router-entropy",
         section="neurons",
         title="How sure the router is",

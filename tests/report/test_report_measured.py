@@ -116,6 +116,27 @@ def test_agreement_has_the_interval_that_was_measured(evaluation: EvalPanel, met
     assert bars.array[0] != bars.arrayminus[0]
 
 
+def test_a_mixture_of_experts_shows_how_sparse_each_expert_is(profiled: ProfilePanel) -> None:
+    shares = {(0, 0): 0.5, (0, 1): 0.6, (1, 0): 0.8, (1, 1): 0.74}
+    rows = [
+        Measure(
+            metric="expert_cett_sparsity", layer=layer, kind="neuron", param=f"expert={expert},target={target}",
+            value=value if target == 0.2 else 0.1, unit="share", n=100 + layer,
+        )
+        for (layer, expert), value in [*shares.items(), ((0, "shared"), 0.9)]
+        for target in (0.1, 0.2)
+    ]  # fmt: skip
+    panel = replace(profiled, measures=tables.frame(rows, Measure))
+    frame = routing.sparsities(panel)
+    assert {(layer, expert): value for layer, expert, _, value, _ in frame.iter_rows()} == shares
+    said = plain(routing.caption_sparsities(frame))
+    assert "expert 0 of layer 0 loses 50.0 % of its neurons, expert 0 of layer 1 80.0 %" in said
+    assert "those of a layer span 8.0 points on average. n = 100 to 101 tokens an expert" in said
+    heat = routing.draw_sparsities(frame, {}).data[0]
+    assert [list(row) for row in heat.z] == [pytest.approx([0.5, 0.8]), pytest.approx([0.6, 0.74])]
+    assert routing.sparsities(profiled).is_empty()
+
+
 def test_a_mixture_of_experts_shows_its_routing(profiled: ProfilePanel) -> None:
     rows = [
         Measure(

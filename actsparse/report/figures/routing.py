@@ -1,4 +1,4 @@
-"""Mixtures of experts: where the router sends tokens, layer by layer, and how sure it is."""
+"""Mixtures of experts: where the router sends tokens, layer by layer, how sure it is, and how sparse each expert is."""
 
 import math
 
@@ -11,7 +11,9 @@ from actsparse.report.figures.columns import as_float, counted, measured
 from actsparse.report.figures.marks import add_line
 from actsparse.report.looks import DEPTH, Looks
 from actsparse.report.panels import ProfilePanel
-from actsparse.report.wording import number, percent
+from actsparse.report.wording import count, number, percent
+
+TARGET = 0.2
 
 
 def loads(panel: ProfilePanel) -> pl.DataFrame:
@@ -24,6 +26,11 @@ def loads(panel: ProfilePanel) -> pl.DataFrame:
 
 
 def draw_loads(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    return _map(frame, (0.0, as_float(frame["value"].max())), "share of tokens", "%{z:.1%} of the tokens")
+
+
+def _map(frame: pl.DataFrame, ends: tuple[float, float], title: str, hover: str) -> go.Figure:
+    """The `value` of each expert of each layer in colour, on a scale between the ends."""
     layers, experts = (frame[column].unique().sort().to_list() for column in ("layer", "expert"))
     values = {(layer, expert): value for layer, expert, value in frame.select("layer", "expert", "value").iter_rows()}
     figure = canvas(
@@ -37,13 +44,13 @@ def draw_loads(frame: pl.DataFrame, looks: Looks) -> go.Figure:
         x=layers,
         y=experts,
         z=np.stack([floats(values.get((layer, expert)) for layer in layers) for expert in experts]),
-        zmin=0,
-        zmax=as_float(frame["value"].max()),
+        zmin=ends[0],
+        zmax=ends[1],
         xgap=1,
         ygap=1,
         colorscale=shares_scale(),
-        colorbar=colour_bar("share of tokens", tickformat=".0%"),
-        hovertemplate="layer %{x}, expert %{y}<br>%{z:.1%} of the tokens<extra></extra>",
+        colorbar=colour_bar(title, tickformat=".0%"),
+        hovertemplate=f"layer %{{x}}, expert %{{y}}<br>{hover}<extra></extra>",
     )
     return figure
 
@@ -56,6 +63,34 @@ def caption_loads(frame: pl.DataFrame) -> str:
         f"Busiest is expert {row['expert']} of layer {row['layer']} with {percent(row['value'])} of the tokens, "
         f"{number(row['relative'], 2)} times an equal share; {idle} of {frame.height} experts get less than half "
         f"of one.{counted(frame, 'tokens')}"
+    )
+
+
+def sparsities(panel: ProfilePanel) -> pl.DataFrame:
+    """`layer, expert, target, value, n`: share of an expert's neurons below its own threshold at CETT 0.2, routed
+    experts alone; `n`: over how many of its tokens."""
+    frame = measured(panel.measures, "expert_cett_sparsity", numbers=("expert", "target"))
+    frame = frame.drop_nulls(["layer", "expert"]).filter(pl.col("target") == TARGET)
+    return frame.select("layer", pl.col("expert").cast(pl.Int64), "target", "value", "n").sort("layer", "expert")
+
+
+def draw_sparsities(frame: pl.DataFrame, looks: Looks) -> go.Figure:
+    """From the least to the most sparse expert in colour, since they lie close together."""
+    low, high = as_float(frame["value"].min()), as_float(frame["value"].max())
+    ends = (max(0.0, low - 0.02), min(1.0, high + 0.02))
+    return _map(frame, ends, "neurons dropped (share)", "%{z:.1%} of its neurons")
+
+
+def caption_sparsities(frame: pl.DataFrame) -> str:
+    """The most and the least sparse expert, and how far the experts of a layer are apart."""
+    ordered = frame.sort("value")
+    low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
+    spread = frame.group_by("layer").agg(pl.col("value").max() - pl.col("value").min())["value"].mean()
+    fewest, most = (count(int(as_float(end))) for end in (frame["n"].min(), frame["n"].max()))
+    return (
+        f"At CETT {TARGET:g} expert {low['expert']} of layer {low['layer']} loses {percent(low['value'])} of its "
+        f"neurons, expert {high['expert']} of layer {high['layer']} {percent(high['value'])}; those of a layer span "
+        f"{percent(as_float(spread))[:-2]} points on average. n = {fewest} to {most} tokens an expert."
     )
 
 
