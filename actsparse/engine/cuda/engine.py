@@ -84,6 +84,8 @@ class CudaEngine:
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
         asked = plan
+        if not sampled:
+            self.counters.pop(id(asked), None)  # those of a plan that is gone
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:

@@ -177,3 +177,41 @@ def test_a_capture_without_memory_is_out_of_memory(monkeypatch, said, raised):
         found = capture(lambda: None)
         assert found.kind == "eager"
         assert said in found.warning
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "units"), [("teal", {"q", "k", "v", "o", "gate", "up", "down"}), ("cats", {"neuron"})]
+)
+def test_what_a_step_reads_is_counted(weights, monkeypatch, batch, kind, units):
+    uncompiled(monkeypatch)
+    engine, plan = CudaEngine(weights, batch=batch), make_gate_plan(kind, weights)
+    decoder = Decoder(weights, max_length=20, batch=batch, engine=engine)
+    decoder.start(torch.arange(3, 3 + batch), 0)
+    decoder.set_plan(plan)
+    for one in engine.counters[id(plan)]:
+        one.read.zero_()  # what was tried out
+    decoder.decode(4)
+    counted = engine.counters[id(plan)]
+    assert {one.unit for one in counted} == units
+    assert all(0 < one.read.item() <= 4 * one.total for one in counted)
+    assert sum(one.read.item() for one in counted) < 4 * sum(one.total for one in counted)
+    decoder.set_plan(DensePlan())
+    assert sum(map(len, engine.counters.values())) == len(counted), "dense reads what it always reads"
+
+
+def test_a_batch_reads_no_less_than_one_of_its_sequences(weights, monkeypatch):
+    uncompiled(monkeypatch)
+    plan, read = make_gate_plan("teal", weights), []
+    for batch in (1, 4):
+        engine = CudaEngine(weights, batch=batch)
+        decoder = Decoder(weights, max_length=20, batch=batch, engine=engine)
+        decoder.start(torch.arange(3, 3 + batch), 0)
+        decoder.set_plan(plan)
+        for one in engine.counters[id(plan)]:
+            one.read.zero_()
+        decoder.start(torch.arange(3, 3 + batch), 0)
+        decoder.decode(1)
+        read.append([one.read.item() for one in engine.counters[id(plan)]])
+    assert all(one <= four for one, four in zip(*read, strict=True))
+    assert sum(read[0]) < sum(read[1])
