@@ -21,13 +21,11 @@ class Counting:
     def shares(self, steps: int) -> dict[tuple[str, int], float]:
         """The share of each unit of each layer that `steps` steps have read since `forget`."""
         dense = self._refresh.dense_steps if self._refresh else {}
-        read: dict[tuple[str, int], int] = {}
-        totals: dict[tuple[str, int], int] = {}
-        for one in self._known.get(id(self._plan), []):
-            read[one.unit, one.layer] = int(one.read) + one.total * dense.get(one.layer, 0)
-            totals[one.unit, one.layer] = one.total
-        for plan in self._others():
-            for one in self._known.get(id(plan), []):
+        own = self._known.get(id(self._plan), ())
+        totals = {(one.unit, one.layer): one.total for one in own}
+        read = {(unit, layer): total * dense.get(layer, 0) for (unit, layer), total in totals.items()}
+        for plan in (self._plan, *self._others()):
+            for one in self._known.get(id(plan), ()):
                 read[one.unit, one.layer] += int(one.read)
         return {place: found / (max(1, steps) * totals[place]) for place, found in read.items()}
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +17,7 @@ from actsparse.engine.cpu.ops import MAX_BATCH
 from actsparse.engine.cuda.availability import most_sequences, native_refusal
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import PlanState
-from actsparse.engine.kept import KeptNeurons
+from actsparse.engine.kept import BreakEven, KeptNeurons
 from actsparse.engine.refresh import Refresh
 from actsparse.engine.step.copies import lists_alone
 from actsparse.engine.step.decoder import Decoder, Engine
@@ -72,12 +71,22 @@ class OwnSteps:
 
 
 class OwnRun:
-    """Decodes `batch` sequences of up to `max_length` tokens, dense and under one plan, from the same prompts."""
+    """Decodes `batch` sequences of up to `max_length` tokens, dense and under one plan, from the same prompts.
+
+    measured: the break-even of copies that another run of these gates found.
+    """
 
     tier = 1
 
     def __init__(
-        self, steps: OwnSteps, gates: Sequence[LayerGates], *, sink_tokens: int, batch: int, max_length: int
+        self,
+        steps: OwnSteps,
+        gates: Sequence[LayerGates],
+        *,
+        sink_tokens: int,
+        batch: int,
+        max_length: int,
+        measured: BreakEven | None = None,
     ) -> None:
         self.gates = list(gates)
         self.batch = batch
@@ -92,7 +101,7 @@ class OwnRun:
         self._refresh = Refresh(self._plan, steps.weights, batch) if self._plan and self._refreshes else None
         self._counting = self._plan and Counting(self._engine.counters, self._plan, self._refresh)
         self._kept = self._plan and KeptNeurons(
-            self._plan, steps.translator, self._decoder, chooses_again=self._refreshes
+            self._plan, steps.translator, self._decoder, chooses_again=self._refreshes, break_even=measured
         )
         self._prompt: PlanState | None = None
         self._state: PlanState | None = None
@@ -101,7 +110,8 @@ class OwnRun:
         self._moved = False  # whether the state has counted tokens since it was selected
         self._counted = 0
         self._logits = torch.zeros(0)
-        self._followed = 0  # single steps since the last selection
+        self.followed = 0
+        """Single steps since the masks were decided."""
 
     @property
     def path(self) -> str:
@@ -167,8 +177,8 @@ class OwnRun:
         """Process one token a sequence at `position`; the logits of the next, valid until the next step."""
         start = partial(self._decoder.start, tokens, position)
         if self._sparse and self._kept is not None:
-            self._followed += 1
-            if self._kept.copy_if_repaid(self._followed, start):
+            self.followed += 1
+            if self._kept.copy_if_repaid(self.followed, start):
                 self._set(self._kept.work)
         start()
         self._advance(1)
@@ -185,23 +195,29 @@ class OwnRun:
         if self._prompt is not None:
             self._choose(deepcopy(self._prompt) if self._refreshes else self._prompt, tokens)
 
-    def resume(self) -> None:
-        """The same by the gates' state that was adopted, which goes on from where it stands: it counts each token, and
-        what gates that choose again see stays in it."""
+    def resume(self, followed: int) -> None:
+        """The same by the gates' state that was adopted, which goes on from where it stands, `followed` tokens behind the
+        prompt: it counts each token, and what gates that choose again see stays in it."""
         if self._prompt is not None:
             self._choose(self._prompt, None)
+            self.followed = followed
 
     def _choose(self, state: PlanState, tokens: int | None) -> None:
         if self._kept is None:
             return
         self._state = state
         self._moved = False
-        self._followed = 0
+        self.followed = 0
         self._kept.choose(state.neurons)
         if tokens is not None:
             self._decoder.sample(None)
             self._kept.copy_if_repaid(tokens, self._restart)
         self.use(sparse=self._sparse)
+
+    @property
+    def measured(self) -> BreakEven | None:
+        """What was measured of copies, for another run of these gates."""
+        return self._kept.break_even if self._kept else None
 
     @property
     def break_even(self) -> float | None:
@@ -264,8 +280,8 @@ class OwnRun:
             logits.append(self._decoder.state.logits.clone())
             for one in self._engine.choices[id(plan)]:
                 masks.setdefault((Unit(one.unit), one.layer), []).append(one.kept)
-        self._decoder.forget_plan(cast(Any, plan))
         self.use(sparse=self._sparse)
+        self._decoder.forget_plan(plan)
         return torch.stack(logits, dim=1), {place: torch.stack(found, dim=1) for place, found in masks.items()}
 
     def generate(
@@ -335,7 +351,7 @@ class OwnRun:
         return draw(self._logits, state.uniform[:, self._start[1]], state.temperature, state.top_p)
 
     def _set(self, plan: GatePlan | SlicedPlan | DensePlan) -> None:
-        self._decoder.set_plan(cast(Any, plan))
+        self._decoder.set_plan(plan)
 
     def _advance(self, count: int) -> Tensor:
         """Decode `count` steps; the tokens [batch, count] that follow."""
@@ -357,7 +373,7 @@ class OwnRun:
         following = self._decoder.decode(1)
         if dense:
             self._refresh.see(self._state, dense)
-            self._kept.choose(self._state.neurons)
+            self._kept.choose(self._state.neurons, again=True)
             self._set(self._kept.work)
         return following
 

@@ -171,6 +171,7 @@ class _Forward:
         batch = len(tokens)
         if self._follows(cache, batch, position):
             return None
+        followed = self._run.followed if self._run is not None and self._cache is cache else 0
         room = max(GROWTH, position) + position
         known = self._runs.get(batch)
         if known is not None and position + 1 < known.max_length:
@@ -183,7 +184,7 @@ class _Forward:
             if batch not in self._slower:
                 run.select()
                 self._slower[batch] = self._measured(run, tokens, position)
-            run.resume()
+            run.resume(followed)
             run.use(sparse=self._when_slower == "sparse" or not self._slower[batch])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -201,8 +202,11 @@ class _Forward:
         run = self._runs.get(batch)
         if run is None or run.max_length != room:
             self._runs.pop(batch, None)
+            measured = run.measured if run is not None else None
             self._run = run = None  # so that its memory is there for the next
-            run = OwnRun(self._steps, self._phases.gates, sink_tokens=0, batch=batch, max_length=room)
+            run = OwnRun(
+                self._steps, self._phases.gates, sink_tokens=0, batch=batch, max_length=room, measured=measured
+            )
             self._runs[batch] = run
         return run
 

@@ -101,7 +101,7 @@ def _by_engine(engines: Engines, gates: list[LayerGates], request: _Request) -> 
     ids = request.ids
     with engines.open(gates, sink_tokens=request.sink_tokens, max_length=request.room, batch=len(ids)) as run:
         run.prefill(ids, watch=True, padding=request.padding)
-        run.select()
+        run.select(request.count)
         probe = timing.probe(run, engines.sites.model)
         warnings = []
         decode: Decode = request.when_slower if probe.slower else "sparse"

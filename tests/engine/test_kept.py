@@ -1,25 +1,34 @@
 """Lists or copies of the neurons kept: the same bits, chosen by what was measured."""
 
+import gc
 from collections.abc import Iterator
 from itertools import cycle
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny import make_model, token_ids
 
-from actsparse.engine import kept
+from actsparse.engine import kept, stepping
 from actsparse.engine.choose import Engines
+from actsparse.engine.generation import sparse_generation
+from actsparse.engine.kept import KeptNeurons
 from actsparse.engine.own import OwnRun
+from actsparse.engine.step.decoder import Decoder
+from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.plans import SlicedPlan
-from actsparse.methods.gates import LayerGates, PrefillGate
+from actsparse.engine.step.sampling import Sampling
+from actsparse.engine.step.translate import Translator
+from actsparse.methods.gates import FixedGate, LayerGates, PrefillGate, Threshold, TokenGate
 from actsparse.methods.prompt_statistic import PromptStatistic
 from actsparse.models.sites import resolve
-from actsparse.results import Unit
+from actsparse.pipelines.generate import generate
+from actsparse.results import SiteKind, Unit
 
 COPYING, LISTED, COPIED = 20.0, 1.0, 0.5
 EVEN = 40
+LAPS = [COPYING, *[LISTED, COPIED] * (kept.PAIRS + 1)]
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def run() -> Iterator[OwnRun]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copying takes as long as 40 tokens gain by it."""
-    found = cycle([COPYING, LISTED, COPIED])
+    found = cycle(LAPS)
     monkeypatch.setattr(kept, "seconds", lambda _device, work: (work(), next(found))[1])
 
 
@@ -130,7 +139,7 @@ def test_measuring_leaves_no_trace(run: OwnRun) -> None:
 
 
 def test_copies_that_save_nothing_are_never_made(run: OwnRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    laps = cycle([0.1, 1.0, 1.0])
+    laps = cycle([1.0])
     monkeypatch.setattr(kept, "seconds", lambda _device, work: (work(), next(laps))[1])
     run.select(10**9)
     assert run.break_even == inf
@@ -144,16 +153,135 @@ def test_without_memory_for_copies_lists_stay(run: OwnRun, monkeypatch: pytest.M
 
     whole, made = kept.gather, []
 
-    def full_the_third_time(*how: Any) -> SlicedPlan:
-        made.append(how)
-        if len(made) == 3:
+    def full_the_second_time(*how: Any) -> None:
+        made.append(1)
+        if len(made) == 2:
             raise torch.OutOfMemoryError("no room")
-        return whole(*how)
+        whole(*how)
 
-    monkeypatch.setattr(kept, "gather", full_the_third_time)
+    monkeypatch.setattr(kept, "gather", full_the_second_time)
     for place, token in enumerate(expected[0][:-1]):
         run.step(torch.tensor([token]), 20 + place)
     run.select(100)
     assert run.generate(100)[0][:20] == expected[0]
-    assert run.announced == [kept.NO_COPIES]
-    assert "copie" not in (run.reading or "")
+    assert run.announced == [kept.LISTS_STAY]
+    assert run.reading is None
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is SlicedPlan], "the copies are still held"
+
+
+@pytest.mark.usefixtures("clock")
+def test_copies_of_masks_that_hold_for_every_prompt_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    mask = torch.arange(model.config.intermediate_size) % 2 == 0
+    made, whole = [], kept.gather
+    monkeypatch.setattr(kept, "gather", lambda *how: (made.append(1), whole(*how)))
+    with Engines(resolve(model)).open([LayerGates(neurons=FixedGate(mask))] * 2, sink_tokens=4, max_length=200) as run:
+        run.prefill(token_ids(1, 20), watch=True)
+        run.select(EVEN + 1)
+        run.use(sparse=True)
+        first, copied = run.generate(9), len(made)
+        for seed in (1, 0):
+            run.prefill(token_ids(1, 20, seed=seed), watch=True)
+            run.select(EVEN + 1)
+            again = run.generate(9)
+        assert again == first
+        assert len(made) == copied
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_text_that_outgrows_its_room_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("llama"), token_ids(1, 10)
+    gates = [LayerGates(neurons=PrefillGate(PromptStatistic, lambda s: s >= s.median()))] * 2
+    measured, whole = [], kept.KeptNeurons._measured
+    monkeypatch.setattr(kept.KeptNeurons, "_measured", lambda *how: (measured.append(1), whole(*how))[1])
+    monkeypatch.setattr(stepping, "GROWTH", 50)
+    copied: list[bool] = []
+    step = OwnRun.step
+    monkeypatch.setattr(
+        OwnRun, "step", lambda self, *how: (step(self, *how), copied.append("copied" in (self.reading or "")))[0]
+    )
+
+    def text() -> torch.Tensor:
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=130,
+                              max_new_tokens=130, pad_token_id=0)  # pyright: ignore[reportCallIssue] # fmt: skip
+
+    with sparse_generation(resolve(model), gates, sink_tokens=2):
+        found = text()
+    assert measured == [1]
+    assert copied[-1], copied
+    assert all(copied[len(copied) - 129 + EVEN :]), "a new room waited for the break-even once more"
+    monkeypatch.setattr(kept, "FEWEST", 10**9)
+    with sparse_generation(resolve(model), gates, sink_tokens=2):
+        assert torch.equal(text(), found)
+
+
+@pytest.mark.usefixtures("clock")
+def test_counts_are_those_of_every_step_of_a_plan() -> None:
+    model = make_model("llama")
+    gate = TokenGate(SiteKind.GATE, Threshold(0.3))
+    with Engines(resolve(model)).open([LayerGates(neurons=gate)] * 2, sink_tokens=4, max_length=100, batch=2) as run:
+        found = []
+        for padding in (None, torch.tensor([3, 0]), None):
+            run.prefill(token_ids(2, 20), watch=True, padding=padding)
+            run.select()
+            run.use(sparse=True)
+            run.forget()
+            run.generate(9, sampling=Sampling(temperature=1.0, seed=1) if padding is not None else None)
+            found.append(run.kept())
+        assert found[0] == found[2]
+        assert all(0 < share <= 1 for shares in found for share in shares.values())
+
+
+def test_the_probe_times_what_decodes_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    select = OwnRun.select
+    monkeypatch.setattr(OwnRun, "select", lambda self, tokens=None: (asked.append(tokens), select(self, tokens))[1])
+    generate(make_model("llama"), "griffin@0.5", token_ids(1, 20), max_new_tokens=70)
+    assert asked[0] == 70
+
+
+class Preset:
+    """The state of gates that have chosen already."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.gate = PrefillGate(PromptStatistic, lambda s: s > 0)
+        self.ready = True
+        self._mask = mask
+
+    def chosen(self) -> torch.Tensor:
+        return self._mask
+
+
+def test_a_batch_that_keeps_nearly_all_reads_everything_in_place_and_says_so_once() -> None:
+    weights = weights_from_model(make_model("llama"))
+    neurons, layers, gate = weights.shape.neurons, weights.shape.layers, PrefillGate(PromptStatistic, lambda s: s > 0)
+    translator = Translator(weights)
+    plan = translator.plan([LayerGates(neurons=gate)] * layers, 2)
+    one = KeptNeurons(plan, translator, Decoder(weights, max_length=20, batch=2), chooses_again=True)
+    one._unites = True  # as on a GPU
+
+    def keep(share: float, seed: int, *, again: bool) -> SlicedPlan:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(neurons, generator=generator).argsort()
+        half = order < share * neurons / 2
+        masks = torch.stack([half, (order >= neurons - share * neurons / 2)])
+        one.choose(cast(Any, [Preset(masks)] * layers), again=again)
+        assert isinstance(one.work, SlicedPlan)
+        assert one.work.mask is not None
+        found = torch.zeros(2, neurons)
+        for row in (0, 1):
+            found[row, one.work.selection.index[0][one.work.mask[0, row] > 0].long()] = 1
+        assert torch.equal(found > 0, masks)
+        return one.work
+
+    first = keep(0.5, 1, again=False)
+    assert one.shares() == pytest.approx([0.5] * layers, abs=0.05)
+    assert keep(0.2, 2, again=True) is first, "a refresh in the middle of a text made another step ready"
+    assert keep(0.2, 3, again=False).down.shape[1] < first.down.shape[1]
+    assert one.warnings == []
+    every = keep(1.0, 4, again=True)
+    assert every.gate_up is weights.gate_up
+    assert one.shares() == [1.0] * layers
+    assert keep(1.0, 5, again=True) is every
+    assert one.warnings == [kept.NO_GAIN]

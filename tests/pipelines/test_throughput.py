@@ -105,7 +105,7 @@ def test_a_half_batch_is_said_in_the_manifest(asked: EvalSpec, monkeypatch: pyte
 def test_lengths_that_do_not_repay_copies_are_timed_with_lists(
     asked: EvalSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    laps = cycle([20.0, 1.0, 0.5])  # copies are repaid after 40 tokens
+    laps = cycle([20.0, *[1.0, 0.5] * (kept.PAIRS + 1)])  # copies are repaid after 40 tokens
     monkeypatch.setattr(kept, "seconds", lambda _device, work: (work(), next(laps))[1])
     chosen: list[tuple[int | None, bool]] = []
     select = OwnRun.select

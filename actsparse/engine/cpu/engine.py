@@ -44,7 +44,9 @@ class CpuEngine:
             self.warnings.append(refusal)
         builder = StepBuilder(weights, state, plan if isinstance(plan, GatePlan) else as_gate_plan(plan, weights))
         ops = builder.layers()
-        self.counters[id(plan)] = builder.counters
+        self.counters.setdefault(id(plan), []).extend(
+            builder.counters
+        )  # of each of its steps: padded, sampled, neither
         self.choices[id(plan)] = builder.choices
         if not sampled:
             program = Program([*ops, *builder.next_token()], handle)
@@ -61,6 +63,11 @@ class CpuEngine:
             state.position.copy_(following)
 
         return Runner(run=run, kind="compiled" if handle else "eager")
+
+    def forget(self, plan: Plan | GatePlan) -> None:
+        """Let go of what is held for the steps of `plan`."""
+        self.counters.pop(id(plan), None)
+        self.choices.pop(id(plan), None)
 
     def refusal(self, weights: Weights, state: DecodeState) -> str | None:
         """Why the compiled operators cannot serve this, or None if they can."""

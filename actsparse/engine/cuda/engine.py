@@ -114,6 +114,10 @@ class CudaEngine:
         step = TorchStep(weights, state, plan, products=products, sampled=sampled, padded=padded)
         return self._captured(step, state)
 
+    def forget(self, plan: Plan | GatePlan) -> None:
+        """Let go of what is held for the steps of `plan`."""
+        self.counters.pop(id(plan), None)
+
     def _in_any_order(self, weights: Weights, state: DecodeState, plan: Plan) -> Plan:
         """`plan` with atomics, where these were asked for and its kernels have them."""
         if not self._fast_atomics or isinstance(plan, DensePlan):

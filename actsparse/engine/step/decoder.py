@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from actsparse.engine.step.counter import Counter
+from actsparse.engine.step.gate_step import GateStep
 from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.plans import DensePlan, Plan
 from actsparse.engine.step.products import Products
@@ -15,6 +16,7 @@ from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.state import NOT_FORCED, DecodeState, new_state, start
 from actsparse.engine.step.torch_step import TorchStep
 from actsparse.engine.step.weights import Weights
+from actsparse.engine.step.work import GatePlan
 from actsparse.errors import PlanError
 
 
@@ -47,8 +49,14 @@ class Engine(Protocol):
         """What the step of a plan, by its identity, counts of what it reads; missing where it counts nothing."""
         ...
 
-    def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
+    def runner(
+        self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
+    ) -> Runner:
         """The step of `plan`, ready; whatever it tried out is undone."""
+        ...
+
+    def forget(self, plan: Plan | GatePlan) -> None:
+        """Let go of what is held for the steps of `plan`."""
         ...
 
 
@@ -61,9 +69,16 @@ class TorchEngine:
     candidates: int = 1
     counters: Mapping[int, Sequence[Counter]] = field(default_factory=dict)
 
-    def runner(self, weights: Weights, state: DecodeState, plan: Plan, *, sampled: bool, padded: bool) -> Runner:
+    def runner(
+        self, weights: Weights, state: DecodeState, plan: Plan | GatePlan, *, sampled: bool, padded: bool
+    ) -> Runner:
+        if isinstance(plan, GatePlan):
+            return Runner(run=GateStep(weights, state, plan, sampled=sampled, padded=padded), kind="eager")
         step = TorchStep(weights, state, plan, products=self.products, sampled=sampled, padded=padded)
         return Runner(run=step, kind="eager")
+
+    def forget(self, plan: Plan | GatePlan) -> None:
+        """Nothing is held."""
 
 
 class Decoder:
@@ -76,8 +91,8 @@ class Decoder:
         self.weights = weights
         self.engine: Engine = engine or TorchEngine()
         self.state: DecodeState = new_state(weights, max_length, batch=batch, candidates=self.engine.candidates)
-        self._runners: dict[tuple[int, bool, bool], tuple[Plan, Runner]] = {}
-        self._plan: Plan = DensePlan()
+        self._runners: dict[tuple[int, bool, bool], tuple[Plan | GatePlan, Runner]] = {}
+        self._plan: Plan | GatePlan = DensePlan()
         self._position = 0
         self._sampled = False
         self._padded = False
@@ -146,7 +161,7 @@ class Decoder:
             state.temperature.fill_(sampling.temperature)
             state.top_p.fill_(sampling.top_p)
 
-    def set_plan(self, plan: Plan) -> None:
+    def set_plan(self, plan: Plan | GatePlan) -> None:
         """Makes `plan` the one that `decode` runs, and its step ready where it is new.
 
         Refilling a plan's tensors needs no second call. Plans are told apart by identity.
@@ -154,8 +169,11 @@ class Decoder:
         self._plan = plan
         self._runner()
 
-    def forget_plan(self, plan: Plan) -> None:
-        """Drops the steps of `plan` and the decoder's hold on its buffers."""
+    def forget_plan(self, plan: Plan | GatePlan) -> None:
+        """Drops the steps of `plan` and the decoder's hold on its buffers; another is to be set where it is at work."""
+        if self._plan is plan:
+            self._plan = DensePlan()
+        self.engine.forget(plan)
         for key in [key for key in self._runners if key[0] == id(plan)]:
             del self._runners[key]
 
