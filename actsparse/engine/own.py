@@ -196,8 +196,8 @@ class OwnRun:
             self._choose(deepcopy(self._prompt) if self._refreshes else self._prompt, tokens)
 
     def resume(self, followed: int) -> None:
-        """The same by the gates' state that was adopted, which goes on from where it stands, `followed` tokens behind the
-        prompt: it counts each token, and what gates that choose again see stays in it."""
+        """The same by the gates' state that was adopted, which goes on from where it stands, `followed` tokens after
+        the prompt: it counts each token, and what gates that choose again see stays in it."""
         if self._prompt is not None:
             self._choose(self._prompt, None)
             self.followed = followed
