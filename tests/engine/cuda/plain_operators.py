@@ -112,13 +112,12 @@ class PlainOperators:
             x = reference.activate(x, activation) * held(up).reshape(-1)
         live = x.numel() if count is None else int(count)
         rows = weight_rows if index is None else weight_rows[index.long()]
-        parts = []
+        parts, kept = [], []
         for at, part in enumerate(rows.split(segments or (rows.shape[1],), dim=1)):
             size = x.abs() if score is None else x.abs() * score[at]
             least = threshold[at] if threshold is not None else size.new_zeros(())
             keep = (x != 0) & ((~(size < least) if keeps_nan else size >= least) != invert)
-            if read is not None:
-                read[at] += keep.sum()
+            kept.append(keep)
             parts.append(torch.where(keep, x if fill is None else x - fill, 0.0)[:live] @ reference.widen(part[:live]))
         y = torch.cat(parts)
         y = scale * (y if bias is None else y + bias)
@@ -129,6 +128,9 @@ class PlainOperators:
             flat.copy_(y if epilogue is Epilogue.WRITE else flat + y)
         if zero is not None and zero.dtype == torch.int64:
             zero.zero_()
+        if read is not None:
+            read += torch.stack(kept).sum(dim=1)
+        return torch.stack(kept)
 
     def top(self, threshold, x, tops, *, norm=None, score=None, up=None, activation="identity"):
         x = held(x).reshape(-1)
@@ -226,12 +228,18 @@ class PlainBatchOperators(PlainOperators):
             mine = Best(best.value[sequence : sequence + 1], best.row[sequence : sequence + 1])
             super().head(of, mine, one, weight, norm=norm, caps=caps)
 
-    def columns(self, out, x, weight_rows, *, up=None, index=None, squares=None, zero=None, **how):
+    def columns(self, out, x, weight_rows, *, up=None, index=None, squares=None, zero=None, read=None, **how):
         assert out.dtype == torch.int64
         assert index is None
         assert squares is None
         assert (x.dtype == torch.int64) == (up is not None) or how.get("norm") is not None
-        for sequence, (of, one) in enumerate(zip(out, x, strict=True)):
-            super().columns(of, one, weight_rows, up=None if up is None else up[sequence], **how)
+        kept = [
+            super(PlainBatchOperators, self).columns(
+                of, one, weight_rows, up=None if up is None else up[sequence], **how
+            )
+            for sequence, (of, one) in enumerate(zip(out, x, strict=True))
+        ]
         if zero is not None:
             zero.zero_()
+        if read is not None:
+            read += torch.stack(kept).any(dim=0).sum(dim=1)
