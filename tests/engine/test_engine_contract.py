@@ -214,7 +214,6 @@ def test_compiled_kernels_read_what_lists_name_and_other_steps_on_a_device_do_no
     assert shares(gates, 2, most=1) == {}
     assert shares(gates, 1, most=0) == {}  # nothing compiled: torch gathers every row
     assert shares(fitted("griffin:refresh_every=3@0.5", loaded, calibration).gates(), 1, most=1) == {}
-    assert shares(fitted("cats@0.5", loaded, calibration).gates(), 1, most=1) == {}
 
 
 def test_greedy_text_stops_and_a_seed_gives_the_same_text(engines: Engines) -> None:

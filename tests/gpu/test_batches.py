@@ -110,6 +110,18 @@ def test_columns_of_a_batch(batched, draw, assert_near, dtype, share, inputs, ou
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(5120, 2 * 17920), (28672, 8192), (40960, 1024)])
+def test_columns_of_wide_models(device, draw, assert_near, batch, inputs, outputs):
+    batched = BatchOperators(device, batch)
+    weight, x = draw(inputs, outputs, dtype=torch.bfloat16, scale=inputs**-0.5), draw(batch, inputs)
+    threshold = split_value(x, 0.5)
+    want = torch.where(x.abs() >= threshold, x, 0.0) @ weight.float()
+    sums = new_sums(batch, outputs, device=device)
+    batched.columns(sums, x, weight, threshold=threshold)
+    assert_near(to_values(sums), want)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 def test_rows_that_no_sequence_keeps_are_not_read(device, draw, assert_near, batch):
     batched = BatchOperators(device, batch, Tuning(ahead=0))
     inputs, segments = 896, (896, 128, 128)

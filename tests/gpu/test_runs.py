@@ -11,6 +11,7 @@ from actsparse.engine import stepping
 from actsparse.engine.choose import Engines
 from actsparse.engine.decode import forced, new_cache, prefill
 from actsparse.engine.generation import sparse_generation
+from actsparse.engine.kept import NO_GAIN
 from actsparse.engine.masked import MaskedPlan, masked
 from actsparse.methods.gates import (
     ChannelGate,
@@ -53,6 +54,22 @@ class ClearSizes(Sizes):
         return self._sum + 1e6 * order
 
 
+class OwnHalves(Sizes):
+    """Another half for every length of a prompt, whatever it says."""
+
+    def __init__(self):
+        super().__init__()
+        self._rows = 0
+
+    def add(self, rows):
+        super().add(rows)
+        self._rows += len(rows)
+
+    def value(self):
+        order = torch.randperm(len(self._sum), generator=torch.Generator().manual_seed(self._rows))
+        return order.to(self._sum.device).float()
+
+
 def top_half(values):
     keep = torch.zeros_like(values, dtype=torch.bool)
     return keep.scatter_(0, values.topk(len(values) // 2).indices, True)
@@ -66,6 +83,8 @@ def gates_of(kind, neurons, layers):
             gates = LayerGates(neurons=PrefillGate(Sizes, top_half, refresh_every=3))
         case "clear":
             gates = LayerGates(neurons=PrefillGate(ClearSizes, top_half))
+        case "own halves":
+            gates = LayerGates(neurons=PrefillGate(OwnHalves, top_half))
         case "clear, refreshed":
             gates = LayerGates(neurons=PrefillGate(ClearSizes, top_half, refresh_every=3))
         case "fixed":
@@ -245,7 +264,7 @@ def test_a_batch_is_run_each_for_itself_and_says_what_it_costs():
 
 @pytest.mark.parametrize("kind", ["clear", "gate", "channels", "all channels"])
 @pytest.mark.parametrize("padding", [None, (0, 5, 9)])
-def test_in_bfloat16_a_batch_is_read_once_and_each_sequence_is_that_of_batch_1(kind, padding, assert_near):
+def test_in_bfloat16_each_sequence_of_a_batch_is_that_of_batch_1_and_its_reading_is_known(kind, padding, assert_near):
     model = make_model("llama", **WIDE).cuda().bfloat16()
     ids, tokens = token_ids(3, PROMPT, seed=5).cuda(), token_ids(3, NEW, seed=6).cuda()
     gates = gates_of(kind, 512, model.config.num_hidden_layers)
@@ -261,10 +280,17 @@ def test_in_bfloat16_a_batch_is_read_once_and_each_sequence_is_that_of_batch_1(k
         run.use(sparse=False)
         run.rewind()
         dense = run.forced(tokens)
-        assert not any("torch.compile" in line for line in run.announced)
-    if shares:
+        said = " ".join(run.announced)
+    assert "torch.compile" not in said
+    assert "masks weights" not in said
+    assert ("in turns" in said) == (kind == "channels")  # which leaves one projection whole
+    if kind == "clear":  # the same half for all
+        assert list(shares.values()) == [0.5] * model.config.num_hidden_layers
+    elif kind == "channels":
+        assert shares == {}
+    else:
+        assert shares
         assert all(0 < share <= 1 for share in shares.values())
-    assert shares or kind in ("clear", "channels"), "what a union reads is counted"
     for at in range(3):
         begin = 0 if padding is None else padding[at]
         with opened(model, gates) as one:
@@ -274,3 +300,29 @@ def test_in_bfloat16_a_batch_is_read_once_and_each_sequence_is_that_of_batch_1(k
                 one.use(sparse=sparse)
                 one.rewind()
                 assert_near(of_batch[at], one.forced(tokens[at : at + 1])[0], limit=0.06)
+
+
+@pytest.mark.parametrize(("batch", "everything"), [(2, False), (6, True)])
+def test_a_batch_reads_its_union_or_where_that_is_nearly_everything_all_in_place(batch, everything, assert_near):
+    model = make_model("llama", **WIDE).cuda().bfloat16()
+    ids, tokens = token_ids(batch, PROMPT, seed=5).cuda(), token_ids(batch, NEW, seed=6).cuda()
+    gates, padding = gates_of("own halves", 512, model.config.num_hidden_layers), torch.arange(batch)
+    with opened(model, gates, batch=batch) as run:
+        run.prefill(ids, watch=True, padding=padding.cuda())
+        run.select()
+        run.use(sparse=True)
+        run.rewind()
+        found = run.forced(tokens)
+        assert run.path == "own step on cuda, graph"
+        shares, said = list(run.kept().values()), run.announced
+    assert (NO_GAIN in said) == everything
+    assert not any("masks weights" in line for line in said)
+    assert all(share == 1 if everything else 0.7 < share < 0.8 for share in shares)
+    assert len(shares) == model.config.num_hidden_layers
+    for at in range(batch):
+        with opened(model, gates) as one:
+            one.prefill(ids[at : at + 1, at:], watch=True)
+            one.select()
+            one.use(sparse=True)
+            one.rewind()
+            assert_near(found[at], one.forced(tokens[at : at + 1])[0], limit=0.06)

@@ -20,6 +20,7 @@ from actsparse.errors import ActsparseError
 
 SLICE_INPUTS = 12 * 1024  # of a batch, that a block of a product takes which may be cut by its inputs
 CHUNK = 64  # inputs that a warp takes at once; mirrors kernels/batch_rows.cu
+MOST_SHARED = 226 * 1024  # bytes of a block
 
 
 class BatchOperators(Operators):
@@ -293,7 +294,7 @@ class BatchOperators(Operators):
             batch=self.batch,
             inputs=x.shape[1],
             outputs=weight_rows.shape[1],
-            slices=max(1, min(blocks // tiles, x.shape[1] // 32)),
+            slices=max(1, min(blocks // tiles, x.shape[1] // 32), fewest_slices(x.shape[1], room)),
             segments=len(lengths),
             activation=ACTIVATIONS[activation],
             ahead=self._tuning.ahead,
@@ -302,6 +303,16 @@ class BatchOperators(Operators):
             segment=segments_of(lengths, groups),
         )
         self._library.batch_columns(args, weight_rows.dtype, room=room, tiles=tiles, dependent=self._starts_early())
+
+
+def fewest_slices(inputs: int, room: int) -> int:
+    """Into how many slices the inputs of a sparse product have to be cut, so that a block's lists of rows fit it.
+
+    A warp's list holds a value for each of `room` sequences and a place a row; mirrors kernels/batch_columns.cu.
+    """
+    warps, ring = (8, 8704) if room == 8 else (16, 4096)
+    rows = (MOST_SHARED - warps * ring) // (warps * 4 * (room + 1)) - 8  # of a warp
+    return math.ceil(inputs / (warps * rows))
 
 
 def _refuse(*given: Tensor | None) -> None:

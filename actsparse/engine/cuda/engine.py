@@ -32,9 +32,7 @@ ANY_ORDER = (
     "fast atomics: sparse products add their parts in any order, so two runs of a plan may differ in their last"
     " bits, and in a token where two are nearly as likely"
 )
-ONE_ORDER = (
-    "fast atomics change nothing under this plan: only thresholds on all inputs of one sequence have such kernels"
-)
+ONE_ORDER = "fast atomics change nothing here: compiled kernels have them for thresholds on all inputs of one sequence"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +82,6 @@ class CudaEngine:
     ) -> Runner:
         """The step of `plan`, captured in a graph where it can be."""
         asked = plan
-        if not sampled:
-            self.counters.pop(id(asked), None)  # those of a plan that is gone
         if isinstance(plan, GatePlan):
             folded = fold(plan, state.batch)
             if folded is None:
@@ -94,9 +90,13 @@ class CudaEngine:
         if self.operators is not None and (state.batch == 1 or not isinstance(plan, IndexedPlan)):
             plan = self._in_any_order(weights, state, plan)
             step = native_step(weights, state, plan, self.operators, sampled=sampled, padded=padded)
-            if not sampled:
-                self.counters[id(asked)] = step.counters
-            return self._captured(step, state)
+            runner = self._captured(step, state)
+            for one in step.counters:
+                one.read.zero_()  # what was tried out
+            self.counters.setdefault(id(asked), []).extend(step.counters)
+            return runner
+        if self._fast_atomics and not isinstance(plan, DensePlan):
+            self._say(ONE_ORDER)
         if isinstance(plan, NeuronPlan | InputPlan) and not has_triton():
             self._say("without compiled kernels and Triton this plan masks weights but reads them all")
         products = _products()

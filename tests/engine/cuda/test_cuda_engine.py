@@ -12,11 +12,13 @@ from tiny import make_model
 
 from actsparse.engine.cuda import engine as cuda_engine
 from actsparse.engine.cuda import graph, native
+from actsparse.engine.cuda.batch_products import fewest_slices
 from actsparse.engine.cuda.engine import CudaEngine
 from actsparse.engine.cuda.graph import capture
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.packing import weights_from_model
 from actsparse.engine.step.plans import DensePlan
+from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.torch_step import TorchStep
 from actsparse.errors import is_out_of_memory
 
@@ -71,6 +73,28 @@ def test_more_sequences_than_the_kernels_take_run_through_torch(weights, monkeyp
         decoder.set_plan(DensePlan())
     said = "dense decode runs through torch.compile: the compiled kernels decode up to 8 sequences at once here, not 9"
     assert decoder.warnings == [said]
+
+
+def test_fast_atomics_that_torch_does_not_have_are_said(weights, monkeypatch):
+    uncompiled(monkeypatch)
+    decoder = Decoder(weights, max_length=20, engine=CudaEngine(weights, native=False, fast_atomics=True))
+    decoder.set_plan(DensePlan())
+    assert cuda_engine.ONE_ORDER not in decoder.warnings
+    decoder.set_plan(make_gate_plan("teal", weights))
+    assert cuda_engine.ONE_ORDER in decoder.warnings
+
+
+@pytest.mark.parametrize("room", [2, 4, 8])
+@pytest.mark.parametrize("inputs", [33, 4096, 5120, 8192, 40960])
+def test_a_warps_list_of_rows_fits_a_block(room, inputs):
+    warps, ring = (8, 8704) if room == 8 else (16, 4096)
+
+    def bytes_of(slices):
+        return warps * (ring + (inputs // (slices * warps) + 8) * (room + 1) * 4)
+
+    slices = fewest_slices(inputs, room)
+    assert bytes_of(slices) <= 226 * 1024
+    assert slices == 1 or bytes_of(slices - 1) > 220 * 1024
 
 
 def test_padding_is_left_out_by_the_kernels_too(weights, monkeypatch):
@@ -189,8 +213,7 @@ def test_what_a_step_reads_is_counted(weights, monkeypatch, batch, kind, units):
     decoder = Decoder(weights, max_length=20, batch=batch, engine=engine)
     decoder.start(torch.arange(3, 3 + batch), 0)
     decoder.set_plan(plan)
-    for one in engine.counters[id(plan)]:
-        one.read.zero_()  # what was tried out
+    assert not any(one.read.item() for one in engine.counters[id(plan)]), "what was tried out counts nothing"
     decoder.decode(4)
     counted = engine.counters[id(plan)]
     assert {one.unit for one in counted} == units
@@ -198,6 +221,13 @@ def test_what_a_step_reads_is_counted(weights, monkeypatch, batch, kind, units):
     assert sum(one.read.item() for one in counted) < 4 * sum(one.total for one in counted)
     decoder.set_plan(DensePlan())
     assert sum(map(len, engine.counters.values())) == len(counted), "dense reads what it always reads"
+    before = sum(one.read.item() for one in counted)
+    decoder.sample(Sampling(temperature=1.0, seed=1))
+    decoder.set_plan(plan)
+    decoder.decode(2)
+    assert sum(one.read.item() for one in engine.counters[id(plan)]) > before, "steps that draw count too"
+    decoder.forget_plan(plan)
+    assert id(plan) not in engine.counters
 
 
 def test_a_batch_reads_no_less_than_one_of_its_sequences(weights, monkeypatch):
