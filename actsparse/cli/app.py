@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from actsparse import __version__
+from actsparse.cli.address_space import check_address_space
 from actsparse.cli.output import Output, printable
 from actsparse.errors import ActsparseError, is_out_of_memory, reason_of
 from actsparse.store.provenance import again
@@ -171,13 +172,14 @@ def _unforeseen(error: Exception) -> ActsparseError:
     )
 
 
-def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+def interruptible(command: Callable[..., None], name: str) -> Callable[..., None]:
     """The command with Ctrl-C and SIGTERM turned into exit code 130 and the line that resumes it."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             with _stoppable():
+                check_address_space(name, Output())
                 command(*args, **kwargs)
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -209,7 +211,7 @@ def _stoppable() -> Iterator[None]:
 def _register() -> None:
     for name in COMMANDS:
         module = import_module(f"actsparse.cli.{name}")
-        app.command(name, help=module.HELP, epilog=module.EPILOG)(interruptible(module.command))
+        app.command(name, help=module.HELP, epilog=module.EPILOG)(interruptible(module.command, name))
 
 
 def _open_streams() -> None:

@@ -104,12 +104,18 @@ def _memberships(root: Path) -> Iterator[tuple[_Controller, PurePosixPath]]:
             yield _V2, own
 
 
-def _address_space(root: Path) -> Iterator[Room]:
-    """What `ulimit -v` leaves of addresses, which files that are mapped take as well."""
+def address_space(root: Path = Path("/")) -> int | None:
+    """What `ulimit -v` leaves of addresses, which files that are mapped take as well; None without a limit."""
     limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], _lines(root / "proc/self/statm")
-    if limit != resource.RLIM_INFINITY and pages:
-        used = int(pages[0].split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        yield Room(max(0, limit - used), "this process (ulimit -v)")
+    if limit == resource.RLIM_INFINITY or not pages:
+        return None
+    return max(0, limit - int(pages[0].split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _address_space(root: Path) -> Iterator[Room]:
+    left = address_space(root)
+    if left is not None:
+        yield Room(left, "this process (ulimit -v)")
 
 
 def _lines(path: Path) -> list[str]:

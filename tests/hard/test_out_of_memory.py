@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -282,3 +284,15 @@ def test_a_command_with_too_little_memory_says_so(name: str, wide: Path, zygote:
     halved = "out of memory in batches of 16 sequences: going on with batches of 8" in said
     assert halved == (name == "profile")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("command", "limit"), [("report", 400_000), ("profile", 900_000)])
+def test_too_few_addresses_for_the_libraries_are_said_before_they_end_the_process(command: str, limit: int) -> None:
+    words = {"report": "report nowhere", "profile": "profile -m demo"}[command]
+    line = f"ulimit -v {limit}; exec {sys.executable} -m actsparse {words}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: ulimit -v leaves 0." in done.stderr
+    assert f"the libraries of `actsparse {command}` take" in done.stderr
+    assert "hint: raise it" in done.stderr
+    assert "Traceback" not in done.stderr
