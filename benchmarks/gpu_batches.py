@@ -122,15 +122,20 @@ def part_batch_tuning(bench: Bench) -> None:
             step_ms(decoder, dense)
             ms = sorted(step_ms(decoder, dense) for _ in range(5))[2]
             bench.report.add(f"batch {batch}: dense, {depth} stages, {blocks} blocks", ms, "ms")
-    for batch, first, blocks in ((4, 3, 1), (4, 5, 1), (4, 5, 2), (8, 5, 1), (8, 5, 2)):
-        tuning = Tuning(tensor_columns_from=first, columns_blocks_per_sm=blocks)
+
+
+def part_batch_columns(bench: Bench) -> None:
+    """Unions under other launch shapes of their products."""
+    weights = bench.decoder.weights
+    for batch, first, kib in ((4, 3, 112), (4, 5, 112), (8, 5, 226), (8, 5, 112), (8, 5, 96)):
+        tuning = Tuning(tensor_columns_from=first, batch_columns_shared=kib * 1024)
         decoder = ready_decoder(weights, tuning, batch=batch)
         for share in (0.5, 0.7, 0.9):
             plan = InputPlan(weights=bench.inputs, threshold=torch.zeros(weights.shape.layers, 7, device="cuda"))
             decoder.start(1, POSITION)
             fit_inputs(decoder, plan, share)
             ms = sorted(step_ms(decoder, plan) for _ in range(5))[2]
-            how = f"tensor cores from {first}, {blocks} blocks"
+            how = f"tensor cores from {first}, {kib} KiB a block"
             bench.report.add(f"batch {batch}: TEAL {100 * share:.0f} %, {how}", ms, "ms")
             decoder.forget_plan(plan)
 

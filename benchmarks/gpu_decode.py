@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from gpu_batches import part_batch_profile, part_batch_tuning, part_batches, part_fallback_batches
+from gpu_batches import part_batch_columns, part_batch_profile, part_batch_tuning, part_batches, part_fallback_batches
 from gpu_bench import LENGTH, POSITION, Bench, add_pair, compare, limit_ms, ready_decoder, release, step_ms
 from gpu_calibrate import fit_inputs, fit_neurons, operators_of, realised_inputs, realised_neurons
 from gpu_choices import part_choices
@@ -247,6 +247,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "choices": part_choices,
     "batches": part_batches,
     "batch-tuning": part_batch_tuning,
+    "batch-columns": part_batch_columns,
     "batch-profile": part_batch_profile,
     "batch-fallback": part_fallback_batches,
 }

@@ -5,6 +5,7 @@ Norms are kernels of their own here, so that the many blocks of a product do not
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,18 @@ from actsparse.errors import ActsparseError
 
 SLICE_INPUTS = 12 * 1024  # of a batch, that a block of a product takes which may be cut by its inputs
 CHUNK = 64  # inputs that a warp takes at once; mirrors kernels/batch_rows.cu
-MOST_SHARED = 226 * 1024  # bytes of a block
+
+
+class BatchCut(NamedTuple):
+    """Blocks of the sparse product of a batch: tiles of 256 * groups outputs, each in slices of the inputs.
+
+    `room`: for how many sequences.
+    """
+
+    room: int
+    groups: int
+    tiles: int
+    slices: int
 
 
 class BatchOperators(Operators):
@@ -272,10 +284,7 @@ class BatchOperators(Operators):
         _refuse(fill, index)
         x = self._input(x, norm)
         lengths = (weight_rows.shape[1],) if segments is None else segments
-        room = 2 if self.batch <= 2 else 4 if self.batch < self._tuning.tensor_columns_from else 8
-        groups = 2 if room == 2 else 1
-        tiles = sum(math.ceil(length / (TILE * groups)) for length in lengths)
-        blocks = self._sms * self._tuning.columns_blocks_per_sm
+        cut = self._batch_cut(lengths, x.shape[1])
         args = BatchColumnsArgs(
             weight=native.address(weight_rows),
             x=native.address(x),
@@ -294,24 +303,36 @@ class BatchOperators(Operators):
             batch=self.batch,
             inputs=x.shape[1],
             outputs=weight_rows.shape[1],
-            slices=max(1, min(blocks // tiles, x.shape[1] // 32), fewest_slices(x.shape[1], room)),
+            slices=cut.slices,
             segments=len(lengths),
             activation=ACTIVATIONS[activation],
             ahead=self._tuning.ahead,
             fixed=int(x.dtype == torch.int64),
             zeros=0 if zero is None else zero.numel(),
-            segment=segments_of(lengths, groups),
+            segment=segments_of(lengths, cut.groups),
         )
-        self._library.batch_columns(args, weight_rows.dtype, room=room, tiles=tiles, dependent=self._starts_early())
+        self._library.batch_columns(
+            args, weight_rows.dtype, room=cut.room, tiles=cut.tiles, dependent=self._starts_early()
+        )
+
+    def _batch_cut(self, lengths: tuple[int, ...], inputs: int) -> BatchCut:
+        """How a sparse product is cut into blocks that fill the chip, each with room for its lists."""
+        tuning = self._tuning
+        room = 2 if self.batch <= 2 else 4 if self.batch < tuning.tensor_columns_from else 8
+        groups = 2 if room == 2 else 1
+        tiles = sum(math.ceil(length / (TILE * groups)) for length in lengths)
+        filling = min(self._sms * tuning.columns_blocks_per_sm // tiles, inputs // 32)
+        slices = max(1, filling, fewest_slices(inputs, room, tuning.batch_columns_shared))
+        return BatchCut(room=room, groups=groups, tiles=tiles, slices=slices)
 
 
-def fewest_slices(inputs: int, room: int) -> int:
-    """Into how many slices the inputs of a sparse product have to be cut, so that a block's lists of rows fit it.
+def fewest_slices(inputs: int, room: int, most: int) -> int:
+    """Into how many slices the inputs of a sparse product have to be cut, so that a block takes `most` bytes at most.
 
     A warp's list holds a value for each of `room` sequences and a place a row; mirrors kernels/batch_columns.cu.
     """
     warps, ring = (8, 8704) if room == 8 else (16, 4096)
-    rows = (MOST_SHARED - warps * ring) // (warps * 4 * (room + 1)) - 8  # of a warp
+    rows = (most - warps * ring) // (warps * 4 * (room + 1)) - 8  # of a warp
     return math.ceil(inputs / (warps * rows))
 
 

@@ -27,6 +27,7 @@ class Tuning:
     `ahead`: rows that a warp of a sparse product, which has 4 under way, starts to read before it knows which are kept;
     `later`: how many more under a norm, once the inputs are on their way.
     `rows_deep`: longer rings in the dense products. `max_slices`: of the inputs of a sparse product whose blocks meet.
+    `batch_columns_shared`: bytes of shared memory for a block of their sparse products, at most.
     `tensor_columns_from`: batches whose sparse products run on tensor cores, 3 to 5.
     `batch_depth`: stages of the rings in the row products of a batch, of 16 KiB a block, where they fit.
     """
@@ -41,6 +42,7 @@ class Tuning:
     batch_blocks_per_sm: int = 1
     batch_depth: int = 8
     tensor_columns_from: int = 5
+    batch_columns_shared: int = 226 * 1024
 
 
 class Launcher:
