@@ -106,13 +106,13 @@ function wrapAcross({ template, xaxis }, width, { l, r }) {
 /** Names on the vertical axis in lines of that many pixels at most, so that they leave room for what is drawn. */
 function foldNames({ data, layout }, room) {
   pen.font = `12.5px ${layout.template.layout.font.family}`;
-  let most = 1;
-  for (const trace of data) {
-    if (!Array.isArray(trace.y)) continue;
-    trace.y = trace.y.map((name) => wrapped(String(name), room));
-    most = Math.max(most, ...trace.y.map(linesOf));
-  }
-  layout.height += 14 * (most - 1) * new Set(data.flatMap((trace) => trace.y || [])).size / 2;
+  const fold = (name) => (typeof name === "string" ? wrapped(name, room) : name), axis = layout.yaxis;
+  for (const trace of data) if (Array.isArray(trace.y)) trace.y = trace.y.map(fold);
+  for (const key of ["categoryarray", "tickvals", "ticktext"]) if (Array.isArray(axis[key])) axis[key] = axis[key].map(fold);
+  for (const one of layout.annotations || []) one.y = fold(one.y);
+  for (const one of layout.shapes || []) Object.assign(one, { y0: fold(one.y0), y1: fold(one.y1) });
+  const names = [...new Set(data.flatMap((trace) => (Array.isArray(trace.y) ? trace.y : [])))];
+  layout.height += 7 * names.reduce((more, name) => more + linesOf(name) - 1, 0);
 }
 
 /** Names in the legend in lines that stay inside the figure. */

@@ -257,6 +257,18 @@ def test_the_policy_is_in_force(page: Page, html: Path) -> None:
     assert page.evaluate("fetch('https://example.org').then(() => 'sent', () => 'refused')") == "refused"
 
 
+def test_names_beside_an_axis_break_on_a_phone_and_stand_once(page: Page, html: Path) -> None:
+    """Were the order of the names kept as it is, a broken one would stand beside itself."""
+    plot = "document.querySelector('[id^=plot-][id$=nll-by-donor]')"
+    names = f"[...{plot}.querySelectorAll('.ytick text')].map(text => text.textContent.replaceAll(/\\s/g, ''))"
+    found = {}
+    for width in (1440, 340):
+        page.open(html, width=width)
+        found[width] = page.evaluate(names)
+    assert found[340] == found[1440]
+    assert page.evaluate(f"{plot}.querySelectorAll('.ytick tspan').length") >= 2
+
+
 def test_two_models_fit_a_phone(page: Page, pair: tuple[Path, ...], shots: Path, tmp_path: Path) -> None:
     path = report(ReportSpec(runs=pair, output=tmp_path / "pair.html"))
     page.open(path, width=390)
