@@ -8,7 +8,15 @@ from torch import Tensor
 
 from actsparse.core import row_sums_cuda
 from actsparse.core.quantiles import BINS, FIRST_BIN
-from actsparse.core.row_sums import add_columns, add_entries, add_positions, add_squares, numbers, summed_norms
+from actsparse.core.row_sums import (
+    add_columns,
+    add_entries,
+    add_positions,
+    add_squares,
+    numbers,
+    summed_norms,
+    summed_product_norms,
+)
 from actsparse.core.rows import ColumnSums, EntrySums, PositionSums, Rows
 from actsparse.core.streaming import POSITION_EDGES
 
@@ -115,6 +123,15 @@ def test_norms_of_units_are_summed_like_on_a_cpu(units: int, part: int, dtype: t
     exact = torch.einsum("tup,upk->tuk", o.double().view(333, units, part), slices).norm(dim=2).sum(dim=0)
     grams = (slices @ slices.transpose(1, 2)).float().cuda()
     torch.testing.assert_close(summed_norms(o.cuda(), grams).cpu(), exact, rtol=2e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_one_group_are_those_of_the_projection(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    o, weight = (torch.randn(rows, 96, generator=generator).to(dtype) for rows in (333, 64))
+    o[7] = 0.0
+    exact = (o.double() @ weight.double().T).norm(dim=1).sum()[None]
+    torch.testing.assert_close(summed_product_norms(o.cuda(), weight.cuda()).cpu(), exact, rtol=2e-5, atol=0.0)
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -56,9 +56,9 @@ def measures(model: ModelRecord) -> list[Measure]:
         _union(rows, density)
     _variance(rows)
     for place in (0.4, 0.6, 0.8):
-        rows.every_layer("hu4", 0.5 + place / 2, 0.02, n=900, bin=place)
-    rows.every_layer("m2", -0.002, 0.0005, n=5000, r=0.2)
-    rows.every_layer("m2", -0.001, 0.0005, n=9000, exact="true")
+        rows.every_layer("hu4", 0.5 + place / 2, 0.02, n=8, bin=place)
+    rows.every_layer("m2", -0.002, 0.0005, n=8, r=0.2)
+    rows.every_layer("m2", -0.001, 0.0005, n=8, exact="true")
     for (text, feed), value in ARMS.items():
         for band in ("early", "middle", "late"):
             rows.add_interval("matrix_2x2", value, 0.02, n=6, text=text, feed=feed, band=band, r=0.2)
