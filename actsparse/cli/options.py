@@ -193,7 +193,7 @@ def at_least(least: int, given: dict[str, int | None]) -> None:
     """Raise ActsparseError naming the first option that is given and smaller."""
     for name, value in given.items():
         if value is not None and value < least:
-            raise ActsparseError(f"{name} must be at least {least}, not {value}", "correct the value")
+            raise ActsparseError(f"{name} must be at least {least}, not {value}", f"write {name} {least} or more")
 
 
 def is_whole(text: str) -> bool:

@@ -7,6 +7,7 @@ import polars as pl
 
 from actsparse.cli.output import Output
 from actsparse.cli.wording import number, percent
+from actsparse.pipelines.profiled import too_short
 from actsparse.results import SiteKind
 from actsparse.store.runs import ProfileRun
 
@@ -24,6 +25,8 @@ def show_profile(run: ProfileRun, output: Output) -> None:
     output.line(f"written to {run.path}")
     model = run.manifest.model
     mixed = model is not None and model.experts is not None
+    # both need nothing but the tables: experts have no error target, and short texts no block to replay
+    mixed = mixed or too_short(run) is not None
     asked = "--method static --sparsity 0.5" if mixed else "--method tda --target-error 0.2"
     output.note(f"next: actsparse threshold {shlex.quote(str(run.path))} {asked}")
 

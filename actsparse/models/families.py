@@ -118,8 +118,8 @@ def family_of(model_type: str) -> Family:
     near = nearest_row(model_type)
     raise ModelError(
         f"model type '{model_type}' is not supported: no row of the family table describes it",
-        f"the nearest row is '{near}': write `actsparse models {near} > row.toml`, correct it,"
-        " and pass it with --family row.toml",
+        f"a row to start from is '{near}': write `actsparse models {near} > row.toml`, correct it,"
+        " and pass it with --family row.toml; `actsparse models` lists them all",
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from actsparse.data.sequences import shares_text
@@ -10,6 +11,7 @@ from actsparse.methods.base import Calibration
 from actsparse.methods.gates import PrefillGate
 from actsparse.methods.head_controls import HeadsStatic
 from actsparse.methods.plan import Plan, check_layers, check_model, fit_plan, from_record
+from actsparse.methods.registry import all_methods
 from actsparse.methods.short import DENSE, ShortForm, expand, parse
 from actsparse.models.load import LoadedModel
 from actsparse.models.sites import unit_widths
@@ -45,12 +47,26 @@ class PlanGroup:
 def check_names(names: tuple[str, ...]) -> list[str]:
     """The plans to run, sweeps expanded, without `dense` and without repeats; raises PlanError on a bad short form or
     path."""
+    if any(not name.strip() for name in names):
+        raise PlanError("a plan without a name is given", "name one: --plan griffin@0.5")
     every = [one for name in names for one in ([name] if Path(name).expanduser().is_dir() else expand(name))]
     kept = list(dict.fromkeys(name for name in every if name != DENSE))
     for name in kept:
         if not is_directory(name):
-            parse(name)
+            _check_short(name)
     return kept
+
+
+def _check_short(name: str) -> None:
+    """Raise PlanError where a short form cannot be read; a bare word may have been meant as a directory."""
+    if name not in all_methods() and not set(name) & set(":@"):
+        near = get_close_matches(name, all_methods(), n=1)
+        raise PlanError(
+            f"there is no plan directory '{name}' here, and no method of that name",
+            "give a directory that `actsparse threshold` wrote, or a short form such as"
+            f" {near[0] if near else 'griffin'}@0.5",
+        )
+    parse(name)
 
 
 def is_directory(name: str) -> bool:

@@ -6,7 +6,7 @@ from functools import cached_property
 import msgspec
 
 from actsparse.data.sequences import Sequences
-from actsparse.data.texts import TextReader
+from actsparse.data.texts import JOINED_BLOCK, TextReader
 from actsparse.errors import DataError, PlanError
 from actsparse.methods.short import ShortForm
 from actsparse.models.load import LoadedModel, load
@@ -19,6 +19,16 @@ from actsparse.pipelines.training import Checkpoints
 from actsparse.results import ModelRecord
 from actsparse.specs import DataSpec, ModelSpec, ProfileSpec, ThresholdSpec
 from actsparse.store.runs import ProfileRun
+
+
+def too_short(run: ProfileRun) -> tuple[int, int] | None:
+    """The tokens of a profile's prompts, and those of the block that a replay would join them into, where these do not
+    suffice for one; else None."""
+    (text, *_), model = run.manifest.texts, run.manifest.model
+    asked = msgspec.convert(run.manifest.spec["data"], DataSpec).block_length
+    longest = JOINED_BLOCK if model is None or model.max_positions is None else model.max_positions
+    block = asked or min(JOINED_BLOCK, longest)
+    return (text.tokens, block) if text.block_length is None and text.tokens < block else None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from actsparse.errors import DataError
 from actsparse.pipelines.evaluate import evaluate
 from actsparse.pipelines.plans import check_names
 from actsparse.pipelines.profile import profile
+from actsparse.pipelines.profiled import too_short
 from actsparse.pipelines.progress import Progress, Silent
 from actsparse.pipelines.threshold import threshold
 from actsparse.specs import EvalSpec, ProfileSpec, RunSpec, ThresholdSpec
@@ -23,7 +25,7 @@ class Finished:
 
 
 def measure(spec: RunSpec, progress: Progress | None = None) -> Finished:
-    """Profile and fit on the even sequences, evaluate on the odd ones."""
+    """Profile and fit on the even sequences, evaluate on the odd ones; raises DataError where the text is too short."""
     progress = progress or Silent()
     check_names(spec.plans)
     root = spec.output
@@ -35,6 +37,12 @@ def measure(spec: RunSpec, progress: Progress | None = None) -> Finished:
     profiled = profile(
         ProfileSpec(model=spec.model, data=fitted_on, probes=spec.probes, root=root, force=spec.force), progress
     )
+    if (short := too_short(profiled)) is not None:
+        tokens, block = short
+        raise DataError(
+            f"the half of the text that is fitted on has {tokens} tokens, too few for one block of {block}",
+            f"give more text, at least {2 * block} tokens, or shorter blocks: --block-length {max(8, tokens // 2)}",
+        )
     progress.note("2/4 threshold")
     plan = threshold(
         ThresholdSpec(

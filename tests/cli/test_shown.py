@@ -130,3 +130,35 @@ def test_a_plan_of_a_ruler_saves_nothing(
         assert (row(told, "predicted")[1:] == ["50.0 %", "0.0 % (ruler)", "0.0 % (ruler)"]) == rules
         assert ("a ruler saves nothing" in told) == rules
         assert json.loads((tmp_path / method / "summary.json").read_text())["plan"]["ideal"] == rules
+
+
+def test_what_is_recommended_after_a_short_text_can_be_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("The cat sat on the mat and slept.\n\nA dog came by and barked at it for long.")
+    assert main(["profile", "-m", "demo", "--prompts", "my.txt", "-o", "prof", "--probes", "none"]) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("next: actsparse "))
+    assert main([*line.removeprefix("next: actsparse ").split(), "-o", "plan", "-q"]) == 0
+    capsys.readouterr()
+    assert main(["run", "-m", "demo", "--prompts", "my.txt", "-o", "runs", "--probes", "none", "-q"]) == 1
+    said = capsys.readouterr().err
+    assert "the half of the text that is fitted on has" in said
+    assert "at least 512 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ("plan", "there is no plan directory 'plan' here, and no method of that name"),
+        ("", "a plan without a name is given"),
+        ("griffin", "does not say how much to drop"),
+        ("grifin@0.5", "there is no method 'grifin'"),
+    ],
+)
+def test_a_plan_that_is_none_is_said_as_it_was_meant(
+    plan: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "-m", "demo", "--plan", plan, "-o", str(tmp_path / "eval")]) == 1
+    assert said in capsys.readouterr().err

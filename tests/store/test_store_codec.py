@@ -165,8 +165,9 @@ def test_differences_name_the_leaves_that_differ_and_no_others():
     old = {"asked": {"limit": 4, "plan": "a", "gone": 1}, "text": "t"}
     new = {"asked": {"limit": 5, "plan": "a", "more": None}, "text": "t"}
     assert differences(old, new) == [
-        "asked.gone: 1 -> (absent)",
-        "asked.limit: 4 -> 5",
-        "asked.more: (absent) -> None",
+        "gone: 1 -> (absent)",
+        "limit: 4 -> 5",
+        "more: (absent) -> None",
     ]
+    assert differences({"texts": ["ab" * 32]}, {"texts": ["cd" * 32]}) == ["texts: ['abababab...'] -> ['cdcdcdcd...']"]
     assert differences(old, old) == []
