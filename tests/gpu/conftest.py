@@ -1,5 +1,9 @@
 """Tests of the CUDA decode engine: those marked `gpu` need a device, the others run anywhere."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +11,21 @@ if torch.cuda.is_available():
     from actsparse.engine.cuda.availability import native_failure
 
     native_failure()  # builds the kernels in the machine's cache, before tests get one of their own
+
+ALONE = "ACTSPARSE_TEST_ALONE"
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    """A test marked `alone` runs in a process of its own, which holds nothing of the device yet."""
+    if pyfuncitem.get_closest_marker("alone") is None or ALONE in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
+               f"{pyfuncitem.path}::{pyfuncitem.name}"]  # fmt: skip
+    # no worker of xdist: its variables would make the other process one
+    known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=known | {ALONE: "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 def pytest_collection_modifyitems(items):

@@ -69,7 +69,7 @@ def shares(panel: ProfilePanel) -> pl.DataFrame:
     """`layer, metric, value, n`: Gini coefficient, hot and dead share, of so many neurons."""
     found = pl.concat([_measure(panel, metric) for metric in SHARES])
     # rows of an expert count its tokens
-    neurons = panel.neurons.group_by("layer").agg(neurons=pl.len().cast(pl.Int64))
+    neurons = panel.neurons.group_by("layer", maintain_order=True).agg(neurons=pl.len().cast(pl.Int64))
     found = found.join(neurons, on="layer", how="left", maintain_order="left")
     return found.with_columns(n=pl.coalesce("neurons", "n")).drop("neurons")
 

@@ -85,7 +85,9 @@ def caption_sparsities(frame: pl.DataFrame) -> str:
     """The most and the least sparse expert, and how far the experts of a layer are apart."""
     ordered = frame.sort("value")
     low, high = ordered.row(0, named=True), ordered.row(-1, named=True)
-    spread = frame.group_by("layer").agg(pl.col("value").max() - pl.col("value").min())["value"].mean()
+    spread = (
+        frame.group_by("layer", maintain_order=True).agg(pl.col("value").max() - pl.col("value").min())["value"].mean()
+    )
     fewest, most = (count(int(as_float(end))) for end in (frame["n"].min(), frame["n"].max()))
     return (
         f"At CETT {TARGET:g} expert {low['expert']} of layer {low['layer']} loses {percent(low['value'])} of its "

@@ -44,6 +44,8 @@ def uncompiled(monkeypatch, failure=None):
 
     monkeypatch.setattr(cuda_engine, "capture", captured)
     monkeypatch.setattr(cuda_engine, "TorchStep", made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a graph holds nothing of steps on a CPU
+    monkeypatch.setattr(cuda_engine, "has_triton", lambda: False)
 
 
 def decoded(decoder, plan):

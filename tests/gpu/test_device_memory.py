@@ -21,7 +21,7 @@ pl = pytest.importorskip("polars")
 profile = pytest.importorskip("actsparse.pipelines.profile").profile
 evaluate = pytest.importorskip("actsparse.pipelines.evaluate").evaluate
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
