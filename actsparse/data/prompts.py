@@ -15,6 +15,7 @@ from actsparse.errors import DataError
 
 TEXT_FIELDS = ("text", "prompt")
 SUFFIXES = (".txt", ".jsonl")
+BOM = "\ufeff"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,9 @@ def _read(file: Path) -> list[Prompt]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, UTF-8; raises DataError where it is empty or undecodable."""
+    """The text of a file, UTF-8, without the mark that some editors begin it with; raises DataError where it is empty or undecodable."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start})", f"convert it: iconv -f latin1 -t utf-8 {file} > utf8.txt"

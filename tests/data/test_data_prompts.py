@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,9 @@ def test_the_shipped_sample_prompts_are_at_least_sixty_and_all_different():
     assert len(contents) >= 60
     assert len(set(contents)) == len(contents)
     assert len({prompt.source.split(".")[0] for prompt in found}) >= 8
+
+
+def test_the_mark_that_an_editor_begins_a_file_with_is_no_text(tmp_path):
+    assert read_text(Path(write(tmp_path, "a.txt", "\ufeffone"))) == "one"
+    found = read_prompts([write(tmp_path, "a.jsonl", '\ufeff{"text": "one"}\r\n{"text": "two"}\r\n')])
+    assert [prompt.text for prompt in found] == ["one", "two"]
