@@ -70,7 +70,10 @@ def _read(file: Path) -> list[Prompt]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, UTF-8, without the mark that some editors begin it with; raises DataError where it is empty or undecodable."""
+    """The text of a file, UTF-8, without the mark that some editors begin it with.
+
+    Raises DataError where it is empty or undecodable.
+    """
     try:
         text = file.read_bytes().decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:

@@ -35,6 +35,10 @@ def weight_files(directory: Path, *, allow_pickle: bool) -> list[Path]:
             f"{directory} holds an adapter ({ADAPTER}), which can name other weights than those that are here",
             f"merge the adapter into its model and save that, or remove {ADAPTER} to read the model without it",
         )
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # reading it may never end
+            raise ModelError(f"{path} is a pipe or a device, and no file of a model", "do not use this model")
     found = sorted(directory.glob("*.safetensors"))
     if found:
         _check_index(directory / "model.safetensors.index.json", directory)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from actsparse.errors import PlanError, RunError
 from actsparse.methods.gates import FixedGate
@@ -13,7 +14,7 @@ from actsparse.pipelines.profiled import Profiled
 from actsparse.pipelines.progress import Progress
 from actsparse.store import tensors
 from actsparse.store.codec import pretty
-from actsparse.store.files import write_bytes
+from actsparse.store.files import disk_error, write_bytes
 from actsparse.store.runs import PlanRun
 
 RECORD = "actsparse_plan.json"
@@ -34,15 +35,20 @@ def export_plan(run: PlanRun, profiled: Profiled, folder: Path, *, force: bool, 
         made = smaller_model(profiled.loaded.sites, [one.mask for one in gates], [one.fill for one in gates])
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_smaller(made, profiled.loaded.tokenizer, temporary)
-    write_bytes(temporary / RECORD, pretty(run.plan).encode())
-    # who may read the weights is what the umask says, not what a library chooses
-    mode = (temporary / RECORD).stat().st_mode
-    for path in temporary.iterdir():
-        path.chmod(mode)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    try:
+        save_smaller(made, profiled.loaded.tokenizer, temporary)
+        write_bytes(temporary / RECORD, pretty(run.plan).encode())
+        # who may read the weights is what the umask says, not what a library chooses
+        mode = (temporary / RECORD).stat().st_mode
+        for path in temporary.iterdir():
+            path.chmod(mode)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(folder, tensors.system_error(error)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fixed_gates(plan: Plan) -> list[FixedGate]:

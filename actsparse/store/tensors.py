@@ -19,11 +19,17 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
         try:
             save_file(plain, str(temporary), metadata)
         except SafetensorError as error:
-            # the library wraps the system's error: unwrap it, so that a full disk is reported as one
-            code = re.search(r"code: (\d+)|os error (\d+)", str(error))
-            raise OSError(int(next(filter(None, code.groups()))) if code else errno.EIO, str(error)) from None
+            raise system_error(error) from None
 
     write_atomic(path, save)
+
+
+def system_error(error: OSError | SafetensorError) -> OSError:
+    """The system's error, which the safetensors library wraps: a full disk is to be reported as one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    return OSError(int(next(filter(None, code.groups()))) if code else errno.EIO, str(error))
 
 
 def read(path: Path) -> dict[str, Tensor]:

