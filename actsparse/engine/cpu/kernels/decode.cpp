@@ -155,7 +155,7 @@ inline void dots(const T* const* rows, const T* const* next, const float* x, i64
       }
       for (int b = 0; b < B; ++b) {
         V xv = load(x + b * step + i);
-        for (int r = 0; r < R; ++r) acc[r][b] += w[r] * xv;
+        for (int r = 0; r < R; ++r) acc[r][b] = fused(w[r], xv, acc[r][b]);
       }
     }
   };

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 typedef int64_t i64;
 typedef uint16_t bf16;
@@ -31,6 +34,26 @@ inline void put(bf16* p, float value) {  // to nearest, ties to even; NaN stays 
 }
 inline void store(float* p, V value) { *reinterpret_cast<V*>(p) = value; }
 inline V spread(float value) { return value - V{}; }
+
+// a * b + c, rounded once wherever the machine can: compilers leave such products apart in some loops and not in others.
+inline V fused(V a, V b, V c) {
+#if defined(__AVX512F__)
+  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  std::memcpy(z, &c, sizeof c);
+  for (int half = 0; half < 2; ++half) z[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < LANES; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 
 inline float sum(V v) {
   float total = 0;
