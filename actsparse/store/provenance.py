@@ -62,11 +62,14 @@ def processor() -> str:
 
 @cache
 def _git_commit() -> str | None:
-    """The commit of the checkout that actsparse itself runs from; None for an installed wheel."""
+    """The commit of the checkout that actsparse itself runs from; None for a wheel, and where git does not say."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None
-    done = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-    )
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git here, or a machine so busy that it does not answer: no reason to end a run
     return done.stdout.strip() or None

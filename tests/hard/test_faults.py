@@ -181,3 +181,23 @@ def test_an_export_that_does_not_fit_is_said_and_leaves_nothing(
     assert main([*command, "--device", "cpu", "--export", str(small_disk / "smaller")]) == 1
     refused(capsys, said)
     assert list(small_disk.iterdir()) == []
+
+
+def busy(*_command: object, **_options: object) -> None:
+    raise subprocess.TimeoutExpired("git", 5)
+
+
+@pytest.mark.parametrize("fault", ["absent", "busy"])
+def test_a_run_does_not_need_git(
+    fault: str, tiny_folder: Callable, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "absent":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(provenance.subprocess, "run", busy)
+    provenance._git_commit.cache_clear()
+    try:
+        run = profile(spec(tiny_folder, prompts_file, tmp_path / "run"))
+    finally:
+        provenance._git_commit.cache_clear()
+    assert run.manifest.provenance.git_commit is None
