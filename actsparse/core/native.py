@@ -3,6 +3,7 @@
 Where it cannot be had (no compiler), callers use torch instead: the same numbers, more slowly.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,11 +55,37 @@ def cuda_compiler() -> str | None:
     return shutil.which("nvcc")
 
 
-def build_root() -> Path:
-    """Where compiled kernels are cached: TORCH_EXTENSIONS_DIR, else where torch keeps its extensions."""
+def build_place(name: str) -> Path:
+    """The folder in which the build of that name is, or is to be made.
+
+    In the cache of compiled kernels: TORCH_EXTENSIONS_DIR, else where torch keeps its extensions. Where nothing can be
+    written there, in a folder of this process alone, which goes with it.
+    """
     from torch.utils.cpp_extension import get_default_build_root
 
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    place = root / f"torch{torch.__version__}" / name
+    if (place / f"{name}.so").exists():
+        return place
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            return place
+    except OSError:
+        pass
+    own = _own_root()
+    return place if own is None else own / name
+
+
+@functools.cache
+def _own_root() -> Path | None:
+    """A folder that is removed when the process ends; None where there is no place for one."""
+    try:
+        root = tempfile.mkdtemp(prefix="actsparse-")
+    except OSError:
+        return None
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Path(root)
 
 
 def _built(source: str, command: list[str], target: str) -> ctypes.CDLL | None:
@@ -65,7 +93,7 @@ def _built(source: str, command: list[str], target: str) -> ctypes.CDLL | None:
     path = KERNELS / source
     content = path.read_bytes() + " ".join(command[1:]).encode() + target.encode()
     name = f"actsparse_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
-    built = build_root() / f"torch{torch.__version__}" / name / f"{name}.so"
+    built = build_place(name) / f"{name}.so"
     try:
         if not built.exists():
             # beside its name and then moved: several processes may build it, and a killed one leaves no lock

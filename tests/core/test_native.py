@@ -1,6 +1,9 @@
 """Compiling on first use: once, under a name of its own, and never in the way of the next process."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +62,31 @@ def test_without_a_compiler_or_where_it_fails_there_is_no_library(nvcc: Path, mo
     native.gpu_library.cache_clear()
     monkeypatch.setattr(native, "cuda_compiler", lambda: None)
     assert native.gpu_library("row_sums.cu", torch.device("cuda:0")) is None
+
+
+def test_where_nothing_can_be_cached_a_build_is_of_this_process_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    place = native.build_place("some")
+    assert place.parent == native._own_root()
+    assert place.parent != tmp_path
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    cached = native.build_place("some")
+    assert cached.is_relative_to(tmp_path / "cache")
+    (cached / "some.so").touch()
+    monkeypatch.setattr(native.os, "access", lambda *_: False)  # read-only by now
+    assert native.build_place("some") == cached
+    assert native.build_place("other").parent == native._own_root()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_a_build_of_its_own_is_gone_with_its_process(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code = 'from actsparse.core import native; print(native.library("row_sums.cpp") is not None, native._own_root())'
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    built, root = done.stdout.split()
+    assert built == "True"
+    assert not Path(root).exists()

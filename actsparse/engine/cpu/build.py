@@ -8,9 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from actsparse.core.native import build_root
+from actsparse.core.native import build_place
 from actsparse.errors import ActsparseError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -62,8 +60,7 @@ def _place() -> Path:
     digest = hashlib.sha256()
     for part in (SOURCE.read_bytes(), HEADER.read_bytes(), cpu_flags().encode(), " ".join(FLAGS).encode()):
         digest.update(part)
-    name = f"actsparse_cpu_{digest.hexdigest()[:16]}"
-    return build_root() / f"torch{torch.__version__}" / name
+    return build_place(f"actsparse_cpu_{digest.hexdigest()[:16]}")
 
 
 _memory: dict[str, ctypes.CDLL | BuildError] = {}
