@@ -142,20 +142,21 @@ def _beyond_ceiling(evals: tuple[EvalPanel, ...]) -> list[Notice]:
             mine = [outcome for outcome in above if outcome.letter == letter]
             sure = [one for one in mine if one.speedup.low is not None and one.speedup.low > (one.reach or 0.0)]
             found += _ceiling_notice(
-                letter, sure, "lie above their ceilings for sure: weight bytes are not what bounds decoding here, so "
+                letter, sure, "above the ceiling for sure: weight bytes are not what bounds decoding here, so "
                 "dense has overhead that the sparse step is spared"
             )  # fmt: skip
             unsure = [one for one in mine if one not in sure]
             found += _ceiling_notice(
-                letter, unsure, "lie above their ceilings, which their intervals contain: that is noise, measure again "
-                "on an idle machine"
+                letter, unsure, "above the ceiling, which the interval contains: that is noise, measure again on an "
+                "idle machine"
             )  # fmt: skip
     return found
 
 
 def _ceiling_notice(letter: str, outcomes: list[Outcome], what: str) -> list[Notice]:
     named = [f"{one_line(one.label)} ({times(one.speedup.value)} of {times(one.reach)})" for one in outcomes]
-    return [Notice(letter=letter, text=f"The speed-ups of {listed(named)} {what}.")] if named else []
+    are = "speed-up is" if len(named) == 1 else "speed-ups are"
+    return [Notice(letter=letter, text=f"{listed(named)}: the {are} {what}.")] if named else []
 
 
 def _path_warned(panel: EvalPanel, outcome: Outcome) -> bool:

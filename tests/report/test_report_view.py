@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import example_runs as example
+import polars as pl
 import pytest
 from example_evals import ExamplePlan
 
+from actsparse.report.figures import speed
 from actsparse.report.registry import ROWS, SECTIONS
 from actsparse.report.samples import split_at_difference
 from actsparse.report.view import FigureView, ReportView, build_view
@@ -339,10 +341,23 @@ def test_a_speed_up_above_its_ceiling_is_said_and_told_from_noise(tmp_path: Path
     )
     said = [one.text for one in build_view(ReportSpec(runs=(example.eval_run(tmp_path / "e", plans=plans),))).notices]
     assert len(said) == 2
-    assert said[0].startswith("The speed-ups of griffin@0.5 (1.62× of 1.42×) lie above their ceilings for sure")
-    assert said[1].startswith(
-        "The speed-ups of cats@0.5 (1.43× of 1.42×) lie above their ceilings, which their intervals"
-    )
+    assert said[0].startswith("griffin@0.5 (1.62× of 1.42×): the speed-up is above the ceiling for sure")
+    assert said[1].startswith("cats@0.5 (1.43× of 1.42×): the speed-up is above the ceiling, which the interval")
+
+
+@pytest.mark.parametrize(("low", "said"), [(1.45, "for sure: weight bytes"), (1.4, "which its interval contains")])
+def test_the_caption_of_speeds_tells_noise_as_the_notices_do(low: float, said: str) -> None:
+    row = {
+        "plan": "p",
+        "speedup": 1.5,
+        "low": low,
+        "high": 1.6,
+        "ceiling": 1.42,
+        "reached": 1.2,
+        "verdict": "faster",
+        "n": 7,
+    }
+    assert f"above its ceiling of 1.42×{' ' if 'sure' in said else ', '}{said}" in speed.caption(pl.DataFrame([row]))
 
 
 def test_each_plan_shows_the_dense_time_that_it_was_paired_with(view: ReportView) -> None:

@@ -102,6 +102,9 @@ def _beside_ceiling(row: dict[str, Any]) -> str:
     if row["ceiling"] is None:
         return ""
     if row["speedup"] > row["ceiling"]:
-        return f", beyond its ceiling of {times(row['ceiling'])}: weight bytes are not what bounds decode here"
+        above = f", above its ceiling of {times(row['ceiling'])}"
+        if row["low"] is not None and row["low"] > row["ceiling"]:
+            return f"{above} for sure: weight bytes are not what bounds decode here"
+        return f"{above}, which its interval contains: noise"
     reached = f" ({percent(row['reached'], 0)} of the possible gain)" if row["reached"] is not None else ""
     return f" of at most {times(row['ceiling'])}{reached}"
