@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from actsparse.engine.forward import forward_run
-from actsparse.engine.own import NO_ATOMICS, OwnRun, OwnSteps
+from actsparse.engine.own import OwnRun
+from actsparse.engine.own_steps import NO_ATOMICS, OwnSteps
 from actsparse.engine.sparse import why_not_sliced
 from actsparse.engine.step.sampling import Sampling
 from actsparse.engine.step.translate import NoStepError

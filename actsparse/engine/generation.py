@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actsparse.engine.gating import SiteValues
 from actsparse.engine.heads import follow, kv_kept
-from actsparse.engine.own import NO_ATOMICS
+from actsparse.engine.own_steps import NO_ATOMICS
 from actsparse.engine.phases import Phases
 from actsparse.engine.points import visited
 from actsparse.engine.slicing import SlicedMlps, sliceable

@@ -1,6 +1,6 @@
 """Tier 1: a decode step of our own, on the CPU or on CUDA, behind the interface that every engine has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -13,61 +13,19 @@ from transformers.cache_utils import Cache
 
 from actsparse.engine.counting import Counting
 from actsparse.engine.cpu.engine import CpuEngine
-from actsparse.engine.cpu.ops import MAX_BATCH
-from actsparse.engine.cuda.availability import most_sequences, native_refusal
 from actsparse.engine.decode import prefill
 from actsparse.engine.gating import PlanState
 from actsparse.engine.kept import BreakEven, KeptNeurons
+from actsparse.engine.own_steps import OwnSteps
 from actsparse.engine.refresh import Refresh
 from actsparse.engine.step.copies import lists_alone
-from actsparse.engine.step.decoder import Decoder, Engine
-from actsparse.engine.step.packing import share_storage, weights_from_model
+from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import DensePlan, SlicedPlan
 from actsparse.engine.step.sampling import STOP_EVERY, Sampling, cut, draw
-from actsparse.engine.step.translate import Translator
-from actsparse.engine.step.weights import Weights
 from actsparse.engine.step.work import GatePlan
 from actsparse.methods.gates import LayerGates, PrefillGate
-from actsparse.models.sites import ModelSites
 from actsparse.models.taps import tapped
 from actsparse.results import Site, SiteKind, Unit
-
-NO_ATOMICS = "fast atomics change nothing here: the engine at work adds in one order, without atomics"
-
-
-class OwnSteps:
-    """What a model's own steps share: its weights packed once, and matrices stored one row an input.
-
-    `share`: the model's parameters become views of the packed weights, the same values bit for bit, so that they are
-    held once. `fast_atomics`: steps whose kernels can add partial sums in any order, which is faster and not to the
-    same bits each time. Raises ModelError where the family has no step.
-    """
-
-    def __init__(
-        self, sites: ModelSites, note: Callable[[str], None], *, share: bool, fast_atomics: bool = False
-    ) -> None:
-        self.sites = sites
-        self.weights: Weights = weights_from_model(sites.model)
-        if share:
-            share_storage(sites.model, self.weights)
-        self.translator = Translator(self.weights)
-        self.note = note
-        self._fast_atomics = fast_atomics
-
-    @property
-    def most_sequences(self) -> int:
-        """How many sequences a step takes at once without torch.compile."""
-        if self.weights.device.type == "cuda":
-            return 0 if native_refusal(self.weights) else most_sequences(self.weights)
-        return MAX_BATCH
-
-    def engine(self, batch: int) -> Engine:
-        """A new engine of the weights' device."""
-        if self.weights.device.type == "cuda":
-            from actsparse.engine.cuda.engine import CudaEngine
-
-            return CudaEngine(self.weights, batch=batch, fast_atomics=self._fast_atomics)
-        return CpuEngine(note=self.note, warnings=[NO_ATOMICS] if self._fast_atomics else [])
 
 
 class OwnRun:
@@ -175,12 +133,8 @@ class OwnRun:
 
     def step(self, tokens: Int[Tensor, " batch"], position: int) -> Float[Tensor, "batch vocab"]:
         """Process one token a sequence at `position`; the logits of the next, valid until the next step."""
-        start = partial(self._decoder.start, tokens, position)
-        if self._sparse and self._kept is not None:
-            self.followed += 1
-            if self._kept.copy_if_repaid(self.followed, start):
-                self._set(self._kept.work)
-        start()
+        self.followed += self._sparse
+        self._start_at(tokens, position, self.followed)
         self._advance(1)
         return self._decoder.state.logits
 
@@ -233,6 +187,13 @@ class OwnRun:
         """Back to the end of the prompts."""
         self._restart()
         self._forget_tokens()
+
+    def _start_at(self, tokens: Int[Tensor, " batch"], position: int, count: int) -> None:
+        """Go on with `tokens` at `position`; under a plan from copies where `count` tokens repay them."""
+        start = partial(self._decoder.start, tokens, position)
+        if self._sparse and self._kept is not None and self._kept.copy_if_repaid(count, start):
+            self._set(self._kept.work)
+        start()
 
     def _restart(self) -> None:
         assert self._start is not None, "prefill comes first"
@@ -295,10 +256,7 @@ class OwnRun:
         self._decoder.force(None)
         self._decoder.sample(sampling)
         found = [self._first(sampling)[:, None]]
-        start = partial(self._decoder.start, found[0][:, 0], self._start[1])
-        if self._sparse and self._kept is not None and self._kept.copy_if_repaid(count, start):
-            self._set(self._kept.work)
-        start()
+        self._start_at(found[0][:, 0], self._start[1], count)
         self._forget_tokens()
         made = 1
         while made < count and not _ended(found, stop):

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from actsparse.engine import timing
 from actsparse.engine.choose import NO_COPIES, NO_PACKING, Engines
 from actsparse.engine.cuda.availability import native_failure
-from actsparse.engine.own import OwnRun, OwnSteps
+from actsparse.engine.own import OwnRun
+from actsparse.engine.own_steps import OwnSteps
 from actsparse.engine.phases import Phases
 from actsparse.engine.step.translate import NoStepError
 from actsparse.errors import is_out_of_memory

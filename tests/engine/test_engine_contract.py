@@ -13,7 +13,8 @@ from actsparse.engine.choose import Engines, tier_of
 from actsparse.engine.cuda.fold import fold
 from actsparse.engine.decode import forced, new_cache, prefill
 from actsparse.engine.masked import MaskedPlan, masked
-from actsparse.engine.own import OwnRun, OwnSteps
+from actsparse.engine.own import OwnRun
+from actsparse.engine.own_steps import OwnSteps
 from actsparse.engine.step.decoder import Decoder
 from actsparse.engine.step.plans import DensePlan
 from actsparse.engine.step.sampling import Sampling

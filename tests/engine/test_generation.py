@@ -279,7 +279,7 @@ def test_without_memory_for_copies_the_models_own_forward_decodes(place: str, mo
     def full(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 1 EB")
 
-    monkeypatch.setattr(f"actsparse.engine.own.{place}", full)
+    monkeypatch.setattr(f"actsparse.engine.own_steps.{place}", full)
     with Engines(sites).open(gates, sink_tokens=SINK, max_length=40) as run:
         run.prefill(ids, watch=True)
         run.select()
@@ -298,7 +298,7 @@ def test_other_faults_of_an_engine_are_not_taken_for_a_lack_of_memory(monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("a size is wrong")
 
-    monkeypatch.setattr("actsparse.engine.own.weights_from_model", broken)
+    monkeypatch.setattr("actsparse.engine.own_steps.weights_from_model", broken)
     engines = Engines(resolve(make_model("llama")))
     with pytest.raises(RuntimeError, match="size is wrong"), engines.open((), sink_tokens=SINK, max_length=40):
         pass
@@ -393,14 +393,16 @@ def no_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-@pytest.mark.parametrize("place", ["weights_from_model", "Translator.plan", "Decoder", "KeptNeurons.choose"])
+@pytest.mark.parametrize(
+    "place", ["own_steps.weights_from_model", "own_steps.Translator.plan", "own.Decoder", "own.KeptNeurons.choose"]
+)
 def test_without_memory_for_its_step_a_model_that_others_drive_goes_on(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = make_model("llama"), token_ids(1, 20)
     with sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK):
         expected = generated(model, ids)
-    monkeypatch.setattr(f"actsparse.engine.own.{place}", no_memory)
+    monkeypatch.setattr(f"actsparse.engine.{place}", no_memory)
     with (
         warnings.catch_warnings(record=True) as said,
         sparse_generation(resolve(model), half_gates(model), sink_tokens=SINK),
